@@ -1,0 +1,39 @@
+# Everything a developer runs. .venv is made on first use; a change of the pins or of pyproject.toml renews it.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: help demo test test-all check docs build clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+demo: $(READY)  ## draw a sample set, train a small CLIP on it, show before and after (under 5 minutes on 2 cores)
+	$(BIN)/cytoclip demo --to demo
+
+test: $(READY)  ## the default tests (under 3 minutes on 2 cores)
+	$(BIN)/pytest
+
+test-all: $(READY)  ## the default tests and the slow ones
+	$(BIN)/pytest -m ''
+
+check: $(READY)  ## lint, format, types, layers, generated docs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m docs.render --check
+
+docs: $(READY)  ## render the generated pages
+	$(BIN)/python -m docs.render
+
+build: $(READY)  ## wheel and sdist into dist/
+	$(BIN)/python -m build
+
+clean:  ## delete what make made
+	rm -rf .venv demo dist build src/*.egg-info
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(READY)

@@ -1,0 +1,5 @@
+"""`python -m cytoclip`, and `accelerate launch -m cytoclip`."""
+
+from cytoclip.cli import main
+
+main()

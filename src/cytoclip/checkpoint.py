@@ -1,0 +1,233 @@
+"""The run folder: where things are in it, models that others can open, and the state that a run resumes from.
+
+run/config.yaml  results.json  losses.jsonl  train.log  tensorboard/
+run/model/                     the last weights: a Hugging Face folder, or a peft adapter
+run/best/                      the same at the best validation
+run/checkpoints/step-N/        state.safetensors (what moves, AdamW's moments, random states), state.json
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from cytoclip import files, images, model
+from cytoclip.config import Model
+from cytoclip.device import World
+from cytoclip.errors import ExitCode, UserError
+from cytoclip.images import PixelSpec
+from cytoclip.model import DualEncoder
+
+BESIDE = "cytoclip.safetensors"  # projections and logit scale, beside a peft adapter
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The names in a run folder."""
+
+    path: Path
+
+    config = property(lambda self: self.path / "config.yaml")
+    model = property(lambda self: self.path / "model")
+    best = property(lambda self: self.path / "best")
+    results = property(lambda self: self.path / "results.json")
+    losses = property(lambda self: self.path / "losses.jsonl")
+    log = property(lambda self: self.path / "train.log")
+    lock = property(lambda self: self.path / ".lock")
+    checkpoints = property(lambda self: self.path / "checkpoints")
+
+    def states(self) -> list[tuple[int, Path]]:
+        """(step, folder) of every whole checkpoint, the oldest first."""
+        found = [(int(m[1]), p) for p in self.checkpoints.glob("step-*") if (m := re.fullmatch(r"step-(\d+)", p.name))]
+        return sorted(found)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model ready to encode, with what reads its input.
+
+    Parameters
+    ----------
+    name
+        The hub id or absolute folder that it came from.
+    plain
+        Whether plain transformers opens `name`: only then can an adapter name it as its base.
+    """
+
+    encoder: DualEncoder
+    tokenizer: Any
+    image_processor: Any
+    pixels: PixelSpec
+    context: int
+    name: str
+    plain: bool
+
+
+def open_model(name: str) -> Opened:
+    """Open a hub id, a Hugging Face folder, a peft adapter folder of ours, or a run folder (its best weights)."""
+    place = locate(name)
+    folder = Path(place)
+    adapter = folder / "adapter_config.json"
+    if not adapter.is_file():
+        read = model.read(place)
+        return _opened(read, read.clip, place, plain=True)
+    if not (folder / "adapter_model.safetensors").is_file() or not (folder / BESIDE).is_file():
+        raise UserError(
+            f"{folder} has an adapter but not both of adapter_model.safetensors and {BESIDE}",
+            "name the model/ or best/ folder that cytoclip train wrote, whole",
+            ExitCode.MODEL,
+        )
+    base = str(json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path"))
+    read = model.read(base)
+    clip = model.read_adapter(folder, read.clip)
+    beside = load_file(folder / BESIDE)
+    unknown = clip.load_state_dict(beside, strict=False).unexpected_keys
+    if unknown:
+        raise UserError(
+            f"{folder / BESIDE} does not fit {base}: {unknown[0]}", "retrain from that base", ExitCode.MODEL
+        )
+    return _opened(read, clip, place, plain=False)
+
+
+def locate(name: str) -> str:
+    """The folder or hub id that `name` means; a run folder means its `best/`, or `model/` before the first one."""
+    folder = Path(name)
+    run = RunFolder(folder)
+    if not folder.is_dir():
+        return name
+    if run.config.is_file():
+        for inner in (run.best, run.model):
+            files.recover(inner)
+            if inner.is_dir():
+                return str(inner.resolve())
+        raise UserError(
+            f"{folder} is a run folder without a saved model yet",
+            f"run `cytoclip train {run.config}` to its first checkpoint",
+            ExitCode.MODEL,
+        )
+    if not ((folder / "config.json").is_file() or (folder / "adapter_config.json").is_file()):
+        raise UserError(
+            f"{folder} holds no model: neither config.json nor adapter_config.json nor a run's config.yaml",
+            "name a Hugging Face folder, a run folder, or a hub id",
+            ExitCode.MODEL,
+        )
+    return str(folder.resolve())
+
+
+def is_adapter_only(wanted: Model, opened: Opened) -> bool:
+    """Whether a peft folder beside a plain base holds everything that trains."""
+    towers = {wanted.image_tower, wanted.text_tower}
+    return opened.plain and "lora" in towers and "full" not in towers
+
+
+def save_model(folder: Path, opened: Opened, adapter: PeftModel | None, wanted: Model) -> None:
+    """Write a model that plain transformers (or peft) opens, whole or not at all."""
+    clip = opened.encoder.clip
+    with files.whole_folder(folder) as new:
+        if adapter is not None and is_adapter_only(wanted, opened):
+            adapter.peft_config["default"].base_model_name_or_path = opened.name
+            adapter.save_pretrained(str(new), safe_serialization=True)
+            (new / "README.md").unlink(missing_ok=True)  # peft's empty template
+            save_file(model.beside_adapter(clip, opened.encoder.family), new / BESIDE)
+        else:
+            clip.save_pretrained(str(new), state_dict=model.merged_state(clip))
+        opened.tokenizer.save_pretrained(str(new))
+        opened.image_processor.save_pretrained(str(new))
+
+
+def save_state(
+    run: RunFolder, step: int, encoder: DualEncoder, optimizer: Any, world: World, more: dict[str, Any]
+) -> None:
+    """Write `checkpoints/step-N` and then drop the older ones. Called in all processes; the first one writes.
+
+    Parameters
+    ----------
+    step
+        How many steps are done.
+    more
+        What else the run must remember, as JSON.
+    """
+    tensors = {f"param.{name}": parameter.detach().cpu() for name, parameter in encoder.moving().items()}
+    for name, parameter in encoder.moving().items():
+        tensors |= {f"optim.{key}.{name}": value.cpu() for key, value in optimizer.state[parameter].items()}
+    tensors |= _random_states(world)
+    if not world.first:
+        return
+    with files.whole_folder(run.checkpoints / f"step-{step}") as new:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, new / "state.safetensors")
+        files.write_json(new / "state.json", {"step": step, **more})
+    for older, folder in run.states():
+        if older != step:
+            files.remove(folder)
+
+
+def load_state(folder: Path, encoder: DualEncoder, optimizer: Any, world: World) -> dict[str, Any]:
+    """Put weights, moments and random states back, and return what `save_state` was told to remember."""
+    try:
+        tensors = load_file(folder / "state.safetensors")
+        more: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(
+            f"the checkpoint {folder} cannot be read: {error}", "delete that folder to start over", ExitCode.RUN
+        ) from None
+    moving = encoder.moving()
+    saved = {name.removeprefix("param.") for name in tensors if name.startswith("param.")}
+    if saved != set(moving):
+        raise UserError(
+            f"the checkpoint {folder} holds other parameters than this model trains",
+            "delete that folder to start over, or name another output",
+            ExitCode.RUN,
+        )
+    with torch.no_grad():
+        for name, parameter in moving.items():
+            parameter.copy_(tensors[f"param.{name}"])
+            optimizer.state[parameter] = {
+                key: _moment(parameter, key, tensors[f"optim.{key}.{name}"])
+                for key in ("step", "exp_avg", "exp_avg_sq")
+            }
+    _set_random_states(tensors, world)
+    return more
+
+
+def _opened(read: model.Checkpoint, clip: Any, place: str, plain: bool) -> Opened:
+    pixels = PixelSpec.from_processor(read.image_processor)
+    if pixels.size != (read.image_size, read.image_size):
+        raise UserError(
+            f"{place}: its image processor makes {pixels.size} pixels but its image tower reads {read.image_size}",
+            "set size and crop_size in preprocessor_config.json to the model's image_size",
+            ExitCode.MODEL,
+        )
+    encoder = DualEncoder(clip, lambda pixels_B3HW: images.to_floats(pixels_B3HW, pixels))
+    return Opened(encoder, read.tokenizer, read.image_processor, pixels, read.context, place, plain)
+
+
+def _moment(parameter: torch.Tensor, key: str, value: torch.Tensor) -> torch.Tensor:
+    """Where AdamW wants it: the step counter beside the parameter only for the fused kernel on CUDA."""
+    here = key == "step" and parameter.device.type != "cuda"
+    return value.clone() if here else value.to(parameter.device, copy=True)
+
+
+def _random_states(world: World) -> dict[str, torch.Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if world.device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(world.device)
+    gathered = {kind: world.gather(state[None].to(world.device)).cpu() for kind, state in states.items()}
+    return {f"random.{kind}.{rank}": row for kind, rows in gathered.items() for rank, row in enumerate(rows)}
+
+
+def _set_random_states(tensors: dict[str, torch.Tensor], world: World) -> None:
+    """Each process gets its own back; one that was not there before draws from a state of its own."""
+    torch.manual_seed(world.rank)
+    cpu, cuda = tensors.get(f"random.cpu.{world.rank}"), tensors.get(f"random.cuda.{world.rank}")
+    if cpu is not None:
+        torch.set_rng_state(cpu)
+    if cuda is not None and world.device.type == "cuda":
+        torch.cuda.set_rng_state(cuda, world.device)

@@ -1,0 +1,222 @@
+"""The command line: parse, load the configuration, call one function, print its result."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cytoclip.console import Console, fail
+from cytoclip.errors import ExitCode, UserError
+
+app = typer.Typer(
+    name="cytoclip",
+    help="Fine-tune CLIP on a folder of image-caption pairs, and say honestly how much better it got.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="section.key=value, on top of the file.", show_default=False)
+]
+
+
+class Direction(StrEnum):
+    image_to_text = "image_to_text"
+    text_to_image = "text_to_image"
+    both = "both"
+
+    def names(self) -> tuple[str, ...]:
+        return ("image_to_text", "text_to_image") if self is Direction.both else (self.value,)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="One experiment as YAML.", show_default=False)],
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, say what would happen, and stop.")
+    ] = False,
+) -> None:
+    """Fine-tune as a YAML says; the same command again resumes."""
+    from cytoclip import config as configs
+
+    wanted = configs.load(config, overrides or ())
+    console = _console()
+    if dry_run:
+        from cytoclip.train import dry_run as dry
+
+        planned = dry(wanted, console)
+        console.result(f"{configs.dump(wanted)}\n{planned.text()}\nnothing was written")
+        return
+    from cytoclip.train import fit
+
+    result = fit(wanted, console)
+    console.result(f"\n{result.table()}\n\nrun folder: {result.run}")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Hub id, Hugging Face folder or run folder.", show_default=False)],
+    data_root: Annotated[Path, typer.Argument(help="Folder that holds the split.", show_default=False)],
+    split: Annotated[str, typer.Option(help="Which split to rank.")] = "val",
+    ks: Annotated[str, typer.Option(help="The k of hit@k, such as --ks 1 5 10 50.")] = "1 5 10 50",
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures or captions embedded at once.")] = 64,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Rank a split with a model, in both directions."""
+    from cytoclip import report
+    from cytoclip.evaluate import Question, split_folder
+    from cytoclip.evaluate import evaluate as measure
+
+    console, asked = _console(), _numbers(ks)
+    scored = measure(model, split_folder(data_root, split), Question(asked), console, batch_size)
+    console.result(
+        json.dumps({"model": model, "split": split, **scored}) if as_json else report.table({model: scored}, asked)
+    )
+
+
+@app.command()
+def config(
+    file: Annotated[
+        Path | None, typer.Argument(help="Print this file, complete and resolved.", show_default=False)
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Every option with its type, default and meaning; or one experiment, resolved."""
+    from cytoclip import config as configs
+
+    if file:
+        typer.echo(configs.dump(configs.load(file, overrides or ())), nl=False)
+        return
+    for option in configs.options():
+        if option.kind == "section":
+            typer.echo(f"\n{option.name}: {option.doc}")
+        else:
+            typer.echo(f"  {option.name}  [{option.kind}; default {option.default}]\n      {option.doc}")
+
+
+@app.command()
+def demo(
+    to: Annotated[Path, typer.Option(help="Folder for the sample set and the run.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(help="Another seed draws other cells.")] = 0,
+) -> None:
+    """Draw a small sample set, train a small CLIP on it, and show before and after."""
+    from cytoclip import config as configs
+    from cytoclip import demo as demonstration
+    from cytoclip.train import fit
+
+    console = _console()
+    recipe = demonstration.prepare(to, seed, console)
+    result = fit(configs.load(recipe), console)
+    console.result(f"\n{result.table()}\n\nsample set: {to / 'data'}\nrun folder: {result.run}")
+
+
+def original_train() -> None:
+    """`train.py --config F`, as in the original project."""
+    parser = _OneLine(description="Fine-tune CLIP as a YAML says (the original project's command).")
+    parser.add_argument("--config", type=Path, required=True, help="one experiment as YAML")
+    parser.add_argument("overrides", nargs="*", help="section.key=value, on top of the file")
+    _guarded(lambda: (lambda given: train(given.config, given.overrides, False))(parser.parse_intermixed_args()))
+
+
+def original_evaluation() -> None:
+    """`evaluation.py`, with the arguments of the original project."""
+    parser = _OneLine(description="hit@k of the validation split (the original project's command).")
+    parser.add_argument("--data_root", type=Path, required=True, help="folder that holds val/")
+    parser.add_argument("--batch_size", type=int, default=64, help="pictures or captions embedded at once")
+    parser.add_argument("--ks", type=int, nargs="+", default=[1, 10, 50], help="the k of hit@k")
+    parser.add_argument("--pretrained_clip_path", required=True, help="hub id, Hugging Face folder or run folder")
+    parser.add_argument(
+        "--direction", choices=list(Direction), type=Direction, default=Direction.image_to_text, help="query to gallery"
+    )
+    _guarded(lambda: _original_evaluation(parser.parse_args()))
+
+
+def main() -> None:
+    """The entry point of `cytoclip` and of `python -m cytoclip`."""
+    _guarded(lambda: app(_joined_ks(sys.argv[1:]), standalone_mode=False))
+
+
+def _original_evaluation(given: argparse.Namespace) -> None:
+    from cytoclip import report
+    from cytoclip.evaluate import Question, evaluate, save_as_original, split_folder
+
+    if given.batch_size < 1 or min(given.ks) < 1:
+        raise UserError("--batch_size and every --ks must be at least 1", "such as --batch_size 64 --ks 1 10 50")
+    console = _console()
+    question = Question(given.ks, given.direction.names())
+    folder = split_folder(given.data_root, "val")
+    scored = evaluate(given.pretrained_clip_path, folder, question, console, given.batch_size)
+    console.result(report.table({given.pretrained_clip_path: scored}, given.ks))
+    if _first_process():
+        saved = save_as_original(scored, given.pretrained_clip_path, given.direction.value)
+        console.result(f"saved {saved}")
+
+
+class _OneLine(argparse.ArgumentParser):
+    """argparse with our way of saying what is wrong."""
+
+    def error(self, message: str) -> Any:
+        raise UserError(message, f"python {self.prog} --help lists the arguments")
+
+
+def _guarded(work: Callable[[], object]) -> None:
+    """Run a command; whatever the user can mend becomes two lines and an exit code."""
+    try:
+        outcome = work()
+    except UserError as error:
+        fail(error.lines())
+        sys.exit(int(error.code))
+    except KeyboardInterrupt:
+        fail("stopped; the same command again resumes after the last checkpoint")
+        sys.exit(130)
+    except Exception as error:
+        _explain(error)
+        raise
+    sys.exit(outcome if isinstance(outcome, int) else 0)
+
+
+def _explain(error: Exception) -> None:
+    """Exit with a message for the two kinds of library errors that are the user's: a wrong call, and no memory."""
+    if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # typer's usage errors
+        fail(UserError(str(error.format_message()), "cytoclip --help lists the commands").lines())
+        sys.exit(int(ExitCode.USAGE))
+    if "out of memory" in str(error).lower():
+        reason = str(error).splitlines()[0]
+        hint = "set a smaller train.batch_size, more processes, or a frozen or lora tower"
+        fail(UserError(f"no memory left: {reason}", hint).lines())
+        sys.exit(int(ExitCode.SYSTEM))
+
+
+def _console() -> Console:
+    return Console(quiet=not _first_process())
+
+
+def _first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _joined_ks(words: list[str]) -> list[str]:
+    """`--ks 1 5 10` as one word after the option: the original's way to write a list, which typer cannot parse."""
+    if "--ks" not in words:
+        return words
+    begin = words.index("--ks") + 1
+    end = next((i for i in range(begin, len(words)) if not words[i].isdigit()), len(words))
+    return [*words[:begin], *([" ".join(words[begin:end])] if end > begin else []), *words[end:]]
+
+
+def _numbers(text: str) -> list[int]:
+    words = text.replace(",", " ").split()
+    if not words or not all(word.isdigit() and int(word) for word in words):
+        raise UserError(f"--ks {text!r} is not a list of whole numbers from 1", "such as --ks 1,5,10,50")
+    return [int(word) for word in words]

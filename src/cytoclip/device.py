@@ -1,0 +1,186 @@
+"""Where the work runs: device, precision, processes, and the few things that processes say to each other.
+
+Letters: W processes, n rows of one process, D columns.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+
+from cytoclip.errors import ExitCode, UserError
+
+T = TypeVar("T")
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+_REFUSED = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+}
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: its device, its rank, and the arithmetic of the towers.
+
+    Parameters
+    ----------
+    device
+        Where tensors live.
+    rank, size
+        Which process this is of how many.
+    precision, precision_from
+        `no`, `fp16` or `bf16`, and who said so.
+    """
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    precision: str = "no"
+    precision_from: str = "the configuration"
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def autocast(self) -> torch.autocast:
+        """The context in which the towers run; everything else is float32."""
+        dtype = DTYPES.get(self.precision)
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+
+    def once(self, work: Callable[[], T]) -> T:
+        """Do `work` in the first process; all processes get its result.
+
+        A `UserError` ends all of them, and only the first one speaks.
+        """
+        if self.size == 1:
+            return work()
+        outcome: list[T | UserError | None] = [None]
+        if self.first:
+            try:
+                outcome = [work()]
+            except UserError as error:
+                outcome = [error]
+        dist.broadcast_object_list(outcome, src=0)
+        if isinstance(outcome[0], UserError):
+            raise outcome[0] if self.first else SystemExit(int(outcome[0].code))
+        return outcome[0]  # type: ignore[return-value]  # None only where T is
+
+    def gather(self, rows_nD: torch.Tensor) -> torch.Tensor:
+        """Rows of all processes, in the order of the ranks: (n, ...) → (W·n, ...). Without gradient."""
+        if self.size == 1:
+            return rows_nD.detach()
+        parts = [torch.empty_like(rows_nD) for _ in range(self.size)]
+        dist.all_gather(parts, rows_nD.detach().contiguous())
+        return torch.cat(parts)
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Replace every gradient by its sum over all processes, in one message.
+
+        One flat message instead of DDP's reducer: the encoder may then run as often and in whatever parts it likes,
+        and the logit scale, whose gradient comes from the loss and not from a forward, is summed like the rest.
+        """
+        if self.size == 1:
+            return
+        held = [parameter for parameter in parameters if parameter.requires_grad]
+        for parameter in held:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in held if parameter.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        for gradient, summed in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
+            gradient.copy_(summed.view_as(gradient))
+
+    def wait(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def start(device: str = "auto", precision: str = "auto") -> World:
+    """Join the processes that the launcher started, and settle device and precision.
+
+    Raises
+    ------
+    UserError
+        For what the launcher was told and we don't do, a device that is not there, or processes that cannot meet.
+    """
+    refuse_launcher(os.environ)
+    kind = _device_kind(device)
+    wanted = int(os.environ.get("WORLD_SIZE", "1"))
+    # Without cpu=True, PartialState leaves several CPU processes of torchrun each in a world of its own.
+    state = PartialState(cpu=kind == "cpu")
+    if state.num_processes != wanted:
+        raise UserError(
+            f"the launcher started {wanted} processes, but {state.num_processes} found each other",
+            "start one process a device: torchrun --nproc_per_node N train.py …",
+            ExitCode.SYSTEM,
+        )
+    chosen, said_by = settle_precision(precision, os.environ, kind)
+    return World(state.device, state.process_index, state.num_processes, chosen, said_by)
+
+
+def refuse_launcher(environment: Mapping[str, str]) -> None:
+    """Raise `UserError` for a launcher setting that would otherwise be ignored silently."""
+    hint = "leave it out of `accelerate config` or of the command; README, section Launchers, says what works"
+    for variable, name in _REFUSED.items():
+        if environment.get(variable, "false").lower() in ("true", "1"):
+            raise UserError(f"the launcher asks for {name}, which is not supported here", hint, ExitCode.SYSTEM)
+    if environment.get("ACCELERATE_MIXED_PRECISION", "no").lower() not in ("no", "fp16", "bf16"):
+        asked = environment["ACCELERATE_MIXED_PRECISION"]
+        raise UserError(f"the launcher asks for precision {asked}", "use no, fp16 or bf16", ExitCode.SYSTEM)
+    if environment.get("ACCELERATE_DYNAMO_BACKEND", "NO").lower() != "no":
+        asked = environment["ACCELERATE_DYNAMO_BACKEND"]
+        raise UserError(f"the launcher asks for torch.compile with {asked}", hint, ExitCode.SYSTEM)
+    accumulation = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if accumulation != "1":
+        raise UserError(
+            f"the launcher asks for {accumulation} gradient accumulation steps, which changes the contrastive batch",
+            "set train.batch_size: it is the number of pairs contrasted in one step",
+            ExitCode.SYSTEM,
+        )
+
+
+def settle_precision(written: str, environment: Mapping[str, str], kind: str) -> tuple[str, str]:
+    """The precision and who decided it: the configuration, else the launcher, else what the device does best."""
+    if written != "auto":
+        return written, "the configuration"
+    launched = environment.get("ACCELERATE_MIXED_PRECISION")
+    if launched:
+        return launched.lower(), "the launcher"
+    return best_precision(kind), "the device"
+
+
+def best_precision(kind: str) -> str:
+    """bf16 where the device multiplies it in hardware; fp16 on older GPUs; float32 elsewhere."""
+    if kind == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if kind == "cpu":
+        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return "bf16" if has_bf16 else "no"
+    return "no"
+
+
+def _device_kind(device: str) -> str:
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        launcher_wants_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+        return "cpu" if launcher_wants_cpu else next(kind for kind, present in there.items() if present)
+    if not there[device]:
+        usable = ", ".join(kind for kind, present in there.items() if present)
+        raise UserError(f"there is no {device} device here", f"usable here: {usable}", ExitCode.SYSTEM)
+    return device

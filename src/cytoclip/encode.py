@@ -1,0 +1,114 @@
+"""Embeddings of a whole split, each different picture and caption once, shared out over the processes.
+
+Letters: N pairs, U different pictures or captions, n of them in this process, D embedding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cytoclip.batches import Pictures, loader, next_batch
+from cytoclip.captions import Tokens
+from cytoclip.console import Bar, Console
+from cytoclip.device import World
+from cytoclip.images import PixelSpec
+from cytoclip.model import DualEncoder
+from cytoclip.pairs import Pairs
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a split is read for one model: its token table, its pixels, and how many at a time.
+
+    Parameters
+    ----------
+    tokens
+        Of the split's captions, in their order.
+    """
+
+    tokens: Tokens
+    pixels: PixelSpec
+    batch_size: int
+    workers: int
+
+
+@torch.inference_mode()
+def encode(
+    encoder: DualEncoder, pairs: Pairs, reading: Reading, world: World, console: Console
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unit embeddings of the pictures and of the captions, both float32 (N, D), whole in every process.
+
+    Equal pictures share one embedding and so do equal captions, so ties between them are ties to the last bit.
+    """
+    was_training = encoder.training
+    encoder.eval()
+    picture_rows, picture_of = _different(pairs.contents)
+    caption_rows, caption_of = _different(pairs.captions)
+    own_pictures, own_captions = _share(picture_rows, world), _share(caption_rows, world)
+    with console.progress("embedding", len(own_pictures) + len(own_captions)) as bar:
+        image_nD = _images(encoder, [pairs.images[row] for row in own_pictures], reading, world, bar)
+        text_nD = _texts(encoder, own_captions, reading, world, bar)
+    encoder.train(was_training)
+    image_UD, text_UD = (
+        _collected(own, len(rows), encoder.width, world)
+        for own, rows in ((image_nD, picture_rows), (text_nD, caption_rows))
+    )
+    return image_UD[torch.from_numpy(picture_of)], text_UD[torch.from_numpy(caption_of)]
+
+
+def _different(keys: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The first row of each different key (U,), and which of those each row equals (N,)."""
+    numbers: dict[str, int] = {}
+    of = np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int64)
+    return np.unique(of, return_index=True)[1], of
+
+
+def _share(rows: NDArray[np.int64], world: World) -> NDArray[np.int64]:
+    each = math.ceil(len(rows) / world.size)
+    return rows[world.rank * each : (world.rank + 1) * each]
+
+
+def _images(encoder: DualEncoder, files: list[Path], reading: Reading, world: World, bar: Bar) -> list[torch.Tensor]:
+    parts = []
+    source = iter(
+        loader(Pictures(files, reading.pixels), None, _cut(len(files), reading), reading.workers, world.device)
+    )
+    for _ in _cut(len(files), reading):
+        batch = next_batch(source)
+        with world.autocast():
+            parts.append(encoder.images(batch.pixels.to(world.device, non_blocking=True)))
+        bar.advance(len(parts[-1]))
+    return parts
+
+
+def _texts(
+    encoder: DualEncoder, rows: NDArray[np.int64], reading: Reading, world: World, bar: Bar
+) -> list[torch.Tensor]:
+    by_length = np.argsort(reading.tokens.lengths()[rows], kind="stable")  # little padding in each batch
+    parts = []
+    for some in _cut(len(rows), reading):
+        with world.autocast():
+            parts.append(encoder.texts(reading.tokens.batch(rows[by_length[some]]).to(world.device)))
+        bar.advance(len(parts[-1]))
+    return [torch.cat(parts)[torch.from_numpy(np.argsort(by_length))]] if parts else []
+
+
+def _cut(count: int, reading: Reading) -> list[list[int]]:
+    return [list(range(begin, min(begin + reading.batch_size, count))) for begin in range(0, count, reading.batch_size)]
+
+
+def _collected(parts: list[torch.Tensor], total: int, width: int, world: World) -> torch.Tensor:
+    """All processes' rows (total, D) from this one's parts; the shares are equal but for the last ones."""
+    each = math.ceil(total / world.size)
+    padded = torch.zeros(each, width, device=world.device)
+    if parts:
+        own = torch.cat(parts).float()
+        padded[: len(own)] = own
+    return world.gather(padded)[:total]

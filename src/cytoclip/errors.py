@@ -1,0 +1,66 @@
+"""What a user is told when something is wrong, and the exit code that goes with it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Every exit code of every command. Signals end a process with 128 + their number, as shells do."""
+
+    OK = 0
+    INTERNAL = 1  # a bug: the only case with a traceback
+    USAGE = 2  # a wrong command line or a wrong option
+    FINDINGS = 3  # a check found something that needs a hand
+    DATA = 4  # the pairs cannot be used as they are
+    MODEL = 5  # the checkpoint cannot be used
+    RUN = 6  # the run folder cannot be used
+    SYSTEM = 7  # disk, memory, device or launcher
+    DIVERGED = 8  # a loss or gradient that is not finite
+
+
+class UserError(Exception):
+    """Something that the user can mend: printed as one `error:` and one `hint:` line, without a traceback.
+
+    Parameters
+    ----------
+    message
+        Names the value and the place; no full stop.
+    hint
+        The nearest right thing to do; no full stop.
+    code
+        The exit code of the process.
+    """
+
+    def __init__(self, message: str, hint: str, code: ExitCode = ExitCode.USAGE) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.code = code
+
+    def __reduce__(self) -> tuple[type[UserError], tuple[str, str, ExitCode]]:
+        return type(self), (self.message, self.hint, self.code)  # crosses processes whole
+
+    def lines(self) -> str:
+        return f"error: {self.message}\nhint: {self.hint}"
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known name that `word` most likely means: by spelling, else by initials (`lr` for `learning_rate`)."""
+    names = list(known)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    if close:
+        return close[0]
+    for name in names:
+        if word == "".join(part[0] for part in name.split("_") if part):
+            return name
+    return None
+
+
+def first_few(names: list[str], few: int = 3) -> str:
+    """`a, b, c and 7 more`: enough to find the fault, never a screenful."""
+    shown = ", ".join(names[:few])
+    rest = len(names) - few
+    return f"{shown} and {rest} more" if rest > 0 else shown

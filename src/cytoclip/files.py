@@ -1,0 +1,153 @@
+"""Files that are whole or not there: write beside, fsync, rename; locks that die with their process."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from cytoclip.errors import ExitCode, UserError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file or leave the old one: a crash at any moment leaves one of the two."""
+    beside = path.with_name(f".{path.name}.new")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        beside.replace(path)
+        _sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill; on a clean exit it takes the place of `path`, on any error nothing changes.
+
+    Two folders cannot be exchanged in one portable step, so the old one waits under another name until the new one
+    stands; `recover` brings it back if the process died between the two renames.
+    """
+    beside, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
+    with disk_errors(path):
+        recover(path)
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        try:
+            yield beside
+            _sync_tree(beside)
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
+        if path.exists():
+            path.rename(old)
+        beside.rename(path)
+        _sync_folder(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(path: Path) -> None:
+    """Undo a replacement of `path` that a crash cut in half; harmless at any other time."""
+    old = path.with_name(f".{path.name}.old")
+    if old.exists():
+        if path.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(path)
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder so that a crash half-way leaves nothing under its name."""
+    gone = folder.with_name(f".{folder.name}.gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    folder.rename(gone)
+    shutil.rmtree(gone)
+
+
+def remove_empty(folder: Path) -> None:
+    """Delete a folder and its parents as long as nothing is in them."""
+    while folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+        folder = folder.parent
+
+
+@contextmanager
+def lock(path: Path, busy: UserError) -> Iterator[None]:
+    """Hold `path` as a lock (the system frees it when the process dies); raises `busy` when another one holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    held = FileLock(path)
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        raise busy from None
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes free on the disk that holds `path` or, if it is not there yet, its nearest existing parent."""
+    there = path.absolute()
+    while not there.exists():
+        there = there.parent
+    return shutil.disk_usage(there).free
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a failure to write below `path` into a message; libraries hide the error number in their text."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else None
+        if number == errno.ENOSPC or "No space left on device" in str(error):
+            raise UserError(
+                f"no space left on the disk while writing {path}",
+                "free some space and run the same command again: what was saved before is whole",
+                ExitCode.SYSTEM,
+            ) from error
+        if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            raise UserError(
+                f"cannot write {path}: {os.strerror(number)}", "name a folder that you may write to", ExitCode.SYSTEM
+            ) from error
+        raise
+
+
+def _sync_tree(folder: Path) -> None:
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            descriptor = os.open(Path(parent) / name, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        _sync_folder(Path(parent))
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # Windows cannot open a folder to sync it
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

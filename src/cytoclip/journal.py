@@ -1,0 +1,112 @@
+"""What a run writes down as it goes: `losses.jsonl`, curves for trackers, and the note behind the progress bar."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, TensorBoardTracker
+
+from cytoclip import files
+from cytoclip.errors import ExitCode, UserError
+
+
+class Journal:
+    """One line a step in `losses.jsonl`, the same to each tracker; begun again where a run resumes.
+
+    Parameters
+    ----------
+    losses
+        The file; lines after `done` steps are cut off, so that each step stands there once.
+    folder
+        The run folder: trackers that write files put them there, the others take its name.
+    trackers
+        Their names; `tensorboard` writes to `folder/tensorboard`.
+    done
+        How many steps are behind.
+    """
+
+    def __init__(self, losses: Path, folder: Path, trackers: Sequence[str], done: int) -> None:
+        kept = [line for line in _lines(losses) if line["step"] <= done]
+        files.write_text(losses, "".join(json.dumps(line) + "\n" for line in kept))
+        self._stream = losses.open("a", encoding="utf-8")
+        self._trackers = [_tracker(name, folder, done) for name in trackers]
+        for tracker in self._trackers:
+            tracker.start()
+
+    def step(self, row: Mapping[str, float], curves: Mapping[str, float]) -> None:
+        """Write a step: `row` everywhere, `curves` (speeds and such, never the same twice) to the trackers only."""
+        self._stream.write(json.dumps(row) + "\n")
+        self._stream.flush()
+        values = {f"train/{key}": value for key, value in {**row, **curves}.items() if key != "step"}
+        self._log(values, int(row["step"]))
+
+    def validation(self, step: int, scored: Mapping[str, Any]) -> None:
+        for direction in ("image_to_text", "text_to_image"):
+            self._log({f"val/{direction}/{key}": value for key, value in scored[direction].items()}, step)
+
+    def close(self) -> None:
+        self._stream.close()
+        for tracker in self._trackers:
+            tracker.finish()
+
+    def _log(self, values: dict[str, float], step: int) -> None:
+        for tracker in self._trackers:
+            tracker.log(values, step=step)
+
+
+class Stopwatch:
+    """Pairs per second and the share of time spent waiting for data, since the last reading."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self._waited = 0.0
+
+    def waited(self, since: float) -> None:
+        self._waited += time.perf_counter() - since
+
+    def read(self, pairs: int) -> dict[str, float]:
+        now = time.perf_counter()
+        took = max(now - self._began, 1e-9)
+        reading = {"pairs_per_second": pairs / took, "waiting_for_data": self._waited / took}
+        self._began, self._waited = now, 0.0
+        return reading
+
+
+def note(row: Mapping[str, float], curves: Mapping[str, float], chance_loss: float) -> str:
+    """The training line: loss beside ln(batch), hit@1 in the batch, speed, waiting."""
+    return (
+        f"loss {row['loss']:.3f} (ln B {chance_loss:.3f}), hit@1 in batch {curves['hit_at_1']:.2f}, "
+        f"lr {row['lr']:.2e}, {curves['pairs_per_second']:.0f} pairs/s, "
+        f"{curves['waiting_for_data']:.0%} waiting for data"
+    )
+
+
+def _lines(path: Path) -> list[dict[str, float]]:
+    """The whole lines of a file that a crash may have cut in its last one."""
+    if not path.is_file():
+        return []
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            break
+    return found
+
+
+def _tracker(name: str, folder: Path, done: int) -> GeneralTracker:
+    if name == "tensorboard":  # purge_step hides what a crash left behind the checkpoint
+        return TensorBoardTracker("tensorboard", str(folder), purge_step=done + 1 if done else None)
+    try:
+        made = LOGGER_TYPE_TO_CLASS[name]
+        return made(experiment_name=folder.name) if name == "mlflow" else made(folder.name)
+    except (ImportError, RuntimeError) as error:
+        raise UserError(
+            f"track.to: {name} cannot start: {error}",
+            f"pip install {name}, or take it out of track.to",
+            ExitCode.SYSTEM,
+        ) from None

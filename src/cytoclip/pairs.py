@@ -1,0 +1,149 @@
+"""Image-caption pairs, and the one relation of who is right for whom that the loss and the metric share.
+
+Letters: N pairs, R rows, C columns.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+NO_GROUP = -1
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The pairs of one split, column by column; position i of every column is pair i.
+
+    Parameters
+    ----------
+    images
+        The absolute file of each pair.
+    names
+        The same as the JSON writes it, relative to `imgs/`.
+    captions
+        As written; only `same_caption_key` of them is compared.
+    groups
+        Pairs of one group are right for each other (several fields of one slide area under one diagnosis);
+        None where the data name none.
+    sources
+        Where a pair comes from (patient, slide, figure): for splits, leaks and intervals, never a right answer.
+    labels
+        A class, where the data have one.
+    contents
+        Equal for equal pictures: a hash of each image once the files are scanned (`dataclasses.replace(pairs,
+        contents=...)`). Until then the names, which miss only a picture stored twice.
+
+    Raises
+    ------
+    ValueError
+        Columns of different lengths: a bug in a reader.
+    """
+
+    images: tuple[Path, ...]
+    names: tuple[str, ...]
+    captions: tuple[str, ...]
+    groups: tuple[str | None, ...]
+    sources: tuple[str | None, ...]
+    labels: tuple[str | None, ...]
+    contents: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.contents:
+            object.__setattr__(self, "contents", self.names)  # the dataclass is frozen
+        lengths = {name: len(column) for name, column in vars(self).items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"columns of different lengths: {lengths}")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What makes two pairs right for each other, as integers; numbers mean something only within one `identities`.
+
+    Each field is int64 (N,): a numpy array, or after `map` a torch tensor on any device.
+
+    Parameters
+    ----------
+    caption
+        Equal for equal captions.
+    image
+        Equal for equal pictures.
+    group
+        Equal for one group; -1 for a pair without a group, which is in no group with anyone.
+    """
+
+    caption: Any
+    image: Any
+    group: Any
+
+    def __len__(self) -> int:
+        return len(self.caption)
+
+    def take(self, indices: Any) -> Identity:
+        """The rows at `indices`: a slice, or an index array of the kind that the fields are."""
+        return self.map(lambda column: column[indices])
+
+    def map(self, function: Callable[[Any], Any]) -> Identity:
+        """`function` of each field, such as `lambda ids: torch.from_numpy(ids).to(device)`."""
+        return Identity(function(self.caption), function(self.image), function(self.group))
+
+
+def same_caption_key(caption: str) -> str:
+    """The text by which two captions count as the same: NFKC, with white space collapsed and stripped.
+
+    NFKC rather than NFC, because captions come out of PDFs and web pages, where one sentence is written with `ﬁ` or
+    `fi`, the micro sign or the Greek mu, a full-width or a plain comma, a no-break or a plain space. The price is
+    that `10⁵` equals `105`, which matters only between two captions that are equal in all the rest.
+    Case is kept: it carries meaning (`TP53` is the human gene and `Tp53` the mouse's; `Mb` and `mb`), and a false
+    "same" would give away a right answer, where a false "different" costs at most a tie.
+
+    Examples
+    --------
+    >>> same_caption_key("Well-de\\ufb01ned  border,\\n5\\u00a0\\u00b5m ") == "Well-defined border, 5 \\u03bcm"
+    True
+    """
+    return " ".join(unicodedata.normalize("NFKC", caption).split())
+
+
+def identities(pairs: Pairs) -> Identity:
+    """Number captions, pictures and groups by first occurrence. An empty group is a missing one."""
+    return Identity(
+        caption=_numbered(map(same_caption_key, pairs.captions)),
+        image=_numbered(pairs.contents),
+        group=_numbered(group or None for group in pairs.groups),
+    )
+
+
+def right_answers(rows: Identity, columns: Identity) -> Any:
+    """Whether the text of one pair is right for the image of another, and the other way round.
+
+    Two pairs are right for each other when they are the same pair or share a caption, a picture or a group. The
+    relation is symmetric, so it serves both directions, and it is not closed transitively: A may share a caption with
+    B and B a picture with C without A being right for C. A pair shares its caption with itself, so the
+    diagonal of `right_answers(identity, identity)` is always true.
+
+    Only operators are used: numpy arrays and torch tensors both pass, on whatever device they are.
+
+    Returns
+    -------
+    bool (R, C), of the kind that the fields are.
+    """
+    same_caption = rows.caption[:, None] == columns.caption[None, :]
+    same_image = rows.image[:, None] == columns.image[None, :]
+    same_group = (rows.group[:, None] == columns.group[None, :]) & (rows.group[:, None] != NO_GROUP)
+    return same_caption | same_image | same_group
+
+
+def _numbered(keys: Iterable[Hashable]) -> NDArray[np.int64]:
+    """Each distinct key's number by first occurrence; None is -1."""
+    numbers: dict[Hashable, int] = {}
+    return np.array([NO_GROUP if key is None else numbers.setdefault(key, len(numbers)) for key in keys], np.int64)

@@ -1,0 +1,127 @@
+"""What a run will do, before it does it: steps, epochs, what moves, and how much memory and disk it takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from cytoclip.checkpoint import Opened, is_adapter_only
+from cytoclip.config import Config
+from cytoclip.device import World
+from cytoclip.errors import ExitCode, UserError
+
+_FLOAT = 4  # bytes of a float32
+_ADAM = 2 * _FLOAT  # two moments a weight
+# Bytes that one transformer layer keeps for the backward pass, a token and a unit of width, without the attention
+# matrix, which fused attention never stores: 34 in 16 bits (arXiv 2205.05198, section 4.1), twice that in float32.
+_KEPT = 34
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The length and the cost of a run.
+
+    Parameters
+    ----------
+    steps, steps_per_epoch
+        Optimizer steps in all, and full batches in one pass over the training split.
+    times_seen
+        How often each pair is seen, on average.
+    sizes
+        (training, all) parameters by part.
+    memory, disk
+        Bytes: an estimate of what one process holds at its peak, and of the largest the run folder becomes.
+    """
+
+    steps: int
+    steps_per_epoch: int
+    times_seen: float
+    sizes: dict[str, tuple[int, int]]
+    memory: int
+    disk: int
+
+    def text(self) -> str:
+        lines = [
+            f"steps        {self.steps}: {self.steps / self.steps_per_epoch:.1f} epochs of {self.steps_per_epoch}",
+            f"each pair    seen {self.times_seen:.1f} times",
+        ]
+        lines += [
+            f"{part:<12} {moving:,} of {total:,} parameters train" for part, (moving, total) in self.sizes.items()
+        ]
+        lines += [
+            f"memory       about {_readable(self.memory)} a process: weights, gradients, AdamW, activations",
+            f"disk         about {_readable(self.disk)} in the run folder at its largest",
+        ]
+        return "\n".join(lines)
+
+
+def plan(config: Config, opened: Opened, pairs: int, world: World) -> Plan:
+    """The plan of `config` for `pairs` training pairs, after `model.set_moving`.
+
+    Raises
+    ------
+    UserError
+        For fewer pairs than a batch, or a batch that the processes don't divide.
+    """
+    batch = config.train.batch_size
+    check_batch(config, world.size)
+    if pairs < batch:
+        raise UserError(
+            f"{pairs} training pairs are fewer than train.batch_size {batch}: there would be no full batch",
+            f"set train.batch_size to at most {pairs - pairs % world.size}",
+            ExitCode.DATA,
+        )
+    per_epoch = pairs // batch
+    steps = config.train.steps or per_epoch * (config.train.epochs or 0)
+    sizes = opened.encoder.sizes()
+    moving, total = (sum(column) for column in zip(*sizes.values(), strict=True))
+    activations = batch // world.size * _activations(config, opened)
+    saved = (moving if is_adapter_only(config.model, opened) else total) * _FLOAT
+    state = moving * (_FLOAT + _ADAM)
+    return Plan(
+        steps=steps,
+        steps_per_epoch=per_epoch,
+        times_seen=steps * batch / pairs,
+        sizes=sizes,
+        memory=total * _FLOAT + moving * (_FLOAT + _ADAM) + activations,
+        disk=2 * state + 3 * saved,  # a new one is written beside the old one before that goes
+    )
+
+
+def check_batch(config: Config, processes: int) -> None:
+    """Raise where the processes don't share the global batch evenly, or hold another share than is asked for."""
+    batch, held = config.train.batch_size, config.train.micro_batch_size
+    rest = batch % processes
+    if rest:
+        near = sorted({max(batch - rest, processes), batch - rest + processes}, key=lambda b: abs(b - batch))
+        raise UserError(
+            f"train.batch_size {batch} is not divisible by the {processes} processes",
+            f"set train.batch_size to {' or '.join(map(str, near))}",
+        )
+    if held not in (None, batch // processes):
+        raise UserError(
+            f"train.micro_batch_size {held} is not batch_size ÷ processes, {batch} ÷ {processes}",
+            f"leave it out, or set train.batch_size to {(held or 1) * processes}",
+        )
+
+
+def _activations(config: Config, opened: Opened) -> int:
+    """Bytes kept for the backward pass of one pair; a frozen tower keeps none."""
+    wide = 2 if config.train.precision == "no" else 1
+    settings = opened.encoder.clip.config
+    vision, text = settings.vision_config, settings.text_config
+    patches = (vision.image_size // vision.patch_size) ** 2 + 1
+    towers: list[tuple[str, Any, int]] = [
+        (config.model.image_tower, vision, patches),
+        (config.model.text_tower, text, opened.context),
+    ]
+    kept = [t.num_hidden_layers * tokens * t.hidden_size * _KEPT for mode, t, tokens in towers if mode != "frozen"]
+    return int(sum(kept)) * wide
+
+
+def _readable(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

@@ -1,0 +1,391 @@
+"""`fit`: the whole run, from a configuration to a run folder; read it from top to bottom."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from cytoclip import batches, captions, checkpoint, config, device, evaluate, files, journal, model, optim, plan, report
+from cytoclip.batches import Batch, Order, Pictures, Share
+from cytoclip.captions import Tokens
+from cytoclip.checkpoint import Opened, RunFolder
+from cytoclip.config import Config
+from cytoclip.console import Console, duration
+from cytoclip.device import World
+from cytoclip.encode import Reading
+from cytoclip.errors import ExitCode, UserError, first_few
+from cytoclip.evaluate import Question
+from cytoclip.loss import contrastive_step
+from cytoclip.pairs import Identity, Pairs, identities
+from cytoclip.plan import Plan
+from cytoclip.report import Scores
+
+HARMLESS = {"data.workers", "checkpoint.every", "track.to"}  # may differ when a run resumes
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run measured on the validation split, and where it is.
+
+    Parameters
+    ----------
+    before, last, best
+        Scores of the starting point, of the last step, and of the best validation after the start.
+    """
+
+    run: Path
+    steps: int
+    best_step: int
+    before: Scores
+    last: Scores
+    best: Scores
+
+    def table(self) -> str:
+        columns = {"before": self.before, f"step {self.steps}": self.last}
+        if self.best_step != self.steps:
+            columns |= {f"best, step {self.best_step}": self.best}
+        return report.table(columns, _ks(self.before))
+
+
+def fit(wanted: Config, console: Console) -> RunResult:
+    """Train as `wanted` says, or go on where the same run stopped.
+
+    Raises
+    ------
+    UserError
+        For anything that the user can mend; before the first step wherever it can be known by then.
+    """
+    world = device.start(wanted.train.device, wanted.train.precision)
+    wanted = _settled(wanted, world)
+    plan.check_batch(wanted, world.size)
+    run = RunFolder(Path(wanted.output))
+    with _claimed(run, wanted, world, console):
+        done = world.once(lambda: _finished(run))
+        if done:
+            console.say(f"{run.path} is finished: {done.steps} steps; delete it or name another output to train anew")
+            return done
+        console.say(_first_line(wanted, world))
+        job = _prepare(wanted, run, world, console)
+        world.once(lambda: _check_disk(job.plan, run))
+        world.once(lambda: files.write_text(run.config, _versions() + config.dump(wanted)))
+        progress = _start_or_resume(job)
+        _train(job, progress)
+        return _finish(job, progress)
+
+
+def dry_run(wanted: Config, console: Console) -> Plan:
+    """Everything that `fit` checks and counts before its first step, and nothing written."""
+    world = device.start(wanted.train.device, wanted.train.precision)
+    wanted = _settled(wanted, world)
+    console.say(_first_line(wanted, world))
+    return _prepare(wanted, RunFolder(Path(wanted.output)), world, console).plan
+
+
+@dataclass(frozen=True)
+class _Job:
+    """All that stays the same during a run."""
+
+    config: Config
+    run: RunFolder
+    world: World
+    console: Console
+    plan: Plan
+    opened: Opened
+    adapter: PeftModel | None
+    optimizer: torch.optim.AdamW
+    scaler: torch.amp.GradScaler
+    train: Pairs
+    tokens: Tokens
+    order: Order
+    val: Pairs
+    reading: Reading
+
+
+@dataclass
+class _Progress:
+    """All that a checkpoint remembers beside weights, moments and random states."""
+
+    step: int = 0
+    before: Scores = field(default_factory=dict)
+    last: Scores = field(default_factory=dict)
+    best: Scores = field(default_factory=dict)
+    best_step: int = 0
+    seconds: float = 0.0
+    scaler: dict[str, Any] = field(default_factory=dict)
+
+
+def _prepare(wanted: Config, run: RunFolder, world: World, console: Console) -> _Job:
+    splits = world.once(lambda: _open_splits(wanted, console))
+    opened = checkpoint.open_model(wanted.model.name)
+    torch.manual_seed(wanted.train.seed)  # new weights are the same in every process
+    adapter = model.set_moving(opened.encoder, wanted.model)
+    planned = plan.plan(wanted, opened, len(splits["train"]), world)
+    opened.encoder.to(world.device).train()
+    torch.manual_seed(wanted.train.seed + world.rank)  # dropout is not
+    tokens = captions.tokenise(opened.tokenizer, splits["train"].captions, opened.context)
+    job = _Job(
+        config=wanted,
+        run=run,
+        world=world,
+        console=console,
+        plan=planned,
+        opened=opened,
+        adapter=adapter,
+        optimizer=optim.build(opened.encoder.moving(), wanted.train),
+        scaler=torch.amp.GradScaler(world.device.type, enabled=wanted.train.precision == "fp16"),
+        train=splits["train"],
+        tokens=tokens,
+        order=Order(len(splits["train"]), wanted.train.batch_size, wanted.train.seed),
+        val=splits["val"],
+        reading=evaluate.reading(opened, splits["val"], _eval_batch(wanted, world), wanted.data.workers),
+    )
+    _say_what_is_odd(job)
+    return job
+
+
+def _start_or_resume(job: _Job) -> _Progress:
+    states = job.world.once(job.run.states)
+    if not states:
+        progress = _Progress()
+        progress.before = progress.last = _validate(job)
+        job.console.say(f"before: {report.one_line(progress.before, job.config.validation.ks)}")
+        return progress
+    step, folder = states[-1]
+    kept = checkpoint.load_state(folder, job.opened.encoder, job.optimizer, job.world)
+    progress = _Progress(**kept)
+    job.scaler.load_state_dict(progress.scaler)
+    job.console.say(f"resuming {job.run.path} after step {step}")
+    return progress
+
+
+def _train(job: _Job, progress: _Progress) -> None:
+    steps = job.plan.steps
+    share = Share(job.order, progress.step, steps, job.world.rank, job.world.size)
+    pictures = Pictures(job.train.images, job.opened.pixels)
+    source = iter(batches.loader(pictures, job.tokens, share, job.config.data.workers, job.world.device))
+    everyone = identities(job.train).map(lambda ids: torch.from_numpy(ids).to(job.world.device))
+    watch, began = journal.Stopwatch(), time.perf_counter() - progress.seconds
+    with ExitStack() as stack:
+        book = stack.enter_context(_journal(job, progress.step))
+        bar = stack.enter_context(job.console.progress("training", steps, start=progress.step))
+        for rows in job.order.steps(progress.step, steps):
+            asked = time.perf_counter()
+            batch = batches.next_batch(source)
+            watch.waited(asked)
+            row, curves = _step(job, progress.step, batch, everyone.take(torch.from_numpy(rows).to(job.world.device)))
+            progress.step += 1
+            curves |= watch.read(job.config.train.batch_size)
+            if book:
+                book.step(row, curves)
+            bar.advance(note=journal.note(row, curves, math.log(job.config.train.batch_size)))
+            progress.seconds = time.perf_counter() - began
+            if _due(progress.step, job.config.validation.every, steps):
+                _note_validation(job, progress, book)
+            if _due(progress.step, job.config.checkpoint.every, steps):
+                _save(job, progress)
+
+
+def _step(job: _Job, step: int, batch: Batch, identity: Identity) -> tuple[dict[str, float], dict[str, float]]:
+    """One optimizer step; what it was, and what is only worth a curve."""
+    encoder, world, wanted = job.opened.encoder, job.world, job.config.train
+    moving = encoder.moving()
+    rate = optim.learning_rate(step, job.plan.steps, wanted)
+    for group in job.optimizer.param_groups:
+        group["lr"] = rate
+    job.optimizer.zero_grad()
+    assert batch.tokens is not None  # noqa: S101 - the training loader makes them; for mypy
+    on_device = (
+        batch.pixels.to(world.device, non_blocking=True),
+        batch.tokens.to(world.device, non_blocking=True),
+    )
+    factor = job.scaler.get_scale() if job.scaler.is_enabled() else 1.0
+    result = contrastive_step(encoder, encoder.logit_scale, on_device, identity, world, factor)
+    world.sum_gradients(moving.values())
+    job.scaler.unscale_(job.optimizer)
+    norm = optim.clip(moving, wanted.max_grad_norm)
+    values = torch.stack([result.loss, norm, encoder.logit_scale.detach(), result.hit_at_1]).tolist()
+    optim.refuse_non_finite(step + 1, values[0], 0.0 if job.scaler.is_enabled() else values[1])
+    job.scaler.step(job.optimizer)
+    job.scaler.update()
+    encoder.clamp_scale()
+    row = {"step": step + 1, "loss": values[0], "lr": rate, "logit_scale": values[2], "gradient_norm": values[1]}
+    return row, {"hit_at_1": values[3], "chance_loss": math.log(wanted.batch_size)}
+
+
+def _note_validation(job: _Job, progress: _Progress, book: journal.Journal | None) -> None:
+    progress.last = _validate(job)
+    if book:
+        book.validation(progress.step, progress.last)
+    line = report.one_line(progress.last, job.config.validation.ks)
+    better = not progress.best or report.selection_score(progress.last) > report.selection_score(progress.best)
+    if better:
+        progress.best, progress.best_step = progress.last, progress.step
+        job.world.once(lambda: checkpoint.save_model(job.run.best, job.opened, job.adapter, job.config.model))
+    job.console.say(f"step {progress.step}: {line}{', the best so far' if better else ''}")
+
+
+def _validate(job: _Job) -> Scores:
+    question = Question(job.config.validation.ks)
+    return evaluate.rank(job.opened, job.val, job.reading, question, job.world, job.console)
+
+
+def _save(job: _Job, progress: _Progress) -> None:
+    progress.scaler = job.scaler.state_dict()
+    remembered = {k: v for k, v in asdict(progress).items() if k != "step"}
+    checkpoint.save_state(job.run, progress.step, job.opened.encoder, job.optimizer, job.world, remembered)
+
+
+def _finish(job: _Job, progress: _Progress) -> RunResult:
+    steps = progress.step
+    result = RunResult(job.run.path, steps, progress.best_step, progress.before, progress.last, progress.best)
+    written = {
+        **{key: value for key, value in asdict(result).items() if key != "run"},
+        "ks": job.config.validation.ks,
+        "seconds": round(progress.seconds, 1),
+        "pairs_seen": steps * job.config.train.batch_size,
+        "processes": job.world.size,
+        "device": job.world.device.type,
+    }
+
+    def save() -> None:
+        checkpoint.save_model(job.run.model, job.opened, job.adapter, job.config.model)
+        files.write_json(job.run.results, written)  # last: it is what makes the run finished
+
+    job.world.once(save)
+    job.console.say(f"finished {steps} steps in {duration(progress.seconds)}")
+    return result
+
+
+def _finished(run: RunFolder) -> RunResult | None:
+    if not run.results.is_file():
+        return None
+    found = files.read_json(run.results)
+    return RunResult(run.path, found["steps"], found["best_step"], found["before"], found["last"], found["best"])
+
+
+@contextmanager
+def _claimed(run: RunFolder, wanted: Config, world: World, console: Console) -> Iterator[None]:
+    """Hold the run folder; leave no trace of a run that was refused before it began."""
+    busy = UserError(f"{run.path} is in use by another process", "wait for it, or name another output", ExitCode.RUN)
+    with ExitStack() as stack:
+
+        def claim() -> None:
+            _refuse_other_run(run, wanted)
+            stack.enter_context(files.lock(run.lock, busy))
+
+        world.once(claim)
+        console.log_to(run.log)
+        try:
+            yield
+        finally:
+            if world.first and not run.config.exists():
+                for file in (run.log, run.lock):
+                    file.unlink(missing_ok=True)
+                files.remove_empty(run.path)
+
+
+def _refuse_other_run(run: RunFolder, wanted: Config) -> None:
+    if run.config.is_file():
+        there = config.load(run.config)
+        changed = [name for name in config.differences(there, wanted) if name not in HARMLESS]
+        if changed:
+            raise UserError(
+                f"{run.path} holds a run with another configuration; different: {first_few(changed)}",
+                "name another output, or delete that folder",
+                ExitCode.RUN,
+            )
+    elif run.path.exists() and not run.path.is_dir():
+        raise UserError(f"{run.path} is a file, not a folder", "name another output", ExitCode.RUN)
+    elif run.path.is_dir() and any(p != run.lock for p in run.path.iterdir()):
+        raise UserError(
+            f"{run.path} holds files that are no run of ours", "name an empty or a new folder as output", ExitCode.RUN
+        )
+
+
+def _open_splits(wanted: Config, console: Console) -> dict[str, Pairs]:
+    found = {name: wanted.data.split(name) for name in ("train", "val", "test")}
+    return {name: batches.open_split(folder, console) for name, folder in found.items() if folder}
+
+
+def _settled(wanted: Config, world: World) -> Config:
+    """The configuration with what depends on the machine written out."""
+    return wanted.model_copy(update={"train": wanted.train.model_copy(update={"precision": world.precision})})
+
+
+def _check_disk(planned: Plan, run: RunFolder) -> None:
+    free = files.free_bytes(run.path)
+    if free < planned.disk:
+        raise UserError(
+            f"{run.path} needs about {planned.disk / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free",
+            "free some space, or set output to a folder on another disk",
+            ExitCode.SYSTEM,
+        )
+
+
+def _first_line(wanted: Config, world: World) -> str:
+    each = wanted.train.batch_size // world.size
+    threads = f" with {torch.get_num_threads()} threads" if world.device.type == "cpu" else ""
+    several = "es" * (world.size > 1)
+    return (
+        f"{world.size} process{several} on {world.device.type}{threads}, precision {world.precision} "
+        f"(from {world.precision_from}), global batch {wanted.train.batch_size} = {world.size} × {each}"
+    )
+
+
+def _say_what_is_odd(job: _Job) -> None:
+    say, wanted = job.console, job.config
+    say.say(
+        f"{len(job.train)} training and {len(job.val)} validation pairs, {job.plan.steps} steps of "
+        f"{wanted.train.batch_size}: each pair is seen {job.plan.times_seen:.1f} times"
+    )
+    if wanted.model.lora and job.adapter:
+        lora = wanted.model.lora
+        say.say(f"LoRA rank {lora.rank}, scaling {lora.alpha / lora.rank:g} (alpha ÷ rank)")
+    if job.tokens.truncated:
+        share = job.tokens.truncated / len(job.tokens)
+        say.warn(f"{share:.1%} of the training captions are longer than {job.opened.context} tokens and lose their end")
+    for k in wanted.validation.ks:
+        if k > len(job.val):
+            say.warn(f"k = {k} is more than the {len(job.val)} validation pairs: hit@{k} is 1")
+    if wanted.train.warmup_steps >= job.plan.steps:
+        say.warn(f"{wanted.train.warmup_steps} warm-up steps of {job.plan.steps}: the peak learning rate is not passed")
+
+
+def _versions() -> str:
+    names = ("cytoclip", "torch", "transformers", "accelerate", "peft")
+    return "# " + ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names) + "\n"
+
+
+@contextmanager
+def _journal(job: _Job, done: int) -> Iterator[journal.Journal | None]:
+    """The run's journal in the first process; None in the others."""
+    if not job.world.first:
+        yield None
+        return
+    book = journal.Journal(job.run.losses, job.run.path, job.config.track.to, done)
+    try:
+        yield book
+    finally:
+        book.close()
+
+
+def _eval_batch(wanted: Config, world: World) -> int:
+    """A process's share of the training batch fits in memory with its graph, so it does without."""
+    return wanted.train.batch_size // world.size
+
+
+def _due(step: int, every: int, steps: int) -> bool:
+    return step % every == 0 or step == steps
+
+
+def _ks(scored: Scores) -> list[int]:
+    return [int(key.removeprefix("hit@")) for key in scored["chance"] if not key.endswith("_groups")]

@@ -1,0 +1,92 @@
+"""What most tests stand on: a tiny random CLIP, and drawn pictures with captions. No network, ever."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+
+import numpy as np
+import pytest
+import torch
+
+from cytoclip import cells, demo
+from cytoclip.config import Config, parse
+
+torch.set_num_threads(2)
+
+TINY = demo.Shape(
+    image_size=32, patch_size=16, image_width=32, image_layers=2, text_width=32, text_layers=2, heads=2, embedding=16
+)
+
+# The attention key biases. Softmax does not see a constant added to a whole row of scores, so their exact gradient is
+# zero; what arrives is rounding, which AdamW scales up to steps of the full learning rate.
+KEY_BIAS = "k_proj.bias"
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data root with 48 training and 20 validation pairs of drawn cells; captions repeat, some with groups."""
+    folder = tmp_path_factory.mktemp("data")
+    write_split(folder / "train", 48, seed=1)
+    write_split(folder / "val", 20, seed=2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def base(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder with a tiny random CLIP and a tokenizer trained on the captions of `root`."""
+    folder = tmp_path_factory.mktemp("base") / "tiny-clip"
+    folder.mkdir()
+    entries = json.loads((root / "train" / "img_text_pair.json").read_text())
+    demo.write_base(folder, [entry["caption"] for entry in entries], TINY, seed=0)
+    return folder
+
+
+@pytest.fixture
+def experiment(root: Path, base: Path, tmp_path: Path) -> Callable[..., Config]:
+    """Make the configuration of a run of a few steps; sections are updated by keyword."""
+
+    def make(**sections: Any) -> Config:
+        given: dict[str, Any] = {
+            "data": {"root": str(root), "workers": 0},
+            "model": {"name": str(base)},
+            "train": {"steps": 4, "batch_size": 12, "learning_rate": 1e-3, "warmup_steps": 2, "precision": "no"},
+            "validate": {"every": 100, "ks": [1, 5]},
+            "checkpoint": {"every": 100},
+            "track": {"to": []},
+            "output": str(tmp_path / "run"),
+        }
+        for name, section in sections.items():
+            given[name] = {**given[name], **section} if isinstance(section, dict) else section
+        return parse(given, "the test")
+
+    return make
+
+
+def write_split(folder: Path, count: int, seed: int) -> list[dict[str, str]]:
+    """Draw `count` pairs; every eighth repeats the caption before it, and every sixth shares a group with the next."""
+    (folder / "imgs").mkdir(parents=True)
+    entries: list[dict[str, str]] = []
+    for i, one in enumerate(cells.sample(count, seed, range(seed * 4, seed * 4 + 4))):
+        name = f"{i:03}.png"
+        one.image.resize((40, 40)).save(folder / "imgs" / name)
+        entry = {"img": name, "caption": one.caption, "source": one.source, "label": one.label}
+        if i % 8 == 7:
+            entry["caption"] = entries[-1]["caption"]
+        if i % 6 in (0, 1):
+            entry["group"] = f"group {i // 6}"
+        entries.append(entry)
+    (folder / "img_text_pair.json").write_text(json.dumps(entries))
+    return entries
+
+
+def weights(folder: Path) -> dict[str, np.ndarray]:
+    """All tensors of a saved model, by name."""
+    from safetensors.numpy import load_file
+
+    return load_file(folder / "model.safetensors")

@@ -1,0 +1,50 @@
+"""One process of a group that a test spawns once: runs every case of a JSON list, then says so.
+
+    python one_rank.py CASES.json      (RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT as torchrun sets them)
+
+A case is {"config": a whole configuration, "float64": bool, "die_at": step to kill itself in, or null}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cytoclip import checkpoint, train
+from cytoclip.config import parse
+from cytoclip.console import Console
+
+
+def run(case: dict[str, Any]) -> train.RunResult:
+    """`train.fit` of one case in this process."""
+    opens, steps = checkpoint.open_model, train._step
+
+    def open_double(name: str) -> checkpoint.Opened:
+        opened = opens(name)
+        opened.encoder.double()
+        return opened
+
+    def step_or_die(job: Any, step: int, *rest: Any) -> Any:
+        if step == case["die_at"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return steps(job, step, *rest)
+
+    checkpoint.open_model = open_double if case["float64"] else opens
+    train._step = step_or_die
+    try:
+        return train.fit(parse(case["config"], "the case"), Console(quiet=True))
+    finally:
+        checkpoint.open_model, train._step = opens, steps
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    for each in json.loads(Path(sys.argv[1]).read_text()):
+        run(each)
+    print("done", flush=True)

@@ -1,0 +1,143 @@
+"""Saved → loaded gives the same logits for every combination of towers; plain transformers opens what is full."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoTokenizer, CLIPModel, CLIPProcessor
+
+from cytoclip import checkpoint, model
+from cytoclip.checkpoint import RunFolder
+from cytoclip.config import Model
+from cytoclip.errors import UserError
+
+MODES = ("full", "frozen", "lora")
+COMBINATIONS = list(itertools.product(MODES, MODES))
+
+
+def test_there_are_nine_combinations() -> None:
+    assert len(COMBINATIONS) == 9
+
+
+@pytest.mark.parametrize("towers", COMBINATIONS, ids="-".join)
+def test_saved_and_loaded_gives_the_same_logits(towers: tuple[str, str], base: Path, tmp_path: Path) -> None:
+    """Trap 44: peft alone loses the full tower, the projections and the logit scale."""
+    wanted = Model.model_validate({"image_tower": towers[0], "text_tower": towers[1]})
+    opened = checkpoint.open_model(str(base))
+    before = {name: p.detach().clone() for name, p in opened.encoder.clip.named_parameters()}
+    adapter = model.set_moving(opened.encoder, wanted)
+    _train_a_little(opened.encoder)
+    expected = _logits(opened.encoder)
+
+    checkpoint.save_model(tmp_path / "model", opened, adapter, wanted)
+
+    assert torch.equal(_logits(opened.encoder), expected), "saving changed the model"
+    loaded = checkpoint.open_model(str(tmp_path / "model"))
+    assert torch.allclose(_logits(loaded.encoder), expected, atol=1e-4 * expected.abs().max().item())
+    assert not torch.allclose(_logits(checkpoint.open_model(str(base)).encoder), expected, atol=1e-2)
+    is_adapter = (tmp_path / "model" / "adapter_config.json").is_file()
+    assert is_adapter == ("lora" in towers and "full" not in towers)
+    if is_adapter:
+        assert (tmp_path / "model" / "cytoclip.safetensors").is_file()
+        assert not (tmp_path / "model" / "model.safetensors").exists()
+        assert (tmp_path / "model" / "adapter_model.safetensors").stat().st_size < (
+            base / "model.safetensors"
+        ).stat().st_size
+        PeftModel.from_pretrained(CLIPModel.from_pretrained(base), tmp_path / "model")
+    else:
+        plain = CLIPModel.from_pretrained(tmp_path / "model")
+        assert torch.allclose(_logits(model.DualEncoder(plain, lambda pixels: pixels)), expected, atol=1e-3)
+    _assert_frozen_is_byte_identical(towers, before, opened)
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").eos_token == opened.tokenizer.eos_token
+
+
+def _assert_frozen_is_byte_identical(
+    towers: tuple[str, str], before: dict[str, torch.Tensor], opened: checkpoint.Opened
+) -> None:
+    """Traps 33 and 35; under LoRA the base layer is frozen too."""
+    after = {n.replace(".base_layer", ""): p for n, p in opened.encoder.clip.named_parameters()}
+    checked = 0
+    for name, value in before.items():
+        tower = {"vision_model": towers[0], "text_model": towers[1]}.get(name.split(".")[0], "full")
+        if tower != "full":
+            checked += 1
+            assert torch.equal(after[name], value), name
+    assert checked == {0: 0, 1: len(before) // 2}.get(sum(t != "full" for t in towers), checked) or checked > 30
+
+
+def test_a_processor_opens_beside_the_model(base: Path, tmp_path: Path) -> None:
+    opened = checkpoint.open_model(str(base))
+    adapter = model.set_moving(opened.encoder, Model())
+    checkpoint.save_model(tmp_path / "model", opened, adapter, Model())
+    processor = CLIPProcessor.from_pretrained(tmp_path / "model", backend="pil")
+    assert type(processor.image_processor).__name__ == "CLIPImageProcessorPil"
+    assert checkpoint.open_model(str(tmp_path / "model")).pixels == opened.pixels
+
+
+def test_a_run_folder_opens_at_its_best_and_is_a_base_for_another_run(base: Path, tmp_path: Path) -> None:
+    wanted = Model.model_validate({"image_tower": "lora", "text_tower": "lora"})
+    run = RunFolder(tmp_path / "run")
+    opened = checkpoint.open_model(str(base))
+    adapter = model.set_moving(opened.encoder, wanted)
+    _train_a_little(opened.encoder)
+    run.path.mkdir()
+    run.config.write_text("data: {root: x}\n")
+    with pytest.raises(UserError, match="without a saved model"):
+        checkpoint.open_model(str(run.path))
+    checkpoint.save_model(run.model, opened, adapter, wanted)
+    at_last = _logits(checkpoint.open_model(str(run.path)).encoder)
+    _train_a_little(opened.encoder)
+    checkpoint.save_model(run.best, opened, adapter, wanted)
+    again = checkpoint.open_model(str(run.path))
+    assert not torch.equal(_logits(again.encoder), at_last)
+    assert torch.allclose(_logits(again.encoder), _logits(opened.encoder), atol=1e-3)
+    assert not checkpoint.is_adapter_only(wanted, again), "an adapter on an adapter could not be opened by peft"
+    second = model.set_moving(again.encoder, wanted)
+    _train_a_little(again.encoder)
+    checkpoint.save_model(tmp_path / "second", again, second, wanted)
+    assert torch.allclose(
+        _logits(checkpoint.open_model(str(tmp_path / "second")).encoder), _logits(again.encoder), atol=1e-3
+    )
+
+
+def test_an_adapter_without_its_companion_is_refused(base: Path, tmp_path: Path) -> None:
+    wanted = Model.model_validate({"image_tower": "lora", "text_tower": "frozen"})
+    opened = checkpoint.open_model(str(base))
+    checkpoint.save_model(tmp_path / "m", opened, model.set_moving(opened.encoder, wanted), wanted)
+    (tmp_path / "m" / "cytoclip.safetensors").unlink()
+    with pytest.raises(UserError, match="not both of"):
+        checkpoint.open_model(str(tmp_path / "m"))
+
+
+def test_pixels_of_another_size_than_the_tower_reads_are_refused(base: Path, tmp_path: Path) -> None:
+    opened = checkpoint.open_model(str(base))
+    checkpoint.save_model(tmp_path / "m", opened, model.set_moving(opened.encoder, Model()), Model())
+    file = next(p for p in (tmp_path / "m").glob("*processor_config.json"))
+    settings = json.loads(file.read_text())
+    settings |= {"size": {"shortest_edge": 48}, "crop_size": {"height": 48, "width": 48}}
+    file.write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"\(48, 48\) pixels but its image tower reads 32"):
+        checkpoint.open_model(str(tmp_path / "m"))
+
+
+def _train_a_little(encoder: model.DualEncoder) -> None:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in encoder.moving().values():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+
+
+def _logits(encoder: model.DualEncoder) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(2)
+    pixels = torch.randn(5, 3, 32, 32, generator=generator)
+    tokens = torch.randint(3, 100, (5, 7), generator=generator)
+    tokens[:, -1] = encoder.clip.config.text_config.eos_token_id
+    with torch.no_grad():
+        clip = encoder.eval().clip
+        image = torch.nn.functional.normalize(clip.get_image_features(pixel_values=pixels).pooler_output)
+        return encoder.logit_scale.exp() * image @ encoder.texts(tokens).T
