@@ -30,9 +30,14 @@ from cytoclip.errors import ExitCode, UserError, first_few
 # single-shot cameras give 150 million pixels; what is larger is a whole slide, which is to be cut into fields first.
 MAX_PIXELS = 200_000_000
 
-# Only formats that store pixels: Pillow's EPS reader would start Ghostscript, and TGA has no signature, so that any
-# file may be taken for one. The commonest first; JPEG stands for MPO too.
-FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF", "JPEG2000", "AVIF", "PPM")
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # else logging's last resort prints its errors on stderr
+Image.init()  # registers every format now, in one thread, rather than in the first of many decodes
+
+# All that Pillow opens but EPS, whose reader would start Ghostscript on the file. The commonest first (JPEG stands for
+# MPO too); formats without a signature, such as TGA, would take any file for one and are asked only by their ending.
+_NO_SIGNATURE = {name for name, (_, accepts) in Image.OPEN.items() if accepts is None}
+_COMMON = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF", "JPEG2000")
+FORMATS = tuple(dict.fromkeys((*_COMMON, *sorted(Image.OPEN.keys() - _NO_SIGNATURE - {"EPS"}))))
 
 _ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"\0\0\0\0IEND\xaeB`\x82"}
 _FLIP, _FLOP, _90, _180, _270, _TRANSPOSE, _TRANSVERSE = Image.Transpose
@@ -43,15 +48,12 @@ _STEPS = {"do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_conve
 _RAGGED = "gives pictures of different sizes (no crop and no fixed size)"
 _SCAN_BLOCK = 1024  # files handed to the threads at once: five million futures would take gigabytes
 
-logging.getLogger("PIL").addHandler(logging.NullHandler())  # else logging's last resort prints its errors on stderr
-Image.init()  # registers every format now, in one thread, rather than in the first of many decodes
-
 
 def decode(path: Path) -> Image.Image:
     """Read a file as a plain RGB picture (see `normalise`), completely, or say what is wrong with it.
 
-    Only a regular file of a format in `FORMATS` is opened, and the size that its header claims is checked before any
-    pixel is decoded. Safe in threads and forked workers. Pillow's warnings are silent from the first call on.
+    Only a regular file is opened, in any format of Pillow's but EPS, and the size that its header claims is checked
+    before a pixel is decoded. Safe in threads and forked workers. Pillow's warnings are silent from the first call on.
 
     Raises
     ------
@@ -229,15 +231,12 @@ def scan(paths: Sequence[Path], threads: int, progress: Callable[[int], None] | 
         Called in this thread with the number of files done.
     """
     results: list[Scan] = []
-    pool = ThreadPoolExecutor(max(1, threads), thread_name_prefix="scan")
-    try:
+    with ThreadPoolExecutor(max(1, threads), thread_name_prefix="scan") as pool:
         for start in range(0, len(paths), _SCAN_BLOCK):
-            for result in pool.map(_scan_one, paths[start : start + _SCAN_BLOCK]):
+            for result in pool.map(_scan_one, paths[start : start + _SCAN_BLOCK]):  # left early (Ctrl-C), map cancels
                 results.append(result)
                 if progress is not None:
                     progress(len(results))
-    finally:
-        pool.shutdown(cancel_futures=True)  # Ctrl-C waits for the files in hand, not for the block
     return results
 
 
@@ -245,7 +244,7 @@ class _UnusableError(Exception):
     """Carries the phrase for what is wrong with a file."""
 
 
-_HINT = f"replace the file or take its pair out of the JSON; the formats read are {', '.join(FORMATS)}"
+_HINT = "replace the file or take its pair out of the JSON; every format that Pillow opens but EPS is read"
 _HINTS = {
     "no such file": "check the name in the JSON: it is relative to imgs/, and capitals matter",
     "permission denied": "make the file readable for this user",
@@ -277,9 +276,10 @@ def _open(stream: BufferedReader) -> ImageFile.ImageFile:
     """The header only. Not `Image.open`, which warns on stderr and raises without telling width and height."""
     prefix = stream.read(16)
     recognised = ""
-    for name in FORMATS:
-        plugin, accepts = Image.OPEN.get(name, (None, None))  # a Pillow may be built without AVIF
-        if plugin is None or accepts is None or accepts(prefix) is not True:
+    by_ending = Image.EXTENSION.get(Path(stream.name).suffix.lower(), "")
+    for name in (*FORMATS, by_ending) if by_ending in _NO_SIGNATURE else FORMATS:
+        plugin, accepts = Image.OPEN.get(name, (None, None))  # a Pillow may be built without WebP
+        if plugin is None or (accepts is not None and accepts(prefix) is not True):
             continue
         recognised = name
         stream.seek(0)
