@@ -296,7 +296,7 @@ def test_a_format_without_a_signature_is_known_by_its_ending(tmp_path: Path) -> 
     drawn("RGB", (9, 7)).save(tmp_path / "a.tga")
     (tmp_path / "a.xyz").write_bytes((tmp_path / "a.tga").read_bytes())
     assert np.array_equal(np.asarray(decode(tmp_path / "a.tga")), np.asarray(drawn("RGB", (9, 7))))
-    with pytest.raises(UserError, match="a.xyz"):
+    with pytest.raises(UserError, match=r"a\.xyz"):
         decode(tmp_path / "a.xyz")
 
 

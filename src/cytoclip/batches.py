@@ -50,7 +50,9 @@ def open_split(folder: Path, console: Console) -> Pairs:
     pairs = sources.read(folder)
     files = list(dict.fromkeys(pairs.images))
     with console.progress(f"reading {folder}", len(files)) as bar:
-        scans = dict(zip(files, images.scan(files, threads=os.cpu_count() or 1, progress=lambda _: bar.advance()), strict=True))
+        scans = dict(
+            zip(files, images.scan(files, threads=os.cpu_count() or 1, progress=lambda _: bar.advance()), strict=True)
+        )
     names = dict(zip(pairs.images, pairs.names, strict=True))
     bad = [f"{names[file]} ({scan.problem})" for file, scan in scans.items() if scan.problem]
     if bad:
@@ -149,6 +151,7 @@ def next_batch(source: Iterator[Batch | UserError]) -> Batch:
     """The next batch, or the error of a picture that was whole when the run began and no longer is."""
     batch = next(source)
     if isinstance(batch, UserError):
+        batch.everywhere = False  # the other processes read other pictures
         raise batch
     return batch
 

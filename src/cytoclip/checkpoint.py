@@ -155,17 +155,17 @@ def save_state(
     more
         What else the run must remember, as JSON.
     """
-    tensors = {f"param.{name}": parameter.detach().cpu() for name, parameter in encoder.moving().items()}
-    for name, parameter in encoder.moving().items():
-        tensors |= {f"optim.{key}.{name}": value.cpu() for key, value in optimizer.state[parameter].items()}
-    tensors |= _random_states(world)
+    tensors = _random_states(world)
     if not world.first:
         return
+    for name, parameter in encoder.moving().items():
+        tensors[f"param.{name}"] = parameter.detach().cpu()
+        tensors |= {f"optim.{key}.{name}": value.cpu() for key, value in optimizer.state[parameter].items()}
     with files.whole_folder(run.checkpoints / f"step-{step}") as new:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, new / "state.safetensors")
         files.write_json(new / "state.json", {"step": step, **more})
-    for older, folder in run.states():
-        if older != step:
+    for folder in run.checkpoints.iterdir():  # the older ones, and what a crash left of one
+        if folder.name != f"step-{step}":
             files.remove(folder)
 
 

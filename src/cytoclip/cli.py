@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cytoclip import __version__
 from cytoclip.console import Console, fail
 from cytoclip.errors import ExitCode, UserError
 
@@ -37,6 +38,15 @@ class Direction(StrEnum):
 
     def names(self) -> tuple[str, ...]:
         return ("image_to_text", "text_to_image") if self is Direction.both else (self.value,)
+
+
+@app.callback()
+def _app(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
 
 
 @app.command()
@@ -175,27 +185,38 @@ def _guarded(work: Callable[[], object]) -> None:
     try:
         outcome = work()
     except UserError as error:
-        fail(error.lines())
+        if _speaks() or not error.everywhere:
+            fail(error.lines())
         sys.exit(int(error.code))
     except KeyboardInterrupt:
-        fail("stopped; the same command again resumes after the last checkpoint")
-        sys.exit(130)
+        outcome = _INTERRUPTED
     except Exception as error:
         _explain(error)
         raise
+    if outcome == _INTERRUPTED and _speaks():
+        fail("stopped; a training run goes on from its last checkpoint when the same command is given again")
     sys.exit(outcome if isinstance(outcome, int) else 0)
+
+
+_INTERRUPTED = 128 + 2  # SIGINT; typer catches it inside a command and returns this number
 
 
 def _explain(error: Exception) -> None:
     """Exit with a message for the two kinds of library errors that are the user's: a wrong call, and no memory."""
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # typer's usage errors
-        fail(UserError(str(error.format_message()), "cytoclip --help lists the commands").lines())
+        message = str(error.format_message())
+        if message and _speaks():  # empty where it has already printed the help
+            asked = getattr(getattr(error, "ctx", None), "command_path", "cytoclip")
+            fail(UserError(message, f"{asked} --help says what it takes").lines())
         sys.exit(int(ExitCode.USAGE))
-    if "out of memory" in str(error).lower():
-        reason = str(error).splitlines()[0]
-        hint = "set a smaller train.batch_size, more processes, or a frozen or lora tower"
+    if isinstance(error, MemoryError) or any(words in str(error).lower() for words in _NO_MEMORY):
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        hint = "use a smaller batch (train.batch_size, --batch-size), more processes, or a frozen or lora tower"
         fail(UserError(f"no memory left: {reason}", hint).lines())
         sys.exit(int(ExitCode.SYSTEM))
+
+
+_NO_MEMORY = ("out of memory", "can't allocate memory")  # as CUDA and MPS say it, and torch on the CPU
 
 
 def _console() -> Console:
@@ -204,6 +225,11 @@ def _console() -> Console:
 
 def _first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
+
+
+def _speaks() -> bool:
+    """Whether this process says what all of them met: the first one on its machine, whose files may differ."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _joined_ks(words: list[str]) -> list[str]:

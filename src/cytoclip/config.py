@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 from yaml import YAMLError
 
 from cytoclip.errors import UserError, nearest
@@ -37,7 +38,12 @@ class Data(Section):
     test: NonEmpty | None = Field(
         None, description="Folder of the test split, where the splits lie apart. Checked, never trained or selected on."
     )
-    workers: int = Field(4, ge=0, description="Processes that decode pictures for each training process; 0: none.")
+    workers: int | None = Field(
+        None,
+        ge=0,
+        description="Processes that decode pictures for each training process; 0: none; "
+        "null: its share of the machine's cores, at most 4.",
+    )
 
     @model_validator(mode="after")
     def _one_way(self) -> Data:
@@ -138,7 +144,9 @@ class Train(Section):
     @model_validator(mode="after")
     def _one_length(self) -> Train:
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError(f"steps is {self.steps} and epochs is {self.epochs}|give one of the two")
+            raise ValueError(
+                f"steps is {self.steps or 'null'} and epochs is {self.epochs or 'null'}|give one of the two"
+            )
         return self
 
 
@@ -189,7 +197,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     """
     given = _read(path, overrides)
     given.setdefault("output", f"runs/{path.stem}")
-    return parse(given, str(path))
+    return parse(given, f"{path} with {' '.join(overrides)}" if overrides else str(path))
 
 
 def parse(given: Mapping[str, Any], place: str) -> Config:
@@ -269,16 +277,12 @@ def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
             f"did you mean {path.parent / near}?" if near else "give the path of a YAML file, such as configs/NAME.yaml"
         )
         raise UserError(f"no such configuration file: {path}", hint)
-    for override in overrides:
-        if "=" not in override:
-            raise UserError(
-                f"cannot read the override {override!r}", "write section.key=value, such as train.steps=100"
-            )
+    on_top = [_override(override) for override in overrides]
     try:
         written = OmegaConf.load(path)
         if not isinstance(written, DictConfig):
             raise UserError(f"{path} is not a mapping of sections", "begin with `data: {root: path/to/data_root}`")
-        given = OmegaConf.to_container(OmegaConf.merge(written, OmegaConf.from_dotlist(list(overrides))), resolve=True)
+        given = OmegaConf.to_container(OmegaConf.merge(written, *on_top), resolve=True)
     except (YAMLError, OmegaConfBaseException, ValueError, TypeError, OSError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} cannot be read: {reason}", "mend that line; YAML wants `key: value`") from None
@@ -286,12 +290,23 @@ def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     return {str(key): value for key, value in given.items()}
 
 
+def _override(given: str) -> DictConfig:
+    try:
+        if not given.partition("=")[0] or "=" not in given:
+            raise ValueError
+        return OmegaConf.from_dotlist([given])
+    except (YAMLError, OmegaConfBaseException, ValueError, TypeError):
+        raise UserError(
+            f"cannot read the override {given!r}", "write section.key=value, such as train.steps=100"
+        ) from None
+
+
 def _user_error(error: ValidationError, place: str) -> UserError:
     problems = error.errors()
     first = problems[0]
-    where = [str(part) for part in first["loc"] if not str(part).startswith(("literal[", "list[", "function-"))]
-    name = ".".join(where)
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    name = _name_of(first)
+    others = len({_name_of(problem) for problem in problems}) - 1
+    more = f" (and {others} more)" if others else ""
     if first["type"] == "extra_forbidden":
         return UserError(f"unknown option {name} in {place}{more}", _nearest_option(name))
     if first["type"] == "value_error":  # our own validators write `what|what to do`
@@ -301,21 +316,38 @@ def _user_error(error: ValidationError, place: str) -> UserError:
         return UserError(
             f"{name} is missing in {place}{more}", "give data.root, such as data: {root: path/to/data_root}"
         )
-    option = next((option for option in options() if name == option.name), None)
-    hint = f"{option.name} is {option.kind}: {option.doc}" if option else "`cytoclip config` lists every option"
+    value = "null" if first["input"] is None else repr(first["input"])
+    inner = [option for option in options() if option.name.startswith(f"{name}.") and option.kind != "section"]
+    if inner:
+        what_for = f"write options below it, such as {inner[0].name}, or delete the line"
+        return UserError(f"{name} is a section, not {value}, in {place}{more}", what_for)
+    option = next(option for option in options() if name == option.name)
     message = first["msg"][0].lower() + first["msg"][1:]
-    return UserError(f"{name}: {first['input']!r} is refused in {place}: {message}{more}", hint)
+    if sum(_name_of(problem) == name for problem in problems) > 1:  # one for each type that it might have had
+        message = f"input should be {option.kind}"
+    return UserError(
+        f"{name}: {value} is refused in {place}: {message}{more}", f"{option.name} ({option.kind}): {option.doc}"
+    )
+
+
+def _name_of(problem: ErrorDetails) -> str:
+    """The dotted option, without the place in a list and without pydantic's names of the branches of a union."""
+    parts = [str(part) for part in problem["loc"] if isinstance(part, str)]
+    return ".".join(part for part in parts if not part.startswith(("literal[", "list[", "function-")))
 
 
 def _nearest_option(name: str) -> str:
     known = [option.name for option in options()]
     section, _, key = name.rpartition(".")
-    siblings = {n.removeprefix(section + "."): n for n in known if n.startswith(section + ".")} if section else {}
-    leaves = {n.rpartition(".")[2]: n for n in known}
-    for word, names in ((key, siblings), (name, {n: n for n in known}), (key, leaves)):
-        near = nearest(word, names)
+    elsewhere = [option for option in known if option.rpartition(".")[2] == key]
+    if elsewhere:
+        return f"did you mean {' or '.join(elsewhere)}?"
+    siblings = [option for option in known if option.rpartition(".")[0] == section]
+    for options_there in (siblings, known):
+        leaves = {option.rpartition(".")[2]: option for option in options_there}
+        near = nearest(key, leaves)
         if near:
-            return f"did you mean {names[near]}?"
+            return f"did you mean {leaves[near]}?"
     return "`cytoclip config` lists every option"
 
 

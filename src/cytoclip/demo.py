@@ -52,7 +52,10 @@ def prepare(folder: Path, seed: int, console: Console) -> Path:
         with files.whole_folder(folder / "base") as new:
             write_base(new, [entry["caption"] for entry in listed], Shape(), seed)
     recipe = folder / "demo.yaml"
-    files.write_text(recipe, _RECIPE.format(folder=folder.as_posix(), workers=min(2, os.cpu_count() or 1), seed=seed))
+    places = {  # in JSON's quotes, which are YAML's: a folder may be called `my, demo`
+        name: json.dumps(f"{folder.as_posix()}/{name}", ensure_ascii=False) for name in ("data", "base", "run")
+    }
+    files.write_text(recipe, _RECIPE.format(seed=seed, **places))
     return recipe
 
 
@@ -167,8 +170,8 @@ def _different_captions(entries: list[Entry], count: int, imgs: Path) -> list[En
 
 _RECIPE = """\
 # The demo: a small CLIP from scratch on the drawn sample set. `cytoclip train` on this file repeats it.
-data: {{root: {folder}/data, workers: {workers}}}
-model: {{name: {folder}/base}}
+data: {{root: {data}}}
+model: {{name: {base}}}
 train:
   steps: 200
   batch_size: 128
@@ -179,5 +182,5 @@ train:
   seed: {seed}
 validate: {{every: 100, ks: [1, 5, 10]}}
 checkpoint: {{every: 100}}
-output: {folder}/run
+output: {run}
 """

@@ -56,6 +56,13 @@ class World:
         dtype = DTYPES.get(self.precision)
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
+    def loaders(self, wanted: int | None) -> int:
+        """Processes that decode for this one: as wanted, else its share of the machine's cores, at most 4."""
+        if wanted is not None:
+            return wanted
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return min(4, max(1, (os.cpu_count() or 1) // here))
+
     def once(self, work: Callable[[], T]) -> T:
         """Do `work` in the first process; all processes get its result.
 

@@ -32,7 +32,14 @@ class UserError(Exception):
         The nearest right thing to do; no full stop.
     code
         The exit code of the process.
+
+    Attributes
+    ----------
+    everywhere
+        Whether all processes of a run meet it; then only the first on each machine says so.
     """
+
+    everywhere = True
 
     def __init__(self, message: str, hint: str, code: ExitCode = ExitCode.USAGE) -> None:
         super().__init__(message)
@@ -44,19 +51,19 @@ class UserError(Exception):
         return type(self), (self.message, self.hint, self.code)  # crosses processes whole
 
     def lines(self) -> str:
-        return f"error: {self.message}\nhint: {self.hint}"
+        """Two lines, whatever a library put into the message."""
+        error, hint = (" ".join(text.splitlines()) for text in (self.message, self.hint))
+        return f"error: {error}\nhint: {hint}"
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known name that `word` most likely means: by spelling, else by initials (`lr` for `learning_rate`)."""
+    """The known name that `word` most likely means: by initials (`lr` for `learning_rate`), else by spelling."""
     names = list(known)
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
-    if close:
-        return close[0]
     for name in names:
-        if word == "".join(part[0] for part in name.split("_") if part):
+        if "_" in name and word == "".join(part[0] for part in name.split("_") if part):
             return name
-    return None
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    return close[0] if close else None
 
 
 def first_few(names: list[str], few: int = 3) -> str:

@@ -67,7 +67,7 @@ def evaluate(
         f"{opened.name}: {len(pairs)} pairs of {folder} on {world.device.type}, precision {world.precision} "
         f"(from {world.precision_from}), {world.size} process{'es' * (world.size > 1)}"
     )
-    how = reading(opened, pairs, batch_size, min(4, os.cpu_count() or 1) if workers is None else workers)
+    how = reading(opened, pairs, batch_size, world.loaders(workers))
     if how.tokens.truncated:
         console.warn(f"{how.tokens.truncated} captions are longer than {opened.context} tokens and lose their end")
     return rank(opened, pairs, how, question, world, console)

@@ -80,9 +80,9 @@ def remove(folder: Path) -> None:
     shutil.rmtree(gone)
 
 
-def remove_empty(folder: Path) -> None:
-    """Delete a folder and its parents as long as nothing is in them."""
-    while folder.is_dir() and not any(folder.iterdir()):
+def remove_empty(folder: Path, keep: Path | None = None) -> None:
+    """Delete a folder and its parents, as long as nothing is in them and up to `keep`, which stays."""
+    while folder != keep and folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
         folder = folder.parent
 
@@ -90,10 +90,11 @@ def remove_empty(folder: Path) -> None:
 @contextmanager
 def lock(path: Path, busy: UserError) -> Iterator[None]:
     """Hold `path` as a lock (the system frees it when the process dies); raises `busy` when another one holds it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     held = FileLock(path)
     try:
-        held.acquire(timeout=0)
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            held.acquire(timeout=0)
     except Timeout:
         raise busy from None
     try:

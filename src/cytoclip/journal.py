@@ -34,8 +34,6 @@ class Journal:
         files.write_text(losses, "".join(json.dumps(line) + "\n" for line in kept))
         self._stream = losses.open("a", encoding="utf-8")
         self._trackers = [_tracker(name, folder, done) for name in trackers]
-        for tracker in self._trackers:
-            tracker.start()
 
     def step(self, row: Mapping[str, float], curves: Mapping[str, float]) -> None:
         """Write a step: `row` everywhere, `curves` (speeds and such, never the same twice) to the trackers only."""
@@ -82,6 +80,7 @@ def note(row: Mapping[str, float], curves: Mapping[str, float], chance_loss: flo
         f"loss {row['loss']:.3f} (ln B {chance_loss:.3f}), hit@1 in batch {curves['hit_at_1']:.2f}, "
         f"lr {row['lr']:.2e}, {curves['pairs_per_second']:.0f} pairs/s, "
         f"{curves['waiting_for_data']:.0%} waiting for data"
+        + (f", {curves['memory_gb']:.1f} GB" if "memory_gb" in curves else "")
     )
 
 
@@ -99,14 +98,18 @@ def _lines(path: Path) -> list[dict[str, float]]:
 
 
 def _tracker(name: str, folder: Path, done: int) -> GeneralTracker:
-    if name == "tensorboard":  # purge_step hides what a crash left behind the checkpoint
-        return TensorBoardTracker("tensorboard", str(folder), purge_step=done + 1 if done else None)
     try:
-        made = LOGGER_TYPE_TO_CLASS[name]
-        return made(experiment_name=folder.name) if name == "mlflow" else made(folder.name)
+        if name == "tensorboard":  # purge_step hides what a crash left behind the checkpoint
+            made = TensorBoardTracker("tensorboard", str(folder), purge_step=done + 1 if done else None)
+        elif name == "mlflow":
+            made = LOGGER_TYPE_TO_CLASS[name](experiment_name=folder.name)
+        else:
+            made = LOGGER_TYPE_TO_CLASS[name](folder.name)
+        made.start()
     except (ImportError, RuntimeError) as error:
         raise UserError(
             f"track.to: {name} cannot start: {error}",
             f"pip install {name}, or take it out of track.to",
             ExitCode.SYSTEM,
         ) from None
+    return made

@@ -9,6 +9,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -222,7 +223,8 @@ def beside_adapter(clip: nn.Module, family: Family) -> dict[str, torch.Tensor]:
 def read_adapter(folder: Path, clip: nn.Module) -> nn.Module:
     """Put the peft adapter in `folder` into `clip` and merge it."""
     try:
-        merged: nn.Module = PeftModel.from_pretrained(clip, str(folder)).merge_and_unload()
+        with _quiet_peft():
+            merged: nn.Module = PeftModel.from_pretrained(clip, str(folder)).merge_and_unload()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise _not_opened(str(folder), error) from None
     return merged
@@ -245,9 +247,16 @@ def _adapt(clip: nn.Module, towers: list[str], lora: Lora, family: Family) -> Pe
     settings = LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=pattern, bias="none"
     )
-    with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 for a name that it will drop
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    with _quiet_peft():
         return get_peft_model(clip, settings)
+
+
+@contextmanager
+def _quiet_peft() -> Iterator[None]:
+    """peft 0.21 asks transformers 5.23 for a name that transformers will drop; no user can mend that."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def _lora_layers(clip: nn.Module) -> Iterator[tuple[str, Any]]:

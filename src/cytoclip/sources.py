@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cytoclip.errors import ExitCode, UserError, first_few, nearest
 from cytoclip.pairs import Pairs
 
+_HALF = re.compile("[\ud800-\udfff]")  # half of a character beyond U+FFFF: valid JSON, but no file name and no token
 LIST_NAME = "img_text_pair.json"
 _LAYOUT = f'a split is a folder with `imgs/` and `{LIST_NAME}`, a list of {{"img": …, "caption": …}}'
 
@@ -40,7 +43,7 @@ def read(folder: Path) -> Pairs:
         )
     inside = base.resolve()
     images = tuple((inside / entry["img"]) for entry in entries)
-    outside = [e["img"] for e, image in zip(entries, images, strict=True) if not image.resolve().is_relative_to(inside)]
+    outside = [e["img"] for e, image in zip(entries, images, strict=True) if not _real(image).is_relative_to(inside)]
     if outside:
         raise _data_error(
             f"{len(outside)} links below {base} lead out of it: {first_few(outside)}", "copy the pictures into imgs/"
@@ -53,6 +56,10 @@ def read(folder: Path) -> Pairs:
         sources=_tags(entries, "source"),
         labels=_tags(entries, "label"),
     )
+
+
+def _real(image: Path) -> Path:
+    return Path(os.path.realpath(image))  # as resolve(), which raises for a link to itself
 
 
 def _entries(folder: Path) -> list[Any]:
@@ -86,6 +93,8 @@ def _problem(entry: Any) -> str | None:
             return f"its {key} is {_kind(entry[key])}, not a text"
         if not entry[key].strip():
             return f"its {key} is empty"
+        if _HALF.search(entry[key]):
+            return f"its {key} holds half a character, {entry[key]!r}"
     name = PurePosixPath(entry["img"])
     if name.is_absolute() or ".." in name.parts or "\0" in entry["img"]:
         return f"{entry['img']!r} leaves imgs/"

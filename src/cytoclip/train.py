@@ -86,8 +86,13 @@ def dry_run(wanted: Config, console: Console) -> Plan:
     """Everything that `fit` checks and counts before its first step, and nothing written."""
     world = device.start(wanted.train.device, wanted.train.precision)
     wanted = _settled(wanted, world)
+    plan.check_batch(wanted, world.size)
+    run = RunFolder(Path(wanted.output))
+    world.once(lambda: _refuse_other_run(run, wanted))
     console.say(_first_line(wanted, world))
-    return _prepare(wanted, RunFolder(Path(wanted.output)), world, console).plan
+    planned = _prepare(wanted, run, world, console).plan
+    world.once(lambda: _check_disk(planned, run))
+    return planned
 
 
 @dataclass(frozen=True)
@@ -141,15 +146,21 @@ def _prepare(wanted: Config, run: RunFolder, world: World, console: Console) -> 
         opened=opened,
         adapter=adapter,
         optimizer=optim.build(opened.encoder.moving(), wanted.train),
-        scaler=torch.amp.GradScaler(world.device.type, enabled=wanted.train.precision == "fp16"),
+        scaler=_scaler(world, wanted.train.precision),
         train=splits["train"],
         tokens=tokens,
         order=Order(len(splits["train"]), wanted.train.batch_size, wanted.train.seed),
         val=splits["val"],
-        reading=evaluate.reading(opened, splits["val"], _eval_batch(wanted, world), wanted.data.workers),
+        reading=evaluate.reading(opened, splits["val"], _eval_batch(wanted, world), world.loaders(wanted.data.workers)),
     )
     _say_what_is_odd(job)
     return job
+
+
+def _scaler(world: World, precision: str) -> torch.amp.GradScaler:
+    scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
+    scaler.scale(torch.ones((), device=world.device))  # its first call makes the scale; ours is applied to gradients
+    return scaler
 
 
 def _start_or_resume(job: _Job) -> _Progress:
@@ -171,7 +182,7 @@ def _train(job: _Job, progress: _Progress) -> None:
     steps = job.plan.steps
     share = Share(job.order, progress.step, steps, job.world.rank, job.world.size)
     pictures = Pictures(job.train.images, job.opened.pixels)
-    source = iter(batches.loader(pictures, job.tokens, share, job.config.data.workers, job.world.device))
+    source = iter(batches.loader(pictures, job.tokens, share, job.reading.workers, job.world.device))
     everyone = identities(job.train).map(lambda ids: torch.from_numpy(ids).to(job.world.device))
     watch, began = journal.Stopwatch(), time.perf_counter() - progress.seconds
     with ExitStack() as stack:
@@ -218,7 +229,10 @@ def _step(job: _Job, step: int, batch: Batch, identity: Identity) -> tuple[dict[
     job.scaler.update()
     encoder.clamp_scale()
     row = {"step": step + 1, "loss": values[0], "lr": rate, "logit_scale": values[2], "gradient_norm": values[1]}
-    return row, {"hit_at_1": values[3], "chance_loss": math.log(wanted.batch_size)}
+    curves = {"hit_at_1": values[3], "chance_loss": math.log(wanted.batch_size)}
+    if world.device.type == "cuda":
+        curves["memory_gb"] = torch.cuda.max_memory_allocated(world.device) / 1e9
+    return row, curves
 
 
 def _note_validation(job: _Job, progress: _Progress, book: journal.Journal | None) -> None:
@@ -276,6 +290,7 @@ def _finished(run: RunFolder) -> RunResult | None:
 def _claimed(run: RunFolder, wanted: Config, world: World, console: Console) -> Iterator[None]:
     """Hold the run folder; leave no trace of a run that was refused before it began."""
     busy = UserError(f"{run.path} is in use by another process", "wait for it, or name another output", ExitCode.RUN)
+    there = next(folder for folder in (run.path, *run.path.parents) if folder.exists())
     with ExitStack() as stack:
 
         def claim() -> None:
@@ -290,7 +305,7 @@ def _claimed(run: RunFolder, wanted: Config, world: World, console: Console) -> 
             if world.first and not run.config.exists():
                 for file in (run.log, run.lock):
                     file.unlink(missing_ok=True)
-                files.remove_empty(run.path)
+                files.remove_empty(run.path, keep=there)
 
 
 def _refuse_other_run(run: RunFolder, wanted: Config) -> None:
@@ -305,10 +320,15 @@ def _refuse_other_run(run: RunFolder, wanted: Config) -> None:
             )
     elif run.path.exists() and not run.path.is_dir():
         raise UserError(f"{run.path} is a file, not a folder", "name another output", ExitCode.RUN)
-    elif run.path.is_dir() and any(p != run.lock for p in run.path.iterdir()):
+    elif run.path.is_dir() and any(p not in _before_config(run) for p in run.path.iterdir()):
         raise UserError(
             f"{run.path} holds files that are no run of ours", "name an empty or a new folder as output", ExitCode.RUN
         )
+
+
+def _before_config(run: RunFolder) -> set[Path]:
+    """What a run that was killed while it read its data leaves behind."""
+    return {run.lock, run.log, run.config.with_name(f".{run.config.name}.new")}
 
 
 def _open_splits(wanted: Config, console: Console) -> dict[str, Pairs]:
@@ -323,9 +343,10 @@ def _settled(wanted: Config, world: World) -> Config:
 
 def _check_disk(planned: Plan, run: RunFolder) -> None:
     free = files.free_bytes(run.path)
-    if free < planned.disk:
+    needed = planned.disk - sum(p.stat().st_size for p in run.path.rglob("*") if p.is_file())  # a resumed run has some
+    if free < needed:
         raise UserError(
-            f"{run.path} needs about {planned.disk / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free",
+            f"{run.path} needs about {needed / 1e9:.1f} GB more and its disk has {free / 1e9:.1f} GB free",
             "free some space, or set output to a folder on another disk",
             ExitCode.SYSTEM,
         )

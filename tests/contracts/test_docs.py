@@ -1,0 +1,33 @@
+"""Pages that are made from code are as fresh as the code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from docs import render
+
+
+def test_every_rendered_page_is_current() -> None:
+    """Run `make docs` when this is red."""
+    assert [page.name for page in render.PAGES] == ["config.md"]
+    for page, rendered in render.PAGES.items():
+        assert page.read_text(encoding="utf-8") == rendered(), f"{page} is stale: run make docs"
+
+
+def test_check_tells_a_stale_page_from_a_current_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "reference" / "page.md"
+    monkeypatch.setattr(render, "PAGES", {page: lambda: "new\n"})
+    monkeypatch.chdir(tmp_path)
+    assert render.main(check=True) == 1  # not there
+    assert not page.exists()
+    assert render.main(check=False) == 0
+    assert page.read_text() == "new\n"
+    assert render.main(check=True) == 0
+    page.write_text("old\n")
+    capsys.readouterr()
+    assert render.main(check=True) == 1
+    assert capsys.readouterr().err == "reference/page.md is stale: run make docs\n"
+    assert page.read_text() == "old\n"

@@ -1,0 +1,203 @@
+"""The order is a pure function of (seed, epoch, position); batches hold what it says, whoever decodes them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cytoclip import batches, captions, checkpoint, images
+from cytoclip.batches import Batch, Order, Pictures, Share
+from cytoclip.console import Bar, Console
+from cytoclip.errors import ExitCode, UserError
+
+QUIET = Console(quiet=True)
+CPU = torch.device("cpu")
+ORDER = Order(pairs=23, batch_size=4, seed=7)  # 5 steps an epoch, 3 pairs over
+
+
+def epoch_rows(order: Order, epoch: int) -> list[int]:
+    per = order.steps_per_epoch
+    return np.concatenate([order.rows(step) for step in range(epoch * per, (epoch + 1) * per)]).tolist()
+
+
+def test_each_pair_comes_once_an_epoch() -> None:
+    order = Order(pairs=24, batch_size=4, seed=7)
+    assert order.steps_per_epoch == 6
+    for epoch in range(3):
+        assert sorted(epoch_rows(order, epoch)) == list(range(24))
+
+
+def test_two_epochs_differ_and_are_reproducible() -> None:
+    """Trap 25: the same batches every epoch train on the same negatives, and nothing shows it."""
+    one, two = epoch_rows(ORDER, 0), epoch_rows(ORDER, 1)
+    assert one != two
+    assert [epoch_rows(Order(23, 4, 7), epoch) for epoch in (0, 1)] == [one, two]
+    assert epoch_rows(Order(23, 4, 8), 0) != one
+    assert one != sorted(one)
+
+
+def test_the_remainder_is_dropped_and_is_another_one_each_epoch() -> None:
+    """A pair that is dropped always would never be trained on."""
+    assert ORDER.steps_per_epoch == 5
+    dropped = [frozenset(range(23)) - frozenset(epoch_rows(ORDER, epoch)) for epoch in range(20)]
+    assert {len(some) for some in dropped} == {3}
+    assert len(set(dropped)) > 10
+    assert frozenset.union(*dropped) == frozenset(range(23))
+
+
+def test_a_batch_never_holds_a_pair_twice() -> None:
+    assert all(len(set(ORDER.rows(step).tolist())) == 4 for step in range(50))
+
+
+def test_steps_are_rows_one_after_another_from_anywhere() -> None:
+    """Resuming in the middle of an epoch, and across its end, is the same as skipping."""
+    expected = [ORDER.rows(step).tolist() for step in range(17)]
+    for first in (0, 3, 5, 11, 17):
+        assert [rows.tolist() for rows in ORDER.steps(first, 17)] == expected[first:]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("first", [0, 7])
+def test_the_shares_of_all_processes_are_the_global_batch_in_order(size: int, first: int) -> None:
+    """The loss takes its own rows from that place of the global identity; another order would pair others."""
+    shares = [Share(ORDER, first, 13, rank, size) for rank in range(size)]
+    assert {len(share) for share in shares} == {13 - first}
+    together = [[row for part in parts for row in part] for parts in zip(*shares, strict=True)]
+    assert together == [ORDER.rows(step).tolist() for step in range(first, 13)]
+
+
+def pictures_and_tokens(root: Path, base: Path) -> tuple[Pictures, captions.Tokens]:
+    pairs = batches.open_split(root / "train", QUIET)
+    opened = checkpoint.open_model(str(base))
+    return Pictures(pairs.images, opened.pixels), captions.tokenise(opened.tokenizer, pairs.captions, opened.context)
+
+
+def read_all(pictures: Pictures, tokens: captions.Tokens | None, share: Share, workers: int) -> list[Batch]:
+    source = iter(batches.loader(pictures, tokens, share, workers, CPU))
+    return [batches.next_batch(source) for _ in range(len(share))]
+
+
+def test_batches_are_the_same_whoever_decodes_them(root: Path, base: Path) -> None:
+    pictures, tokens = pictures_and_tokens(root, base)
+    share = Share(Order(48, 6, seed=3), 5, 11, rank=1, size=2)
+    alone, helped = (read_all(pictures, tokens, share, workers) for workers in (0, 2))
+    assert [batch.indices.tolist() for batch in alone] == list(share)
+    for one, two in zip(alone, helped, strict=True):
+        assert np.array_equal(one.indices, two.indices)
+        assert torch.equal(one.pixels, two.pixels)
+        assert one.tokens is not None
+        assert two.tokens is not None
+        assert torch.equal(one.tokens, two.tokens)
+        assert one.pixels.dtype == torch.uint8
+        for index, pixels, ids in zip(one.indices, one.pixels, one.tokens, strict=True):
+            assert np.array_equal(pixels, pictures[index][1])
+            assert torch.equal(ids[: tokens.lengths()[index]], tokens.batch([index])[0])
+
+
+def test_pictures_alone_have_no_tokens(root: Path, base: Path) -> None:
+    pictures, _ = pictures_and_tokens(root, base)
+    (batch,) = read_all(pictures, None, Share(Order(48, 6, 0), 0, 1, 0, 1), workers=0)
+    assert batch.tokens is None
+    assert batch.pixels.shape == (6, 3, 32, 32)
+
+
+def test_the_loader_draws_nothing_from_the_global_random_state(root: Path, base: Path) -> None:
+    """Else the dropout masks of a run that resumes, which makes a loader more, would be others."""
+    pictures, tokens = pictures_and_tokens(root, base)
+    before = torch.get_rng_state()
+    numpy_before = np.random.get_state()[1].tolist()  # type: ignore[index]
+    read_all(pictures, tokens, Share(Order(48, 12, 0), 0, 2, 0, 1), workers=0)
+    iter(batches.loader(pictures, tokens, Share(Order(48, 12, 0), 0, 2, 0, 1), 1, CPU))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert np.random.get_state()[1].tolist() == numpy_before  # type: ignore[index]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_picture_that_went_away_after_the_scan_is_named(workers: int, root: Path, base: Path, tmp_path: Path) -> None:
+    """A worker's exception would reach the user as a traceback of the loader."""
+    shutil.copytree(root / "train", tmp_path / "train")
+    pictures, tokens = pictures_and_tokens(tmp_path, base)
+    (tmp_path / "train" / "imgs" / "007.png").unlink()
+    with pytest.raises(UserError, match=r"007\.png: no such file") as caught:
+        read_all(pictures, tokens, Share(Order(48, 12, 0), 0, 4, 0, 1), workers)
+    assert caught.value.code is ExitCode.DATA
+    assert "JSON" in caught.value.hint
+
+
+def split(folder: Path, names: list[str]) -> Path:
+    (folder / "imgs").mkdir(parents=True)
+    entries = [{"img": name, "caption": f"cell {i}"} for i, name in enumerate(names)]
+    (folder / "img_text_pair.json").write_text(json.dumps(entries))
+    return folder
+
+
+def picture(path: Path, grey: int) -> None:
+    Image.new("RGB", (8, 8), (grey, grey, grey)).save(path)
+
+
+def test_equal_bytes_are_equal_contents(tmp_path: Path) -> None:
+    """Under two names, or one file named twice: the same picture. Its pairs are then right for each other."""
+    folder = split(tmp_path / "val", ["a.png", "b.png", "a.png", "c.png"])
+    for name, grey in (("a.png", 10), ("b.png", 20), ("c.png", 10)):
+        picture(folder / "imgs" / name, grey)
+    contents = batches.open_split(folder, QUIET).contents
+    assert contents[0] == contents[2] == contents[3]
+    assert contents[0] != contents[1]
+
+
+def test_missing_and_damaged_pictures_are_counted_and_named(tmp_path: Path) -> None:
+    """Trap 28; every one of them, for mending them one by one takes a start each. A name given twice counts once."""
+    folder = split(tmp_path / "val", ["a.png", "gone.png", "cut.png", "text.png", "gone.png", "b.png"])
+    for name in ("a.png", "cut.png", "b.png"):
+        picture(folder / "imgs" / name, 10)
+    whole = (folder / "imgs" / "cut.png").read_bytes()
+    (folder / "imgs" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "imgs" / "text.png").write_text("not a picture")
+    with pytest.raises(UserError, match="3 of 5 pictures") as caught:
+        batches.open_split(folder, QUIET)
+    for said in ("gone.png (no such file)", "cut.png (truncated", "text.png (not a picture", str(folder / "imgs")):
+        assert said in caught.value.message
+    assert "a.png" not in caught.value.message
+    assert str(folder / "img_text_pair.json") in caught.value.hint
+    assert caught.value.code is ExitCode.DATA
+
+
+def test_many_bad_pictures_are_not_a_screenful(tmp_path: Path) -> None:
+    folder = split(tmp_path / "val", [f"{i}.png" for i in range(40)])
+    with pytest.raises(UserError, match="40 of 40 pictures") as caught:
+        batches.open_split(folder, QUIET)
+    assert "and 37 more" in caught.value.message
+    assert len(caught.value.message) < 300 + len(str(folder))
+
+
+def test_the_bar_counts_each_picture_once(tmp_path: Path) -> None:
+    """`scan` reports how many are done, a bar wants how many more."""
+    folder = split(tmp_path / "val", ["a.png", "b.png", "a.png", "c.png"])
+    for grey, name in enumerate(("a.png", "b.png", "c.png")):
+        picture(folder / "imgs" / name, grey)
+    bars: list[Bar] = []
+
+    class Watching(Console):
+        @contextmanager
+        def progress(self, title: str, total: int, start: int = 0) -> Iterator[Bar]:
+            bars.append(Bar(self, title, total, start))
+            yield bars[-1]
+
+    batches.open_split(folder, Watching(quiet=True))
+    assert [(bar._total, bar._done) for bar in bars] == [(3, 3)]
+
+
+def test_pixels_are_those_of_images_prepare(root: Path, base: Path) -> None:
+    pictures, _ = pictures_and_tokens(root, base)
+    spec = checkpoint.open_model(str(base)).pixels
+    file = root / "train" / "imgs" / "003.png"
+    assert np.array_equal(pictures[3][1], images.prepare(images.decode(file), spec))
+    assert len(pictures) == 48

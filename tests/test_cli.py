@@ -1,0 +1,325 @@
+"""What a user types and what comes back: results on stdout, two lines on stderr, and an exit code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+
+from cytoclip import __version__, cli, config
+from cytoclip.errors import ExitCode, UserError
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command in this process as if it had been typed; an internal error passes through."""
+
+    def typed(*words: str, entry: Callable[[], None] = cli.main, program: str = "cytoclip") -> Outcome:
+        monkeypatch.setattr("sys.argv", [program, *words])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            entry()
+        return Outcome(int(caught.value.code or 0), *capsys.readouterr())
+
+    return typed
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "exp.yaml"
+    path.write_text("data: {root: d}\ntrain: {steps: 7}\n")
+    return path
+
+
+def refused(outcome: Outcome, code: ExitCode = ExitCode.USAGE) -> tuple[str, str]:
+    """Nothing on stdout, one `error:` and one `hint:` line on stderr, and the exit code."""
+    lines = outcome.err.splitlines()
+    assert (outcome.code, outcome.out, len(lines)) == (int(code), "", 2), outcome
+    assert lines[0].startswith("error: ")
+    assert lines[1].startswith("hint: ")
+    assert len(lines[0]) > len("error: ")
+    return lines[0].removeprefix("error: "), lines[1].removeprefix("hint: ")
+
+
+def raising(error: BaseException) -> Callable[..., Any]:
+    def work(*_: object, **__: object) -> None:
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize("word", ["--help", "-h"])
+def test_help_lists_every_command(run: Run, word: str) -> None:
+    outcome = run(word)
+    assert (outcome.code, outcome.err) == (0, "")
+    commands = {command.name or command.callback.__name__ for command in cli.app.registered_commands}  # type: ignore[union-attr]
+    assert len(commands) == 4
+    assert all(f" {name} " in outcome.out for name in commands)
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "config", "demo"])
+def test_every_command_has_help(run: Run, command: str) -> None:
+    outcome = run(command, "--help")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert f"cytoclip {command}" in outcome.out
+
+
+def test_no_command_shows_the_help_and_no_empty_error(run: Run) -> None:
+    outcome = run()
+    assert outcome.code == ExitCode.USAGE
+    assert "Commands" in outcome.out + outcome.err
+    assert "error:" not in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["trian"], "'trian'"),
+        (["--foo"], "--foo"),
+        (["train"], "config"),
+        (["train", "x.yaml", "--foo"], "--foo"),
+        (["evaluate", "model"], "data_root"),
+        (["evaluate", "model", "root", "--ks"], "--ks"),
+        (["evaluate", "model", "root", "--batch-size", "0"], "--batch-size"),
+        (["evaluate", "model", "root", "--ks=1", "5"], "5"),
+        (["demo", "--seed", "x"], "--seed"),
+    ],
+)
+def test_a_wrong_command_line_is_two_lines(run: Run, words: list[str], said: str) -> None:
+    message, hint = refused(run(*words))
+    assert said in message
+    assert re.match(r"cytoclip( train| evaluate| demo)? --help says", hint)
+
+
+def test_a_misspelt_command_names_the_nearest(run: Run) -> None:
+    assert "Did you mean 'train'?" in refused(run("trian"))[0]
+
+
+def test_config_shows_every_option_with_type_default_and_doc(run: Run) -> None:
+    outcome = run("config")
+    assert (outcome.code, outcome.err) == (0, "")
+    options = list(config.options())
+    assert len(options) == 37
+    for option in options:
+        assert option.doc in outcome.out
+        line = (
+            f"\n{option.name}: {option.doc}\n"
+            if option.kind == "section"
+            else f"  {option.name}  [{option.kind}; default {option.default}]\n"
+        )
+        assert line in outcome.out
+
+
+def test_config_of_a_file_is_complete_resolved_yaml(run: Run, recipe: Path, tmp_path: Path) -> None:
+    outcome = run("config", str(recipe), "train.seed=3", "model.image_tower=lora")
+    assert (outcome.code, outcome.err) == (0, "")
+    shown = yaml.safe_load(outcome.out)
+    assert (shown["train"]["steps"], shown["train"]["seed"], shown["model"]["lora"]["rank"]) == (7, 3, 8)
+    assert shown["output"] == "runs/exp"
+    again = tmp_path / "again.yaml"
+    again.write_text(outcome.out)
+    assert run("config", str(again)).out == outcome.out
+
+
+@pytest.mark.parametrize("command", ["train", "config"])
+def test_a_missing_configuration_names_the_nearest(run: Run, recipe: Path, command: str) -> None:
+    message, hint = refused(run(command, str(recipe.with_name("exq.yaml"))))
+    assert "no such configuration file" in message
+    assert hint == f"did you mean {recipe}?"
+
+
+def test_a_wrong_option_is_refused_before_anything_is_done(run: Run, recipe: Path) -> None:
+    message, hint = refused(run("train", str(recipe), "train.stesp=3"))
+    assert message == f"unknown option train.stesp in {recipe} with train.stesp=3"
+    assert hint == "did you mean train.steps?"
+
+
+def test_missing_data_is_refused_with_its_own_exit_code(run: Run, tmp_path: Path, base: Path) -> None:
+    message, _ = refused(run("evaluate", str(base), str(tmp_path / "nowhere")), ExitCode.DATA)
+    assert "no such folder" in message
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Put a recorder in the place of the evaluation itself."""
+    from cytoclip import evaluate
+
+    calls: list[dict[str, Any]] = []
+
+    def record(model: str, folder: Path, question: Any, _console: Any, batch_size: int) -> dict[str, Any]:
+        calls.append({"model": model, "ks": list(question.ks), "batch_size": batch_size, "names": question.directions})
+        rates = {f"hit@{k}{end}": 0.5 for k in question.ks for end in ("", "_groups")}
+        return {"pairs": 9, **dict.fromkeys(question.directions, rates), "chance": rates}
+
+    monkeypatch.setattr(evaluate, "evaluate", record)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("words", "ks"),
+    [
+        ([], [1, 5, 10, 50]),
+        (["--ks", "1", "5", "10"], [1, 5, 10]),  # as the original project writes it
+        (["--ks", "1,5"], [1, 5]),
+        (["--ks", "1, 5"], [1, 5]),
+        (["--ks", "7"], [7]),
+        (["--ks=1,5"], [1, 5]),
+        (["--ks", "1", "5", "--batch-size", "3"], [1, 5]),
+        (["--ks", "5 1"], [5, 1]),
+    ],
+)
+def test_ks_may_be_written_in_many_ways(
+    run: Run, asked: list[dict[str, Any]], root: Path, words: list[str], ks: list[int]
+) -> None:
+    outcome = run("evaluate", "some/model", str(root), *words)
+    assert outcome.code == 0, outcome.err
+    assert [call["ks"] for call in asked] == [ks]
+    assert asked[0]["batch_size"] == (3 if "--batch-size" in words else 64)
+    assert outcome.out.count("hit@") == 2 * len(ks)
+
+
+def test_ks_may_stand_before_the_model(run: Run, asked: list[dict[str, Any]], root: Path) -> None:
+    """Digits end where the next word begins."""
+    assert run("evaluate", "--ks", "1", "5", "some/model", str(root)).code == 0
+    assert (asked[0]["model"], asked[0]["ks"]) == ("some/model", [1, 5])
+
+
+@pytest.mark.parametrize("ks", ["0", "1,x", "1.5", ",", "1,0"])
+def test_bad_ks_are_refused_before_the_model_is_opened(
+    run: Run, asked: list[dict[str, Any]], root: Path, ks: str
+) -> None:
+    message, hint = refused(run("evaluate", "some/model", str(root), "--ks", ks))
+    assert message == f"--ks {ks!r} is not a list of whole numbers from 1"
+    assert hint == "such as --ks 1,5,10,50"
+    assert asked == []
+
+
+def test_json_is_one_document_on_stdout(run: Run, asked: list[dict[str, Any]], root: Path) -> None:
+    found = json.loads(run("evaluate", "some/model", str(root), "--json", "--ks", "1").out)
+    assert (found["model"], found["split"], found["pairs"]) == ("some/model", "val", 9)
+    assert found["image_to_text"] == {"hit@1": 0.5, "hit@1_groups": 0.5}
+
+
+def test_only_the_first_process_prints(
+    run: Run, asked: list[dict[str, Any]], root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert run("evaluate", "some/model", str(root), "--ks", "1") == (0, "", "")
+
+
+@pytest.mark.parametrize("code", [code for code in ExitCode if code > ExitCode.INTERNAL])
+def test_every_exit_code_reaches_the_shell(
+    run: Run, recipe: Path, monkeypatch: pytest.MonkeyPatch, code: ExitCode
+) -> None:
+    monkeypatch.setattr(config, "load", raising(UserError("what", "do this", code)))
+    assert refused(run("config", str(recipe)), code) == ("what", "do this")
+
+
+def test_a_bug_keeps_its_traceback(run: Run, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A message would hide it; Python's own way out is exit code 1, which is INTERNAL."""
+    monkeypatch.setattr(config, "load", raising(RuntimeError("shapes do not match")))
+    monkeypatch.setattr("sys.argv", ["cytoclip", "config", str(recipe)])
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        cli.main()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("CUDA out of memory. Tried to allocate 20 GiB.\nGPU 0 has"), "Tried to allocate 20 GiB."),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), "MPS backend out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "9 bytes"),
+        (MemoryError("Unable to allocate 9 GiB for an array"), "9 GiB"),
+        (MemoryError(), "MemoryError"),
+    ],
+)
+def test_no_memory_is_the_users_to_mend(
+    run: Run, recipe: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
+    monkeypatch.setattr(config, "load", raising(error))
+    message, hint = refused(run("config", str(recipe)), ExitCode.SYSTEM)
+    assert message.startswith("no memory left: ")
+    assert said in message
+    assert "train.batch_size" in hint
+
+
+def test_ctrl_c_says_how_to_go_on(run: Run, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """typer catches it inside a command, argparse does not: both entries end the same."""
+    monkeypatch.setattr(config, "load", raising(KeyboardInterrupt()))
+    stopped = Outcome(
+        130, "", "stopped; a training run goes on from its last checkpoint when the same command is given again\n"
+    )
+    assert run("config", str(recipe)) == stopped
+    assert run("--config", str(recipe), entry=cli.original_train, program="train.py") == stopped
+
+
+def test_the_original_train_command(run: Run, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`train.py --config F`, and overrides on either side of it."""
+    seen: list[tuple[Path, list[str], bool]] = []
+    monkeypatch.setattr(cli, "train", lambda path, overrides, dry: seen.append((path, overrides, dry)))
+    for words in (["--config", str(recipe), "a=1", "b=2"], ["a=1", "--config", str(recipe), "b=2"]):
+        assert run(*words, entry=cli.original_train, program="train.py").code == 0
+    assert seen == [(recipe, ["a=1", "b=2"], False)] * 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "--config"),
+        (["--config"], "--config"),
+        (["--confg", "x"], "--config"),
+        (["--config", "nowhere.yaml"], "no such configuration file: nowhere.yaml"),
+    ],
+)
+def test_a_wrong_original_train_command_is_two_lines(run: Run, words: list[str], said: str) -> None:
+    assert said in refused(run(*words, entry=cli.original_train, program="train.py"))[0]
+
+
+ORIGINAL = ["--pretrained_clip_path", "some/model", "--batch_size", "8"]
+
+
+def test_the_original_evaluation_command(
+    run: Run, asked: list[dict[str, Any]], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # it saves its result below the current folder
+    words = ["--data_root", str(root), "--ks", "1", "10", *ORIGINAL]
+    outcome = run(*words, entry=cli.original_evaluation, program="evaluation.py")
+    assert outcome.code == 0, outcome.err
+    assert asked == [{"model": "some/model", "ks": [1, 10], "batch_size": 8, "names": ("image_to_text",)}]
+    assert "hit@10" in outcome.out
+    saved = tmp_path / outcome.out.splitlines()[-1].removeprefix("saved ")
+    assert saved.is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (ORIGINAL, "--data_root"),
+        (["--data_root", "r", *ORIGINAL, "--ks", "0"], "must be at least 1"),
+        (["--data_root", "r", *ORIGINAL[:2], "--batch_size", "0"], "must be at least 1"),
+        (["--data_root", "r", *ORIGINAL, "--ks", "x"], "x"),
+        (["--data_root", "r", *ORIGINAL, "--direction", "up"], "up"),
+    ],
+)
+def test_a_wrong_original_evaluation_command_is_two_lines(
+    run: Run, asked: list[dict[str, Any]], words: list[str], said: str
+) -> None:
+    assert said in refused(run(*words, entry=cli.original_evaluation, program="evaluation.py"))[0]
+    assert asked == []
+
+
+def test_the_version(run: Run) -> None:
+    assert run("--version") == Outcome(0, f"{__version__}\n", "")

@@ -1,0 +1,180 @@
+"""What a launcher may ask for, who decides the precision, and `once` in a world of one.
+
+Several processes are in `tests/numerics/test_processes.py` and, under real launchers, `tests/test_commands.py`.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cytoclip import device
+from cytoclip.device import World
+from cytoclip.errors import ExitCode, UserError
+
+ALONE = World(torch.device("cpu"))
+
+# What accelerate 1.15 sets in a launched process for each thing that we don't do, and the word that names it.
+REFUSED = {
+    ("ACCELERATE_USE_DEEPSPEED", "true"): "DeepSpeed",
+    ("ACCELERATE_USE_MEGATRON_LM", "true"): "Megatron",
+    ("ACCELERATE_USE_FSDP", "true"): "FSDP",
+    ("ACCELERATE_USE_PARALLELISM_CONFIG", "true"): "parallelism",
+    ("ACCELERATE_MIXED_PRECISION", "fp8"): "fp8",
+    ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR"): "INDUCTOR",
+    ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4"): "4 gradient accumulation steps",
+}
+
+HARMLESS = {
+    "ACCELERATE_USE_FSDP": "false",
+    "ACCELERATE_MIXED_PRECISION": "bf16",
+    "ACCELERATE_DYNAMO_BACKEND": "NO",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
+    "ACCELERATE_USE_CPU": "true",
+}
+
+
+def test_every_variable_that_is_looked_at_has_a_case() -> None:
+    assert {variable for variable, _ in REFUSED} >= set(device._REFUSED)
+    assert len(REFUSED) == 7
+
+
+@pytest.mark.parametrize(("setting", "named"), REFUSED.items(), ids=str)
+def test_what_a_launcher_asks_for_and_we_do_not_do_is_refused(setting: tuple[str, str], named: str) -> None:
+    """Ignored, it would train something else than the user believes."""
+    variable, value = setting
+    for written in {value, value.upper(), value.lower()}:
+        with pytest.raises(UserError, match=r"(?i)launcher asks for") as caught:
+            device.refuse_launcher({**HARMLESS, variable: written})
+        assert named.lower() in caught.value.message.lower()
+        assert caught.value.code is ExitCode.SYSTEM
+        assert caught.value.hint
+
+
+def test_what_a_launcher_sets_anyway_is_accepted() -> None:
+    device.refuse_launcher({})
+    device.refuse_launcher(HARMLESS)
+    device.refuse_launcher({"ACCELERATE_USE_DEEPSPEED": "0", "ACCELERATE_DYNAMO_BACKEND": "no"})
+    with pytest.raises(UserError):  # and the same dictionary can be refused
+        device.refuse_launcher({**HARMLESS, "ACCELERATE_USE_FSDP": "1"})
+
+
+def test_start_looks_at_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="FSDP"):
+        device.start("cpu", "no")
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_precision_is_what_is_written_else_the_launchers_else_the_devices(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "best_precision", {"cpu": "no", "cuda": "bf16"}.get)
+    launched = {"ACCELERATE_MIXED_PRECISION": "FP16"}
+    assert device.settle_precision("no", launched, kind) == ("no", "the configuration")
+    assert device.settle_precision("bf16", {}, kind) == ("bf16", "the configuration")
+    assert device.settle_precision("auto", launched, kind) == ("fp16", "the launcher")
+    assert device.settle_precision("auto", {"ACCELERATE_MIXED_PRECISION": "no"}, kind) == ("no", "the launcher")
+    for nothing in ({}, {"ACCELERATE_MIXED_PRECISION": ""}):
+        best = {"cpu": "no", "cuda": "bf16"}[kind]
+        assert device.settle_precision("auto", nothing, kind) == (best, "the device")
+
+
+@pytest.mark.parametrize(
+    ("kind", "cuda_bf16", "avx512", "amx", "best"),
+    [
+        ("cuda", True, False, False, "bf16"),
+        ("cuda", False, True, True, "fp16"),
+        ("cpu", True, False, False, "no"),  # emulated, it is slower than float32
+        ("cpu", False, True, False, "bf16"),
+        ("cpu", False, False, True, "bf16"),
+        ("mps", True, True, True, "no"),
+    ],
+)
+def test_best_precision_is_what_the_hardware_multiplies(
+    kind: str, cuda_bf16: bool, avx512: bool, amx: bool, best: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def is_bf16_supported(including_emulation: bool = True) -> bool:
+        return cuda_bf16 or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert device.best_precision(kind) == best
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_a_device_that_is_not_there_is_refused_with_those_that_are(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UserError, match=f"no {kind} device") as caught:
+        device.start(kind)
+    assert "cpu" in caught.value.hint
+    assert kind not in caught.value.hint
+    assert caught.value.code is ExitCode.SYSTEM
+
+
+def test_auto_takes_the_fastest_there_and_the_cpu_where_the_launcher_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert device._device_kind("auto") == "cuda"
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    assert device._device_kind("auto") == "cpu"
+    assert device._device_kind("cuda") == "cuda"
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device._device_kind("auto") == "mps"
+
+
+def test_start_alone_is_a_world_of_one() -> None:
+    world = device.start("cpu", "no")
+    assert (world.device.type, world.rank, world.size, world.first) == ("cpu", 0, 1, True)
+    assert (world.precision, world.precision_from) == ("no", "the configuration")
+
+
+def test_processes_that_did_not_find_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would train a model of its own and overwrite the other's run folder."""
+    device.start("cpu", "no")  # a world of one, which accelerate remembers for this process
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="started 2 processes, but 1 found") as caught:
+        device.start("cpu", "no")
+    assert "torchrun" in caught.value.hint
+
+
+def test_once_passes_results_and_errors() -> None:
+    calls: list[int] = []
+    assert ALONE.once(lambda: calls.append(1)) is None
+    assert ALONE.once(lambda: "what it found") == "what it found"
+    assert calls == [1]
+    error = UserError("what", "do", ExitCode.DATA)
+
+    def refuses() -> None:
+        raise error
+
+    def breaks() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(UserError) as caught:
+        ALONE.once(refuses)
+    assert caught.value is error
+    with pytest.raises(ZeroDivisionError):
+        ALONE.once(breaks)
+
+
+def test_alone_gathers_and_sums_what_it_has() -> None:
+    rows = torch.ones(3, 2, requires_grad=True)
+    gathered = ALONE.gather(rows)
+    assert torch.equal(gathered, rows)
+    assert not gathered.requires_grad
+    parameter = torch.nn.Parameter(torch.ones(2))
+    parameter.grad = torch.full((2,), 3.0)
+    ALONE.sum_gradients([parameter])
+    assert parameter.grad.tolist() == [3.0, 3.0]
+    assert ALONE.sum_(torch.ones(2)).tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("no", torch.float32), ("bf16", torch.bfloat16)])
+def test_autocast_is_the_precision(precision: str, dtype: torch.dtype) -> None:
+    with World(torch.device("cpu"), precision=precision).autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype

@@ -1,0 +1,237 @@
+"""hit@k of a model equals a brute-force twin on transformers' own features, and the files and numbers users read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, CLIPModel
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from cytoclip import batches, checkpoint, evaluate, train
+from cytoclip.config import Config
+from cytoclip.console import Console
+from cytoclip.device import World
+from cytoclip.errors import ExitCode, UserError
+from cytoclip.evaluate import Question
+from cytoclip.pairs import Pairs
+from cytoclip.report import Scores
+
+QUIET = Console(quiet=True)
+ALONE = World(torch.device("cpu"))
+KS = [1, 3, 5, 10]
+
+
+@pytest.fixture(autouse=True)
+def _float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`evaluate` takes the launcher's precision, else the best of the device, which is bf16 on some CPUs."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+
+
+def features(folder: Path, split: Path) -> tuple[torch.Tensor, torch.Tensor, list[dict[str, str]]]:
+    """By transformers alone: its processor, its padding to 77, its projected features."""
+    entries = json.loads((split / "img_text_pair.json").read_text())
+    clip, tokenizer = CLIPModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    pictures = [Image.open(split / "imgs" / entry["img"]).convert("RGB") for entry in entries]
+    pixels = CLIPImageProcessorPil.from_pretrained(folder)(pictures, return_tensors="pt")["pixel_values"]
+    captions = [entry["caption"] for entry in entries]
+    words = tokenizer(captions, padding="max_length", truncation=True, max_length=77, return_tensors="pt")
+    with torch.no_grad():
+        image = clip.get_image_features(pixel_values=pixels).pooler_output
+        text = clip.get_text_features(**words).pooler_output
+    return torch.nn.functional.normalize(image), torch.nn.functional.normalize(text), entries
+
+
+def brute(queries: torch.Tensor, answers: torch.Tensor, right: list[set[int]], k: int) -> float:
+    """The mean over queries of: is one of the k best answers right? No shortcut, no matrix."""
+    hits = 0
+    for i in range(len(queries)):
+        ranked = sorted(range(len(answers)), key=lambda j: -float(queries[i] @ answers[j]))
+        hits += bool(right[i] & set(ranked[:k]))
+    return hits / len(queries)
+
+
+def rank(model: Path, split: Path, ks: list[int], directions: tuple[str, ...] | None = None) -> Scores:
+    pairs, opened = batches.open_split(split, QUIET), checkpoint.open_model(str(model))
+    question = Question(ks, directions) if directions else Question(ks)
+    return evaluate.rank(opened, pairs, evaluate.reading(opened, pairs, 7, 0), question, ALONE, QUIET)
+
+
+@pytest.fixture(scope="module")
+def distinct(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 pairs of the fixture's training split, of which some share a group, and none a caption or a picture.
+
+    (Ties are worth an expectation, which the twin of plain sorting cannot give; `test_retrieval.py` has those.)
+    """
+    folder = tmp_path_factory.mktemp("distinct") / "val"
+    entries = json.loads((root / "train" / "img_text_pair.json").read_text())
+    kept = list({entry["caption"]: entry for entry in entries}.values())[:20]
+    shutil.copytree(root / "train" / "imgs", folder / "imgs")
+    (folder / "img_text_pair.json").write_text(json.dumps(kept))
+    return folder
+
+
+def test_hit_rates_of_a_model_equal_the_twin(base: Path, distinct: Path) -> None:
+    image, text, entries = features(base, distinct)
+    own = [{i} for i in range(len(entries))]
+    groups = [
+        {j for j, other in enumerate(entries) if j == i or ("group" in one and one["group"] == other.get("group"))}
+        for i, one in enumerate(entries)
+    ]
+    assert sum(len(some) > 1 for some in groups) >= 4
+    found = rank(base, distinct, KS)
+    assert found["pairs"] == len(entries) == 20
+    compared = 0
+    for direction, sides in {"image_to_text": (image, text), "text_to_image": (text, image)}.items():
+        for key, right in (("hit@{}", own), ("hit@{}_groups", groups)):
+            for k in KS:
+                compared += 1
+                assert found[direction][key.format(k)] == pytest.approx(brute(*sides, right, k)), (direction, key, k)
+    assert compared == 16
+    assert found["image_to_text"] != found["text_to_image"], "the twin could not see exchanged directions"
+    assert found["image_to_text"]["hit@10_groups"] > found["image_to_text"]["hit@10"]
+
+
+def test_one_direction_is_measured_alone(base: Path, distinct: Path) -> None:
+    both, one = rank(base, distinct, KS), rank(base, distinct, KS, ("text_to_image",))
+    assert one["text_to_image"] == both["text_to_image"]
+    assert set(one) == {"pairs", "text_to_image", "chance"}
+
+
+def test_chance_is_k_in_n(base: Path, distinct: Path) -> None:
+    chance = rank(base, distinct, KS)["chance"]
+    assert [chance[f"hit@{k}"] for k in KS] == [k / 20 for k in KS]
+    assert all(chance[f"hit@{k}_groups"] > chance[f"hit@{k}"] for k in KS)
+
+
+def test_a_random_model_scores_about_chance(root: Path, base: Path) -> None:
+    """Of 20 pairs: within 2 standard errors of a binomial share at each k, in both directions."""
+    found = rank(base, root / "val", [5, 10])
+    for direction in ("image_to_text", "text_to_image"):
+        for k in (5, 10):
+            share = k / 20
+            assert abs(found[direction][f"hit@{k}"] - share) < 2 * (share * (1 - share) / 20) ** 0.5
+
+
+def test_ks_above_the_gallery_warn_and_are_1(base: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = evaluate.evaluate(str(base), root / "val", Question([1, 20, 21, 500]), Console(), workers=0)
+    for direction in ("image_to_text", "text_to_image", "chance"):
+        assert [found[direction][f"hit@{k}"] for k in (20, 21, 500)] == [1, 1, 1]
+        assert found[direction]["hit@1"] < 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    warnings = [line for line in said.err.splitlines() if line.startswith("warning:")]
+    assert len(warnings) == 2
+    assert "k = 21 is more than the 20" in warnings[0]
+    assert "k = 500" in warnings[1]
+
+
+def test_the_first_line_says_what_is_measured_and_how(
+    base: Path, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate.evaluate(str(base), root / "val", Question([1]), Console(), workers=0)
+    said = capsys.readouterr().err
+    for part in (str(base), "20 pairs", str(root / "val"), "cpu", "precision no (from the launcher)", "1 process"):
+        assert part in said
+    assert "1 processes" not in said
+
+
+def test_long_captions_are_said(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "val" / "imgs").mkdir(parents=True)
+    Image.new("RGB", (40, 40)).save(tmp_path / "val" / "imgs" / "a.png")
+    entries = [{"img": "a.png", "caption": caption} for caption in ("cell " * 200, "short")]
+    (tmp_path / "val" / "img_text_pair.json").write_text(json.dumps(entries))
+    found = evaluate.evaluate(str(base), tmp_path / "val", Question([1]), Console(), workers=0)
+    assert "1 captions are longer than 77 tokens" in capsys.readouterr().err
+    assert found["text_to_image"]["hit@1"] == 0.5, "one picture under two captions is a tie"
+    assert found["text_to_image"]["hit@1_groups"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "model",
+    [{}, {"image_tower": "lora", "text_tower": "lora"}, {"image_tower": "lora"}],
+    ids=["full", "adapter", "mixed"],
+)
+def test_a_run_folder_scores_what_its_results_say(
+    model: dict[str, str], experiment: Callable[..., Config], root: Path
+) -> None:
+    """What is saved is what was measured; the run folder means its best, and `model/` its last."""
+    wanted = experiment(model=model, train={"steps": 6, "learning_rate": 3e-3}, validate={"every": 2, "ks": [1, 5]})
+    train.fit(wanted, QUIET)
+    run = Path(wanted.output)
+    written = json.loads((run / "results.json").read_text())
+    for place, key in ((run, "best"), (run / "best", "best"), (run / "model", "last")):
+        found = evaluate.evaluate(str(place), root / "val", Question([1, 5]), QUIET, batch_size=12, workers=0)
+        assert found == written[key], place
+    assert written["best"] != written["before"]
+
+
+SCORES: Scores = {
+    "pairs": 2,
+    "image_to_text": {"hit@1": 0.5, "hit@1_groups": 0.75},
+    "text_to_image": {"hit@1": 0.25, "hit@1_groups": 0.5},
+    "chance": {"hit@1": 0.1, "hit@1_groups": 0.2},
+}
+
+
+@pytest.mark.parametrize(("direction", "flat"), [("image_to_text", 0.5), ("text_to_image", 0.25), ("both", 0.5)])
+def test_eval_result_has_the_originals_keys(direction: str, flat: float, tmp_path: Path) -> None:
+    """Scripts that read the original project's file go on working."""
+    saved = evaluate.save_as_original(SCORES, str(tmp_path), direction)
+    assert saved == tmp_path / "eval_result.json"
+    written: dict[str, Any] = json.loads(saved.read_text())
+    assert written["hit@1"] == flat
+    assert written["hit@1_groups"] == flat + 0.25
+    assert (written["direction"], written["pairs"]) == (direction, 2)
+    assert (written["chance_hit@1"], written["chance_hit@1_groups"]) == (0.1, 0.2)
+    others = {"image_to_text", "text_to_image"} if direction == "both" else set()
+    assert set(written) - others == {
+        "hit@1", "hit@1_groups", "direction", "pairs", "chance_hit@1", "chance_hit@1_groups",
+    }  # fmt: skip
+    assert {key: written[key] for key in others} == {key: SCORES[key] for key in others}
+
+
+def test_eval_result_of_a_hub_id_lands_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no folder of the model to write into. (A folder without permission is another such; root has all.)"""
+    monkeypatch.chdir(tmp_path)
+    saved = evaluate.save_as_original(SCORES, "openai/clip-vit-base-patch16", "both")
+    assert saved.resolve() == (tmp_path / "eval_result.json").resolve()
+    assert saved.is_file()
+    assert [p.name for p in tmp_path.iterdir()] == ["eval_result.json"]
+
+
+def test_a_missing_split_lists_those_there(root: Path, tmp_path: Path) -> None:
+    assert evaluate.split_folder(root, "val") == root / "val"
+    with pytest.raises(UserError, match="no split 'test'") as caught:
+        evaluate.split_folder(root, "test")
+    assert "train, val" in caught.value.hint
+    assert caught.value.code is ExitCode.DATA
+    with pytest.raises(UserError, match="no split 'val'") as caught:
+        evaluate.split_folder(tmp_path, "val")
+    assert "train/ and val/" in caught.value.hint
+
+
+def test_a_missing_data_root_and_a_missing_model_are_named(base: Path, tmp_path: Path, root: Path) -> None:
+    with pytest.raises(UserError, match="no such folder") as caught:
+        evaluate.evaluate(str(base), evaluate.split_folder(tmp_path / "nowhere", "val"), Question([1]), QUIET)
+    assert caught.value.code is ExitCode.DATA
+    with pytest.raises(UserError, match="holds no model") as caught:
+        evaluate.evaluate(str(tmp_path), root / "val", Question([1]), QUIET)
+    assert caught.value.code is ExitCode.MODEL
+
+
+def test_order_of_the_split_changes_no_number(base: Path, distinct: Path) -> None:
+    """A list sorted another way is the same split."""
+    pairs, opened = batches.open_split(distinct, QUIET), checkpoint.open_model(str(base))
+    turned = Pairs(**{name: column[::-1] for name, column in vars(pairs).items()})
+    one, two = (
+        evaluate.rank(opened, some, evaluate.reading(opened, some, 7, 0), Question(KS), ALONE, QUIET)
+        for some in (pairs, turned)
+    )
+    assert one == two
