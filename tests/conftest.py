@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before anything imports torch; see cli._guarded
 
 import numpy as np
 import pytest

@@ -58,7 +58,7 @@ def test_fewer_pairs_than_a_batch_names_both_numbers(experiment: Experiment) -> 
 
 
 @pytest.mark.parametrize(
-    ("batch", "processes", "near"), [(10, 4, "8 or 12"), (9, 4, "8 or 12"), (11, 4, "12 or 8"), (2, 3, "3 or 6")]
+    ("batch", "processes", "near"), [(10, 4, "8 or 12"), (9, 4, "8 or 12"), (11, 4, "12 or 8"), (2, 3, "to 3")]
 )
 def test_an_indivisible_batch_names_the_nearest(batch: int, processes: int, near: str, experiment: Experiment) -> None:
     with pytest.raises(UserError, match=f"{batch} is not divisible by the {processes} processes") as caught:
