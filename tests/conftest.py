@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before anything imports torch; see cli._guarded
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before anything imports torch; see cli._guarded
 
 import numpy as np
 import pytest
 import torch
 
-from cytoclip import cells, demo
+from cytoclip import cells, demo, train
 from cytoclip.config import Config, parse
+from cytoclip.console import Console
 
 torch.set_num_threads(2)
 
@@ -67,6 +68,22 @@ def experiment(root: Path, base: Path, tmp_path: Path) -> Callable[..., Config]:
         return parse(given, "the test")
 
     return make
+
+
+@pytest.fixture(scope="session")
+def done(root: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, train.RunResult]:
+    """A finished run of four steps, tracked, that the tests below only look at."""
+    wanted = parse(
+        {
+            "data": {"root": str(root), "workers": 0},
+            "model": {"name": str(base)},
+            "train": {"steps": 4, "batch_size": 12, "learning_rate": 1e-3, "warmup_steps": 2, "precision": "no"},
+            "validate": {"every": 2, "ks": [1, 5]},
+            "output": str(tmp_path_factory.mktemp("train") / "run"),
+        },
+        "the test",
+    )
+    return wanted, train.fit(wanted, Console())
 
 
 def write_split(folder: Path, count: int, seed: int) -> list[dict[str, str]]:

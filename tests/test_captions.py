@@ -94,7 +94,7 @@ def test_captions_are_tokenised_the_same_in_chunks(tokenizer: Any, monkeypatch: 
 def test_a_caption_that_holds_the_end_token_is_refused_by_name(tokenizer: Any) -> None:
     """The text tower would pool at the first one and never see the rest."""
     end = tokenizer.eos_token
-    with pytest.raises(UserError, match="1 captions do not become tokens") as caught:
+    with pytest.raises(UserError, match="1 caption without exactly one end token") as caught:
         tokenise(tokenizer, ["a cell", f"a {end} cell\nand more"], CONTEXT)
     assert caught.value.code is ExitCode.DATA
     assert f"a {end} cell" in caught.value.message
@@ -135,5 +135,5 @@ def test_a_tokenizer_with_text_behind_its_end_token_is_refused(tokenizer: Any) -
         def __call__(self, some: list[str], **how: Any) -> dict[str, list[list[int]]]:
             return {"input_ids": [[*ids, 5] for ids in tokenizer(some, **how)["input_ids"]]}
 
-    with pytest.raises(UserError, match="1 captions"):
+    with pytest.raises(UserError, match="1 caption without"):
         tokenise(Trailing(), ["a cell"], CONTEXT)

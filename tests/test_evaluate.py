@@ -28,12 +28,6 @@ ALONE = World(torch.device("cpu"))
 KS = [1, 3, 5, 10]
 
 
-@pytest.fixture(autouse=True)
-def _float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`evaluate` takes the launcher's precision, else the best of the device, which is bf16 on some CPUs."""
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-
-
 def features(folder: Path, split: Path) -> tuple[torch.Tensor, torch.Tensor, list[dict[str, str]]]:
     """By transformers alone: its processor, its padding to 77, its projected features."""
     entries = json.loads((split / "img_text_pair.json").read_text())
@@ -137,7 +131,7 @@ def test_the_first_line_says_what_is_measured_and_how(
 ) -> None:
     evaluate.evaluate(str(base), root / "val", Question([1]), Console(), workers=0)
     said = capsys.readouterr().err
-    for part in (str(base), "20 pairs", str(root / "val"), "cpu", "precision no (from the launcher)", "1 process"):
+    for part in (str(base), "20 pairs", str(root / "val"), "cpu", "precision no (from the configuration)", "1 process"):
         assert part in said
     assert "1 processes" not in said
 
@@ -148,7 +142,7 @@ def test_long_captions_are_said(base: Path, tmp_path: Path, capsys: pytest.Captu
     entries = [{"img": "a.png", "caption": caption} for caption in ("cell " * 200, "short")]
     (tmp_path / "val" / "img_text_pair.json").write_text(json.dumps(entries))
     found = evaluate.evaluate(str(base), tmp_path / "val", Question([1]), Console(), workers=0)
-    assert "1 captions are longer than 77 tokens" in capsys.readouterr().err
+    assert "1 caption above 77 tokens" in capsys.readouterr().err
     assert found["text_to_image"]["hit@1"] == 0.5, "one picture under two captions is a tie"
     assert found["text_to_image"]["hit@1_groups"] == 1.0
 

@@ -152,7 +152,10 @@ def next_batch(source: Iterator[Batch | UserError]) -> Batch:
     batch = next(source)
     if isinstance(batch, UserError):
         batch.everywhere = False  # the other processes read other pictures
-        raise batch
+        try:
+            raise batch
+        finally:
+            del batch  # or error and frame hold each other, and with them the loader, whose workers end slowly then
     return batch
 
 

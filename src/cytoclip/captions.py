@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cytoclip.errors import ExitCode, UserError, first_few
+from cytoclip.errors import ExitCode, UserError, counted, first_few
 
 _CHUNK = 10_000  # captions handed to the tokenizer at once: bounds its memory, costs nothing
 
@@ -78,7 +78,7 @@ def tokenise(tokenizer: Any, captions: Sequence[str], context: int) -> Tokens:
     wrong = [caption for caption, ids in zip(captions, rows, strict=True) if ids.count(end) != 1 or ids[-1] != end]
     if wrong:
         raise UserError(
-            f"{len(wrong)} captions do not become tokens with one end token at the end: {first_few(wrong)!r}",
+            f"{counted(len(wrong), 'caption')} without exactly one end token, at the end: {first_few(wrong)!r}",
             f"take the text {tokenizer.eos_token} out of the captions, or use a checkpoint whose tokenizer adds it",
             ExitCode.DATA,
         )

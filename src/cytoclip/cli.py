@@ -188,9 +188,9 @@ class _OneLine(argparse.ArgumentParser):
 
 def _guarded(work: Callable[[], object]) -> None:
     """Run a command; whatever the user can mend becomes two lines and an exit code."""
-    # Before torch starts its threads: spinning ones fight with the loader's processes and whatever else runs. Measured
-    # on 2 busy cores: 147 pairs/s for 32 (docs/log.md). A value that the user set stays.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Before torch starts its threads: those that wait long in a spin fight with the loader's processes and whatever
+    # else runs. Twice the speed on a busy machine, the same on a free one (docs/log.md). What the user set stays.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         outcome = work()
     except UserError as error:

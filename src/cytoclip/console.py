@@ -117,6 +117,21 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def size(count: float) -> str:
+    """Bytes in decimal units, three digits.
+
+    Examples
+    --------
+    >>> size(512), size(1_234_567_890)
+    ('512 B', '1.23 GB')
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
 def fail(lines: str) -> None:
     """The last words of a command, on stderr."""
     print(lines, file=sys.stderr, flush=True)

@@ -13,9 +13,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.utils import logging as transformers_logging
 
 from cytoclip import cells, files
 from cytoclip.console import Console
+from cytoclip.errors import ExitCode, UserError
 from cytoclip.sources import LIST_NAME
 
 Entry = dict[str, str]
@@ -44,6 +46,13 @@ def prepare(folder: Path, seed: int, console: Console) -> Path:
 
     What is there already from an earlier call is kept, so a demo that was stopped goes on.
     """
+    places = {  # in JSON's quotes, which are YAML's: a folder may be called `my, demo`
+        name: json.dumps(f"{folder.as_posix()}/{name}", ensure_ascii=False) for name in ("data", "base", "run")
+    }
+    recipe, text = folder / "demo.yaml", _RECIPE.format(seed=seed, **places)
+    if recipe.is_file() and recipe.read_text(encoding="utf-8") != text:
+        raise UserError(f"{folder} holds another demo", "name another folder with --to, or delete it", ExitCode.RUN)
+    files.write_text(recipe, text)
     if not (folder / "data").is_dir():
         with files.whole_folder(folder / "data") as new:
             write_data(new, seed, console)
@@ -51,11 +60,6 @@ def prepare(folder: Path, seed: int, console: Console) -> Path:
         listed = json.loads((folder / "data" / "train" / LIST_NAME).read_text(encoding="utf-8"))
         with files.whole_folder(folder / "base") as new:
             write_base(new, [entry["caption"] for entry in listed], Shape(), seed)
-    recipe = folder / "demo.yaml"
-    places = {  # in JSON's quotes, which are YAML's: a folder may be called `my, demo`
-        name: json.dumps(f"{folder.as_posix()}/{name}", ensure_ascii=False) for name in ("data", "base", "run")
-    }
-    files.write_text(recipe, _RECIPE.format(seed=seed, **places))
     return recipe
 
 
@@ -83,6 +87,7 @@ def write_data(root: Path, seed: int, console: Console) -> None:
 
 def write_base(folder: Path, captions: Iterable[str], shape: Shape, seed: int) -> None:
     """A Hugging Face folder: a CLIP with random weights, its image processor, a tokenizer trained on `captions`."""
+    transformers_logging.disable_progress_bar()
     tokenizer = train_tokenizer(captions)
     ends = {
         "bos_token_id": tokenizer.bos_token_id,

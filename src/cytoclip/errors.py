@@ -66,6 +66,11 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     return close[0] if close else None
 
 
+def counted(number: int, one: str, several: str = "") -> str:
+    """`1 caption`, `3 captions`, `2 processes`."""
+    return f"{number} {one if number == 1 else several or one + 's'}"
+
+
 def first_few(names: list[str], few: int = 3) -> str:
     """`a, b, c and 7 more`: enough to find the fault, never a screenful."""
     shown = ", ".join(names[:few])

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cytoclip import batches, captions, checkpoint, device, encode, files, report, retrieval
+from cytoclip import batches, captions, checkpoint, config, device, encode, files, report, retrieval
 from cytoclip.checkpoint import Opened
 from cytoclip.console import Console
 from cytoclip.device import World
 from cytoclip.encode import Reading
-from cytoclip.errors import ExitCode, UserError
+from cytoclip.errors import ExitCode, UserError, counted
 from cytoclip.pairs import Pairs, identities
 from cytoclip.report import Scores
 
@@ -56,7 +56,7 @@ def evaluate(
     UserError
         For a model or split that cannot be used.
     """
-    world = device.start()
+    world = device.start(precision=_precision(name))
     pairs = world.once(lambda: batches.open_split(folder, console))
     opened = checkpoint.open_model(name)
     opened.encoder.to(world.device)
@@ -65,12 +65,18 @@ def evaluate(
             console.warn(f"k = {k} is more than the {len(pairs)} captions and pictures there are: hit@{k} is 1")
     console.say(
         f"{opened.name}: {len(pairs)} pairs of {folder} on {world.device.type}, precision {world.precision} "
-        f"(from {world.precision_from}), {world.size} process{'es' * (world.size > 1)}"
+        f"(from {world.precision_from}), {counted(world.size, 'process', 'processes')}"
     )
     how = reading(opened, pairs, batch_size, world.loaders(workers))
     if how.tokens.truncated:
-        console.warn(f"{how.tokens.truncated} captions are longer than {opened.context} tokens and lose their end")
+        console.warn(f"{counted(how.tokens.truncated, 'caption')} above {opened.context} tokens: cut there")
     return rank(opened, pairs, how, question, world, console)
+
+
+def _precision(name: str) -> str:
+    """Float32, so that a number does not depend on the machine; a run folder's own, so that its results come again."""
+    run = checkpoint.RunFolder(Path(name))
+    return config.load(run.config).train.precision if run.config.is_file() else "no"
 
 
 def save_as_original(scored: Scores, place: str, direction: str) -> Path:

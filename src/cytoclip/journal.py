@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,7 +38,8 @@ class Journal:
 
     def step(self, row: Mapping[str, float], curves: Mapping[str, float]) -> None:
         """Write a step: `row` everywhere, `curves` (speeds and such, never the same twice) to the trackers only."""
-        self._stream.write(json.dumps(row) + "\n")
+        whole = {key: value if math.isfinite(value) else None for key, value in row.items()}  # fp16 skips such a step
+        self._stream.write(json.dumps(whole, allow_nan=False) + "\n")
         self._stream.flush()
         values = {f"train/{key}": value for key, value in {**row, **curves}.items() if key != "step"}
         self._log(values, int(row["step"]))

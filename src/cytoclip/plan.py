@@ -7,6 +7,7 @@ from typing import Any
 
 from cytoclip.checkpoint import Opened, is_adapter_only
 from cytoclip.config import Config
+from cytoclip.console import size
 from cytoclip.device import World
 from cytoclip.errors import ExitCode, UserError
 
@@ -49,8 +50,8 @@ class Plan:
             f"{part:<12} {moving:,} of {total:,} parameters train" for part, (moving, total) in self.sizes.items()
         ]
         lines += [
-            f"memory       about {_readable(self.memory)} a process: weights, gradients, AdamW, activations",
-            f"disk         about {_readable(self.disk)} in the run folder at its largest",
+            f"memory       about {size(self.memory)} a process: weights, gradients, AdamW, activations",
+            f"disk         about {size(self.disk)} in the run folder at its largest",
         ]
         return "\n".join(lines)
 
@@ -117,11 +118,3 @@ def _activations(config: Config, opened: Opened) -> int:
     ]
     kept = [t.num_hidden_layers * tokens * t.hidden_size * _KEPT for mode, t, tokens in towers if mode != "frozen"]
     return int(sum(kept)) * wide
-
-
-def _readable(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"

@@ -8,7 +8,7 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from cytoclip.errors import ExitCode, UserError, first_few, nearest
+from cytoclip.errors import ExitCode, UserError, counted, first_few, nearest
 from cytoclip.pairs import Pairs
 
 _HALF = re.compile("[\ud800-\udfff]")  # half of a character beyond U+FFFF: valid JSON, but no file name and no token
@@ -46,7 +46,8 @@ def read(folder: Path) -> Pairs:
     outside = [e["img"] for e, image in zip(entries, images, strict=True) if not _real(image).is_relative_to(inside)]
     if outside:
         raise _data_error(
-            f"{len(outside)} links below {base} lead out of it: {first_few(outside)}", "copy the pictures into imgs/"
+            f"{counted(len(outside), 'link')} below {base} leading out of it: {first_few(outside)}",
+            "copy the pictures into imgs/",
         )
     return Pairs(
         images=images,
@@ -64,9 +65,10 @@ def _real(image: Path) -> Path:
 
 def _entries(folder: Path) -> list[Any]:
     if not folder.is_dir():
-        siblings = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
-        near = nearest(folder.name, siblings)
-        raise _data_error(f"no such folder: {folder}", f"did you mean {folder.parent / near}?" if near else _LAYOUT)
+        missing = next(p for p in (*reversed(folder.parents), folder) if not p.is_dir())  # maybe the data root itself
+        siblings = [p.name for p in missing.parent.iterdir() if p.is_dir()] if missing.parent.is_dir() else []
+        near = nearest(missing.name, siblings)
+        raise _data_error(f"no such folder: {missing}", f"did you mean {missing.parent / near}?" if near else _LAYOUT)
     place = folder / LIST_NAME
     if not place.is_file():
         others = sorted(p.name for p in folder.glob("*.json"))

@@ -19,10 +19,10 @@ from cytoclip.batches import Batch, Order, Pictures, Share
 from cytoclip.captions import Tokens
 from cytoclip.checkpoint import Opened, RunFolder
 from cytoclip.config import Config
-from cytoclip.console import Console, duration
+from cytoclip.console import Console, duration, size
 from cytoclip.device import World
 from cytoclip.encode import Reading
-from cytoclip.errors import ExitCode, UserError, first_few
+from cytoclip.errors import ExitCode, UserError, counted, first_few
 from cytoclip.evaluate import Question
 from cytoclip.loss import contrastive_step
 from cytoclip.pairs import Identity, Pairs, identities
@@ -346,7 +346,7 @@ def _check_disk(planned: Plan, run: RunFolder) -> None:
     needed = planned.disk - sum(p.stat().st_size for p in run.path.rglob("*") if p.is_file())  # a resumed run has some
     if free < needed:
         raise UserError(
-            f"{run.path} needs about {needed / 1e9:.1f} GB more and its disk has {free / 1e9:.1f} GB free",
+            f"{run.path} needs about {size(needed)} more and its disk has {size(free)} free",
             "free some space, or set output to a folder on another disk",
             ExitCode.SYSTEM,
         )
@@ -354,10 +354,9 @@ def _check_disk(planned: Plan, run: RunFolder) -> None:
 
 def _first_line(wanted: Config, world: World) -> str:
     each = wanted.train.batch_size // world.size
-    threads = f" with {torch.get_num_threads()} threads" if world.device.type == "cpu" else ""
-    several = "es" * (world.size > 1)
+    threads = f" with {counted(torch.get_num_threads(), 'thread')}" if world.device.type == "cpu" else ""
     return (
-        f"{world.size} process{several} on {world.device.type}{threads}, precision {world.precision} "
+        f"{counted(world.size, 'process', 'processes')} on {world.device.type}{threads}, precision {world.precision} "
         f"(from {world.precision_from}), global batch {wanted.train.batch_size} = {world.size} × {each}"
     )
 
