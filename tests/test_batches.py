@@ -207,3 +207,18 @@ def test_pixels_are_those_of_images_prepare(root: Path, base: Path) -> None:
     file = root / "train" / "imgs" / "003.png"
     assert np.array_equal(pictures[3][1], images.prepare(images.decode(file), spec))
     assert len(pictures) == 48
+
+
+def test_chunks_are_views_cut_to_their_own_longest_caption(root: Path, base: Path) -> None:
+    opened = checkpoint.open_model(str(base))
+    pairs = batches.open_split(root / "val", Console(quiet=True))
+    tokens = captions.tokenise(opened.tokenizer, ["cell", "a cell", "two round cells", "cell"], opened.context)
+    share = [[0, 1, 2, 3]]
+    (batch,) = batches.loader(Pictures(pairs.images, opened.pixels), tokens, share, 0, torch.device("cpu"))
+    chunks = batch.chunks(3)
+    assert [len(pixels) for pixels, _ in chunks] == [3, 1]
+    assert [ids.shape[1] for _, ids in chunks] == [max(tokens.lengths()[:3]), tokens.lengths()[3]]
+    assert torch.equal(torch.cat([pixels for pixels, _ in chunks]), batch.pixels)
+    for rows, (_, ids) in zip(([0, 1, 2], [3]), chunks, strict=True):
+        assert torch.equal(ids, tokens.batch(rows))
+    assert chunks[0][0].data_ptr() == batch.pixels.data_ptr()

@@ -80,6 +80,8 @@ def test_lengths(tokenizer: Any) -> None:
     expected = [min(len(ids), CONTEXT) for ids in tokenizer(CAPTIONS)["input_ids"]]
     assert tokens.lengths().tolist() == expected
     assert tokens.lengths().sum() == len(tokens.ids)
+    some = np.array([1, 0, 1])
+    assert tokens.lengths(some).tolist() == [expected[1], expected[0], expected[1]]
 
 
 def test_captions_are_tokenised_the_same_in_chunks(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

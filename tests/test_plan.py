@@ -68,14 +68,11 @@ def test_an_indivisible_batch_names_the_nearest(batch: int, processes: int, near
         plan.check_batch(experiment(train={"batch_size": proposed}), processes)
 
 
-def test_micro_batch_size_is_only_the_share_of_a_process(experiment: Experiment) -> None:
-    """Nothing a user set is ignored silently: another size is refused, with the batch that it would fit."""
-    plan.check_batch(experiment(train={"micro_batch_size": 3}), 4)
-    plan.check_batch(experiment(), 4)
-    with pytest.raises(UserError, match=r"micro_batch_size 4 is not batch_size ÷ processes, 12 ÷ 4") as caught:
-        plan.check_batch(experiment(train={"micro_batch_size": 4}), 4)
-    assert "16" in caught.value.hint
-    plan.check_batch(experiment(train={"micro_batch_size": 4, "batch_size": 16}), 4)
+def test_a_process_holds_its_share_or_a_chunk_of_it(experiment: Experiment) -> None:
+    assert plan.held(experiment(), 1) == 12
+    assert plan.held(experiment(), 4) == 3
+    assert plan.held(experiment(train={"micro_batch_size": 2}), 4) == 2
+    assert plan.held(experiment(train={"micro_batch_size": 8}), 4) == 3
 
 
 def test_sizes_are_those_that_move_of_those_there_are(experiment: Experiment) -> None:

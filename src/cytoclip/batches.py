@@ -27,16 +27,23 @@ from cytoclip.pairs import Pairs
 
 @dataclass(frozen=True)
 class Batch:
-    """Pairs `indices`: uint8 pixels (b, 3, H, W) and padded token ids (b, L), or no tokens for pictures alone."""
+    """Pairs `indices`: uint8 pixels (b, 3, H, W), padded token ids (b, L) and their lengths, or pictures alone."""
 
     indices: NDArray[np.int64]
     pixels: torch.Tensor
-    tokens: torch.Tensor | None
+    tokens: torch.Tensor | None = None
+    lengths: NDArray[np.int64] | None = None
 
     def pin_memory(self) -> Batch:
         """Called by the loader where the device copies faster from pinned memory."""
         tokens = None if self.tokens is None else self.tokens.pin_memory()
         return replace(self, pixels=self.pixels.pin_memory(), tokens=tokens)
+
+    def chunks(self, each: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Views of `each` pairs' pixels and tokens, the last maybe fewer; tokens cut to the longest of the chunk."""
+        assert self.tokens is not None and self.lengths is not None  # noqa: S101, PT018 - of the training loader
+        cuts = [slice(begin, begin + each) for begin in range(0, len(self.indices), each)]
+        return [(self.pixels[cut], self.tokens[cut, : self.lengths[cut].max()]) for cut in cuts]
 
 
 def open_split(folder: Path, console: Console) -> Pairs:
@@ -166,4 +173,6 @@ def _collate(tokens: Tokens | None, rows: list[tuple[int, NDArray[np.uint8] | Us
             return picture
         pixels.append(torch.from_numpy(picture))
     indices = np.array([index for index, _ in rows])
-    return Batch(indices, torch.stack(pixels), None if tokens is None else tokens.batch(indices))
+    if tokens is None:
+        return Batch(indices, torch.stack(pixels))
+    return Batch(indices, torch.stack(pixels), tokens.batch(indices), tokens.lengths(indices))

@@ -42,8 +42,12 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.ends)
 
-    def lengths(self) -> NDArray[np.int64]:
-        return np.diff(self.ends, prepend=0)
+    def lengths(self, indices: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
+        """Tokens of each of the captions at `indices`, or of all."""
+        if indices is None:
+            return np.diff(self.ends, prepend=0)
+        begins = np.where(indices == 0, 0, self.ends[indices - 1])
+        return self.ends[indices] - begins
 
     def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> torch.Tensor:
         """The captions at `indices`, padded on the right to the longest of them: int64 (B, L).

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from cytoclip import files, images, model
 from cytoclip.config import Model
-from cytoclip.device import World
+from cytoclip.device import RandomState, World
 from cytoclip.errors import ExitCode, UserError
 from cytoclip.images import PixelSpec
 from cytoclip.model import DualEncoder
@@ -216,9 +216,7 @@ def _moment(parameter: torch.Tensor, key: str, value: torch.Tensor) -> torch.Ten
 
 
 def _random_states(world: World) -> dict[str, torch.Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if world.device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(world.device)
+    states = {kind: state for kind, state in vars(RandomState.of(world.device)).items() if state is not None}
     gathered = {kind: world.gather(state[None].to(world.device)).cpu() for kind, state in states.items()}
     return {f"random.{kind}.{rank}": row for kind, rows in gathered.items() for rank, row in enumerate(rows)}
 
@@ -228,6 +226,4 @@ def _set_random_states(tensors: dict[str, torch.Tensor], world: World) -> None:
     torch.manual_seed(world.rank)
     cpu, cuda = tensors.get(f"random.cpu.{world.rank}"), tensors.get(f"random.cuda.{world.rank}")
     if cpu is not None:
-        torch.set_rng_state(cpu)
-    if cuda is not None and world.device.type == "cuda":
-        torch.cuda.set_rng_state(cuda, world.device)
+        RandomState(cpu, cuda).restore(world.device)

@@ -108,7 +108,13 @@ class Train(Section):
     micro_batch_size: int | None = Field(
         None,
         ge=1,
-        description="Pairs that one process holds at once; null: batch_size ÷ processes, for now the only one.",
+        description="Pairs that one process holds at once, at most: a dial for memory that changes no gradient, at the "
+        "price of a second forward pass. null: its whole share of the batch.",
+    )
+    positives: Literal["groups", "pairs", "ignore"] = Field(
+        "groups",
+        description="What texts with the same caption, picture or group are for an image beside its own: right answers "
+        "too (groups), wrong ones (pairs), or neither (ignore).",
     )
     learning_rate: float = Field(1e-5, gt=0, description="Peak learning rate of AdamW.")
     weight_decay: float = Field(

@@ -118,6 +118,23 @@ class World:
             dist.barrier()
 
 
+@dataclass(frozen=True)
+class RandomState:
+    """Torch's random states that a forward pass may draw from: the CPU's, and a GPU's where the work is on one."""
+
+    cpu: torch.Tensor
+    cuda: torch.Tensor | None
+
+    @classmethod
+    def of(cls, device: torch.device) -> RandomState:
+        return cls(torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
+
+    def restore(self, device: torch.device) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None and device.type == "cuda":
+            torch.cuda.set_rng_state(self.cuda, device)
+
+
 def start(device: str = "auto", precision: str = "auto") -> World:
     """Join the processes that the launcher started, and settle device and precision.
 

@@ -91,7 +91,7 @@ def _images(encoder: DualEncoder, files: list[Path], reading: Reading, world: Wo
 def _texts(
     encoder: DualEncoder, rows: NDArray[np.int64], reading: Reading, world: World, bar: Bar
 ) -> list[torch.Tensor]:
-    by_length = np.argsort(reading.tokens.lengths()[rows], kind="stable")  # little padding in each batch
+    by_length = np.argsort(reading.tokens.lengths(rows), kind="stable")  # little padding in each batch
     parts = []
     for some in _cut(len(rows), reading):
         with world.autocast():

@@ -1,4 +1,4 @@
-"""The exact contrastive step: the loss of the whole batch and its gradient, on any number of processes.
+"""The exact contrastive step: the loss of the whole batch and its gradient, in any chunks, on any number of processes.
 
 Letters: B pairs of the global batch, b pairs of this process, R rows of a block, D embedding.
 
@@ -11,21 +11,29 @@ n_i = Σ_j r_ij), each row's and each column's target is uniform over its right 
     ∂L/∂S_ij = 1/2B · ( e^(S_ij − lse row i) + e^(S_ij − lse column j) − r_ij/n_i − r_ij/n_j )
 
 The gradient at the embeddings follows from that in closed form, so it is computed in blocks of rows, without a graph
-and without an N×N matrix; what processes exchange is their embeddings and their log-sum-exps.
+and without an N×N matrix; what processes exchange is their embeddings and their log-sum-exps. With the gradient at
+the embeddings known, each chunk of pairs can be embedded again with its graph and sent back alone: memory for one
+chunk, gradient of the whole batch (GradCache, arXiv 2101.06983).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
-from cytoclip.device import World
+from cytoclip.device import RandomState, World
 from cytoclip.pairs import Identity, right_answers
 
-BLOCK = 1024  # rows of scores at once: 1024 × 65,536 float32 is 256 MiB
+# Scores held at once, rows × B; a handful of such blocks live at a time. On a CPU one of them (2 MB) stays in the
+# cache, a GPU wants larger products.
+BLOCK_SCORES = {"cpu": 2**19, "cuda": 2**25}
 
+Positives = Literal["groups", "pairs", "ignore"]
+Embeddings = tuple[torch.Tensor, torch.Tensor]
 Encoder = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -55,32 +63,52 @@ class LossAndGradient:
 def contrastive_step(
     encoder: Encoder,
     logit_scale: torch.nn.Parameter,
-    batch: tuple[torch.Tensor, torch.Tensor],
+    chunks: Sequence[tuple[torch.Tensor, torch.Tensor]],
     identity: Identity,
     world: World,
-    factor: torch.Tensor | float = 1.0,
+    positives: Positives = "groups",
+    factor: float = 1.0,
 ) -> LossAndGradient:
     """Add the gradient of the global batch's loss to `.grad` of every parameter; the sum over processes is exact.
 
     Parameters
     ----------
     encoder
-        From (pixels, tokens) of this process to two (b, D) unit embeddings.
+        From (pixels, tokens) of some pairs to two unit embeddings (pairs, D).
     logit_scale
         0-dim; its gradient is added too.
-    batch
-        Pixels and tokens of this process's b pairs.
+    chunks
+        Pixels and tokens of this process's b pairs, in pieces of which one fits in memory; on any device. The number
+        of chunks decides what is held at once and nothing else: one is embedded once, several are embedded twice, the
+        second time with the random state of the first, so that dropout falls on the same places.
     identity
         Of the global batch, tensors (B,); this process's pairs stand at its rank's place.
+    positives
+        What the right answers beside the pair itself are: right too, wrong, or neither.
     factor
         Multiplies every gradient (fp16's loss scale).
     """
-    with world.autocast():
-        image_bD, text_bD = encoder(*batch)
-    result = info_nce(image_bD.detach(), text_bD.detach(), logit_scale.detach(), identity, world)
-    reached = [(e, g * factor) for e, g in ((image_bD, result.images), (text_bD, result.texts)) if e.requires_grad]
-    if reached:  # with both towers and projections frozen only the scale moves
-        torch.autograd.backward([e for e, _ in reached], [g for _, g in reached])
+
+    def contrast(image_bD: torch.Tensor, text_bD: torch.Tensor) -> LossAndGradient:
+        return info_nce(image_bD.detach(), text_bD.detach(), logit_scale.detach(), identity, world, positives)
+
+    if len(chunks) == 1:
+        embedded = _embed(encoder, chunks[0], world)
+        result = contrast(*embedded)
+        _send_back(embedded, (result.images, result.texts), factor)
+    else:
+        states, kept = [], []
+        with torch.no_grad():
+            for chunk in chunks:
+                states.append(RandomState.of(world.device))
+                kept.append(_embed(encoder, chunk, world))
+        images, texts = (torch.cat(side) for side in zip(*kept, strict=True))
+        result = contrast(images, texts)
+        sizes = [len(image) for image, _ in kept]
+        gradients = zip(torch.split(result.images, sizes), torch.split(result.texts, sizes), strict=True)
+        for chunk, state, gradient in zip(chunks, states, gradients, strict=True):
+            state.restore(world.device)
+            _send_back(_embed(encoder, chunk, world), gradient, factor)
     share = result.logit_scale * factor
     logit_scale.grad = share if logit_scale.grad is None else logit_scale.grad + share
     return result
@@ -93,13 +121,17 @@ def info_nce(
     logit_scale: torch.Tensor,
     identity: Identity,
     world: World,
+    positives: Positives = "groups",
 ) -> LossAndGradient:
-    """Loss and gradient of the formula above from this process's embeddings, in their own precision."""
+    """Loss and gradient of the formula above from this process's embeddings, in their own precision.
+
+    With `pairs` r is the identity; with `ignore` too, and other right answers are left out of the log-sum-exps.
+    """
     image_BD, text_BD = world.gather(image_bD), world.gather(text_bD)
     scale = logit_scale.to(image_bD.dtype).exp()
-    own = identity.take(slice(world.rank * len(image_bD), (world.rank + 1) * len(image_bD)))
-    rows = _Half(image_bD, text_BD, scale, own, identity)
-    columns = _Half(text_bD, image_BD, scale, own, identity)
+    first = world.rank * len(image_bD)
+    rows = _Half(image_bD, text_BD, scale, identity, first, positives)
+    columns = _Half(text_bD, image_BD, scale, identity, first, positives)
     row_sums, column_sums = rows.reduce(), columns.reduce()
     counts_B = world.gather(row_sums.counts)
 
@@ -123,21 +155,24 @@ class _Sums:
 
 @dataclass(frozen=True)
 class _Half:
-    """One direction: this process's b queries against all B answers."""
+    """One direction: this process's b queries, which begin at row `first` of the batch, against all B answers."""
 
     query_bD: torch.Tensor
     answer_BD: torch.Tensor
     scale: torch.Tensor
-    own: Identity
-    everyone: Identity
+    identity: Identity
+    first: int
+    positives: Positives
 
     def reduce(self) -> _Sums:
         lse, right, counts, hits = [], [], [], []
         for rows in self._blocks():
-            scores_RB, right_RB = self._scores(rows), self._right(rows)
-            lse.append(scores_RB.logsumexp(dim=1))
+            scores_RB, (right_RB, out_RB) = self._scores(rows), self._targets(rows)
             counts.append(right_RB.sum(dim=1, dtype=scores_RB.dtype))  # bool ÷ int64 would be float32 in a float64 run
             right.append((scores_RB * right_RB).sum(dim=1) / counts[-1])
+            if out_RB is not None:
+                scores_RB.masked_fill_(out_RB, -math.inf)
+            lse.append(scores_RB.logsumexp(dim=1))
             hits.append(right_RB.gather(1, scores_RB.argmax(dim=1, keepdim=True)).sum())
         return _Sums(torch.cat(lse), torch.cat(right), torch.cat(counts), torch.stack(hits).sum())
 
@@ -148,20 +183,46 @@ class _Half:
         gradient_bD = torch.empty_like(self.query_bD)
         by_scale = torch.zeros((), dtype=self.query_bD.dtype, device=self.query_bD.device)
         for rows in self._blocks():
-            scores_RB, right_RB = self._scores(rows), self._right(rows)
-            pull_RB = right_RB / own.counts[rows, None] + right_RB / counts_B
-            push_RB = (scores_RB - own.lse[rows, None]).exp_() + (scores_RB - other_lse_B).exp_()
-            by_score_RB = (push_RB - pull_RB) * weight
+            scores_RB, (right_RB, out_RB) = self._scores(rows), self._targets(rows)
+            by_score_RB = (scores_RB - own.lse[rows, None]).exp_()
+            by_score_RB += (scores_RB - other_lse_B).exp_()
+            if out_RB is not None:
+                by_score_RB.masked_fill_(out_RB, 0)
+            by_score_RB -= right_RB / own.counts[rows, None]
+            by_score_RB -= right_RB / counts_B
+            by_score_RB *= weight
             gradient_bD[rows] = by_score_RB @ self.answer_BD * self.scale
-            by_scale += (by_score_RB * scores_RB).sum()
+            by_scale += by_score_RB.mul_(scores_RB).sum()
         return gradient_bD, by_scale
 
     def _blocks(self) -> Iterator[slice]:
-        return (slice(begin, begin + BLOCK) for begin in range(0, len(self.query_bD), BLOCK))
+        """Slices of this process's rows, each of as many scores as are held at once."""
+        held = BLOCK_SCORES.get(self.query_bD.device.type, BLOCK_SCORES["cpu"])
+        each, queries = max(1, held // len(self.answer_BD)), len(self.query_bD)
+        return (slice(begin, min(begin + each, queries)) for begin in range(0, queries, each))
 
     def _scores(self, rows: slice) -> torch.Tensor:
-        return self.query_bD[rows] @ self.answer_BD.T * self.scale
+        return (self.query_bD[rows] @ self.answer_BD.T).mul_(self.scale)
 
-    def _right(self, rows: slice) -> torch.Tensor:
-        right_RB: torch.Tensor = right_answers(self.own.take(rows), self.everyone)
-        return right_RB
+    def _targets(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Which answers are right (R, B), and which are neither right nor wrong, if any are."""
+        place = slice(self.first + rows.start, self.first + rows.stop)
+        columns_B = torch.arange(len(self.answer_BD), device=self.query_bD.device)
+        pair_RB = columns_B[place, None] == columns_B
+        if self.positives == "pairs":
+            return pair_RB, None
+        right_RB: torch.Tensor = right_answers(self.identity.take(place), self.identity)
+        return (right_RB, None) if self.positives == "groups" else (pair_RB, right_RB & ~pair_RB)
+
+
+def _embed(encoder: Encoder, chunk: tuple[torch.Tensor, torch.Tensor], world: World) -> Embeddings:
+    pixels, tokens = (part.to(world.device, non_blocking=True) for part in chunk)
+    with world.autocast():
+        return encoder(pixels, tokens)
+
+
+def _send_back(embedded: Embeddings, gradients: Embeddings, factor: float) -> None:
+    """Gradients at the embeddings into the towers; neither embedding needs one where all but the scale is frozen."""
+    reached = [(e, g * factor) for e, g in zip(embedded, gradients, strict=True) if e.requires_grad]
+    if reached:
+        torch.autograd.backward([e for e, _ in reached], [g for _, g in reached])

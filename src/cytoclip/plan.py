@@ -76,7 +76,7 @@ def plan(config: Config, opened: Opened, pairs: int, world: World) -> Plan:
     steps = config.train.steps or per_epoch * (config.train.epochs or 0)
     sizes = opened.encoder.sizes()
     moving, total = (sum(column) for column in zip(*sizes.values(), strict=True))
-    activations = batch // world.size * _activations(config, opened)
+    activations = held(config, world.size) * _activations(config, opened)
     saved = (moving if is_adapter_only(config.model, opened) else total) * _FLOAT
     state = moving * (_FLOAT + _ADAM)
     return Plan(
@@ -90,8 +90,8 @@ def plan(config: Config, opened: Opened, pairs: int, world: World) -> Plan:
 
 
 def check_batch(config: Config, processes: int) -> None:
-    """Raise where the processes don't share the global batch evenly, or hold another share than is asked for."""
-    batch, held = config.train.batch_size, config.train.micro_batch_size
+    """Raise where the processes don't share the global batch evenly: the nearest that they do is in the hint."""
+    batch = config.train.batch_size
     rest = batch % processes
     if rest:
         near = sorted({max(batch - rest, processes), batch - rest + processes}, key=lambda b: abs(b - batch))
@@ -99,11 +99,12 @@ def check_batch(config: Config, processes: int) -> None:
             f"train.batch_size {batch} is not divisible by the {processes} processes",
             f"set train.batch_size to {' or '.join(map(str, near))}",
         )
-    if held not in (None, batch // processes):
-        raise UserError(
-            f"train.micro_batch_size {held} is not batch_size ÷ processes, {batch} ÷ {processes}",
-            f"leave it out, or set train.batch_size to {(held or 1) * processes}",
-        )
+
+
+def held(config: Config, processes: int) -> int:
+    """Pairs that one process holds at once, in training and in evaluation: never more than its share of the batch."""
+    share = config.train.batch_size // processes
+    return min(config.train.micro_batch_size or share, share)
 
 
 def _activations(config: Config, opened: Opened) -> int:

@@ -29,7 +29,7 @@ from cytoclip.pairs import Identity, Pairs, identities
 from cytoclip.plan import Plan
 from cytoclip.report import Scores
 
-HARMLESS = {"data.workers", "checkpoint.every", "track.to"}  # may differ when a run resumes
+HARMLESS = {"data.workers", "train.micro_batch_size", "checkpoint.every", "track.to"}  # may differ when a run resumes
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,9 @@ def _prepare(wanted: Config, run: RunFolder, world: World, console: Console) -> 
         tokens=tokens,
         order=Order(len(splits["train"]), wanted.train.batch_size, wanted.train.seed),
         val=splits["val"],
-        reading=evaluate.reading(opened, splits["val"], _eval_batch(wanted, world), world.loaders(wanted.data.workers)),
+        reading=evaluate.reading(
+            opened, splits["val"], plan.held(wanted, world.size), world.loaders(wanted.data.workers)
+        ),
     )
     _say_what_is_odd(job)
     return job
@@ -213,13 +215,9 @@ def _step(job: _Job, step: int, batch: Batch, identity: Identity) -> tuple[dict[
     for group in job.optimizer.param_groups:
         group["lr"] = rate
     job.optimizer.zero_grad()
-    assert batch.tokens is not None  # noqa: S101 - the training loader makes them; for mypy
-    on_device = (
-        batch.pixels.to(world.device, non_blocking=True),
-        batch.tokens.to(world.device, non_blocking=True),
-    )
+    chunks = batch.chunks(plan.held(job.config, world.size))
     factor = job.scaler.get_scale() if job.scaler.is_enabled() else 1.0
-    result = contrastive_step(encoder, encoder.logit_scale, on_device, identity, world, factor)
+    result = contrastive_step(encoder, encoder.logit_scale, chunks, identity, world, wanted.positives, factor)
     world.sum_gradients(moving.values())
     job.scaler.unscale_(job.optimizer)
     norm = optim.clip(moving, wanted.max_grad_norm)
@@ -353,11 +351,12 @@ def _check_disk(planned: Plan, run: RunFolder) -> None:
 
 
 def _first_line(wanted: Config, world: World) -> str:
-    each = wanted.train.batch_size // world.size
+    each, held = wanted.train.batch_size // world.size, plan.held(wanted, world.size)
+    chunks = "" if held == each else f", in chunks of {held}"
     threads = f" with {counted(torch.get_num_threads(), 'thread')}" if world.device.type == "cpu" else ""
     return (
         f"{counted(world.size, 'process', 'processes')} on {world.device.type}{threads}, precision {world.precision} "
-        f"(from {world.precision_from}), global batch {wanted.train.batch_size} = {world.size} × {each}"
+        f"(from {world.precision_from}), global batch {wanted.train.batch_size} = {world.size} × {each}{chunks}"
     )
 
 
@@ -396,11 +395,6 @@ def _journal(job: _Job, done: int) -> Iterator[journal.Journal | None]:
         yield book
     finally:
         book.close()
-
-
-def _eval_batch(wanted: Config, world: World) -> int:
-    """A process's share of the training batch fits in memory with its graph, so it does without."""
-    return wanted.train.batch_size // world.size
 
 
 def _due(step: int, every: int, steps: int) -> bool:

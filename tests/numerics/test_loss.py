@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,34 +28,53 @@ IDENTITIES = {
 
 
 def textbook(
-    image_BD: torch.Tensor, text_BD: torch.Tensor, logit_scale: torch.Tensor, identity: Identity
+    image_BD: torch.Tensor,
+    text_BD: torch.Tensor,
+    logit_scale: torch.Tensor,
+    identity: Identity,
+    positives: str = "groups",
 ) -> torch.Tensor:
-    """Symmetric cross-entropy whose targets are uniform over the right answers."""
-    right_BB = right_answers(identity, identity).double()
+    """Symmetric cross-entropy over a whole matrix, with targets uniform over the right answers."""
+    right_BB, pair_BB = right_answers(identity, identity), torch.eye(len(image_BD), dtype=torch.bool)
+    target_BB = (right_BB if positives == "groups" else pair_BB).double()
     scores_BB = logit_scale.exp() * image_BD @ text_BD.T
-    by_row = -(right_BB / right_BB.sum(1, keepdim=True) * scores_BB.log_softmax(1)).sum(1).mean()
-    by_column = -(right_BB / right_BB.sum(0, keepdim=True) * scores_BB.log_softmax(0)).sum(0).mean()
+    if positives == "ignore":
+        scores_BB = scores_BB.masked_fill(right_BB & ~pair_BB, -1e300)
+    by_row = -(target_BB / target_BB.sum(1, keepdim=True) * scores_BB.log_softmax(1)).sum(1).mean()
+    by_column = -(target_BB / target_BB.sum(0, keepdim=True) * scores_BB.log_softmax(0)).sum(0).mean()
     return (by_row + by_column) / 2
 
 
-@pytest.mark.parametrize("block", [1, 5, 1024])
+@pytest.mark.parametrize("rows", [1, 5, 1024])
+@pytest.mark.parametrize("positives", ["groups", "pairs", "ignore"])
 @pytest.mark.parametrize("name", IDENTITIES)
 def test_loss_and_gradients_of_embeddings_are_the_textbook_s(
-    name: str, block: int, monkeypatch: pytest.MonkeyPatch
+    name: str, positives: Any, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loss, "BLOCK", block)
+    monkeypatch.setitem(loss.BLOCK_SCORES, "cpu", rows * B)
     torch.manual_seed(0)
     image, text = (torch.nn.functional.normalize(torch.randn(B, D).double()).requires_grad_() for _ in range(2))
     scale = torch.tensor(2.7, dtype=torch.float64, requires_grad=True)
-    expected = textbook(image, text, scale, IDENTITIES[name])
+    expected = textbook(image, text, scale, IDENTITIES[name], positives)
     expected.backward()
 
-    found = loss.info_nce(image.detach(), text.detach(), scale.detach(), IDENTITIES[name], ALONE)
+    found = loss.info_nce(image.detach(), text.detach(), scale.detach(), IDENTITIES[name], ALONE, positives)
 
     assert torch.allclose(found.loss, expected, rtol=1e-13, atol=0)
     assert torch.allclose(found.images, image.grad, rtol=0, atol=1e-14)
     assert torch.allclose(found.texts, text.grad, rtol=0, atol=1e-14)
     assert torch.allclose(found.logit_scale, scale.grad, rtol=0, atol=1e-14)
+
+
+def test_the_three_ways_to_take_right_answers_differ_only_where_something_repeats() -> None:
+    torch.manual_seed(0)
+    image, text = (torch.nn.functional.normalize(torch.randn(B, D).double()) for _ in range(2))
+    for name, identity in IDENTITIES.items():
+        values = {
+            loss.info_nce(image, text, torch.tensor(2.7).double(), identity, ALONE, way).loss.item()
+            for way in ("groups", "pairs", "ignore")
+        }
+        assert len(values) == (1 if name == "no repeats" else 3)
 
 
 def test_without_repeats_it_is_the_loss_of_transformers(base: Path) -> None:
@@ -88,7 +108,7 @@ def test_every_parameter_s_gradient_is_the_textbook_s(name: str, towers: tuple[s
     expected = {n: p.grad.clone() for n, p in encoder.moving().items()}
     encoder.zero_grad()
 
-    loss.contrastive_step(encoder, encoder.logit_scale, (pixels.double(), tokens), IDENTITIES[name], ALONE)
+    loss.contrastive_step(encoder, encoder.logit_scale, [(pixels.double(), tokens)], IDENTITIES[name], ALONE)
 
     found = {n: p.grad for n, p in encoder.moving().items()}
     assert expected.keys() == found.keys()
@@ -103,9 +123,8 @@ def test_factor_multiplies_every_gradient(base: Path) -> None:
     for factor in (1.0, 1024.0):
         encoder = checkpoint.open_model(str(base)).encoder
         encoder.to_floats = lambda pixels: pixels
-        loss.contrastive_step(
-            encoder, encoder.logit_scale, _inputs(encoder.clip), IDENTITIES["no repeats"], ALONE, factor
-        )
+        inputs, identity = _inputs(encoder.clip), IDENTITIES["no repeats"]
+        loss.contrastive_step(encoder, encoder.logit_scale, [inputs], identity, ALONE, factor=factor)
         gradients.append({n: p.grad / factor for n, p in encoder.moving().items()})
     for parameter_name, gradient in gradients[0].items():
         assert torch.allclose(gradients[1][parameter_name], gradient, rtol=1e-5, atol=1e-8), parameter_name

@@ -35,7 +35,7 @@ def trained(root: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) ->
                 run(case)
         else:
             (folder / "cases.json").write_text(json.dumps(listed))
-            _spawn(folder / "cases.json", processes)
+            spawn("tests.numerics.one_rank", [str(folder / "cases.json")], processes)
     return {key: (folder / f"{i}-1", folder / f"{i}-2") for i, key in enumerate(configs)}
 
 
@@ -103,13 +103,14 @@ def _config(root: Path, base: Path, towers: tuple[str, str]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _spawn(cases: Path, processes: int) -> None:
+def spawn(module: str, arguments: list[str], processes: int) -> None:
+    """Run a module of these tests as a gloo group; each process must end by saying that it is done."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     group = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.numerics.one_rank", str(cases)],
+            [sys.executable, "-m", module, *arguments],
             env={
                 **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",

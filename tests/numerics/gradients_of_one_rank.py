@@ -1,0 +1,88 @@
+"""One process of a group: the loss and gradients of every case of `cases()`, saved by the first process.
+
+python -m tests.numerics.gradients_of_one_rank BASE OUT.safetensors
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from cytoclip import checkpoint, device, loss, model
+from cytoclip.config import Model
+from cytoclip.device import World
+from cytoclip.pairs import Identity
+
+B = 48
+CHUNKS = (48, 16, 7, 1)
+REPEATS = (False, True)
+TOWERS = (("full", "full"), ("lora", "lora"), ("full", "lora"))
+Case = tuple[int, bool, tuple[str, str]]
+
+
+def cases() -> list[Case]:
+    return list(itertools.product(CHUNKS, REPEATS, TOWERS))
+
+
+def encoder_of(base: Path, towers: tuple[str, str], dropout: float = 0.0) -> model.DualEncoder:
+    """In float64, its adapters away from zero, its pixels taken as they are."""
+    encoder = checkpoint.open_model(str(base)).encoder
+    encoder.to_floats = lambda pixels: pixels
+    torch.manual_seed(0)
+    wanted = {"image_tower": towers[0], "text_tower": towers[1]}
+    lora = {"lora": {"dropout": dropout}} if "lora" in towers else {}
+    model.set_moving(encoder, Model.model_validate(wanted | lora))
+    encoder.double().train()
+    for name, parameter in encoder.moving().items():
+        if ".lora_B." in name:  # zero at the start, which would leave lora_A without a gradient
+            torch.nn.init.normal_(parameter, std=0.1)
+    return encoder
+
+
+def inputs(encoder: model.DualEncoder) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    side, text = encoder.clip.config.vision_config.image_size, encoder.clip.config.text_config
+    pixels = torch.randn(B, 3, side, side, generator=generator, dtype=torch.float64)
+    tokens = torch.randint(3, text.vocab_size - 2, (B, 9), generator=generator)
+    tokens[:, -1] = text.eos_token_id
+    return pixels, tokens
+
+
+def identity_of(repeats: bool) -> Identity:
+    each, nothing = torch.arange(B), torch.full((B,), -1)
+    return (
+        Identity(each // 2, each.flip(0) // 3, torch.where(each % 5 == 0, 1, -1))
+        if repeats
+        else Identity(each, each, nothing)
+    )
+
+
+def gradients(case: Case, base: Path, world: World) -> dict[str, torch.Tensor]:
+    """The loss, and every gradient summed over processes, by name."""
+    chunk, repeats, towers = case
+    encoder = encoder_of(base, towers)
+    own = slice(world.rank * B // world.size, (world.rank + 1) * B // world.size)
+    pieces = [part[own].split(chunk) for part in inputs(encoder)]
+    result = loss.contrastive_step(
+        encoder, encoder.logit_scale, list(zip(*pieces, strict=True)), identity_of(repeats), world
+    )
+    world.sum_gradients(encoder.moving().values())
+    return {"loss": result.loss} | {name: parameter.grad for name, parameter in encoder.moving().items()}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    here = device.start("cpu", "no")
+    found = {
+        f"{i}/{name}": t
+        for i, case in enumerate(cases())
+        for name, t in gradients(case, Path(sys.argv[1]), here).items()
+    }
+    if here.first:
+        save_file(found, sys.argv[2])
+    here.wait()
+    print("done", flush=True)
