@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, CLIPModel, CLIPProcessor
 
 from cytoclip import checkpoint, model
@@ -139,3 +142,64 @@ def _logits(encoder: model.DualEncoder) -> torch.Tensor:
         clip = encoder.eval().clip
         image = torch.nn.functional.normalize(clip.get_image_features(pixel_values=pixels).pooler_output)
         return encoder.logit_scale.exp() * image @ encoder.texts(tokens).T
+
+
+def test_a_damaged_adapter_is_refused(base: Path, tmp_path: Path) -> None:
+    """Each of these would otherwise open with some weights of the base, and score."""
+    wanted = Model.model_validate({"image_tower": "lora", "text_tower": "lora"})
+    opened = checkpoint.open_model(str(base))
+    adapter = model.set_moving(opened.encoder, wanted)
+    checkpoint.save_model(tmp_path / "whole", opened, adapter, wanted)
+    checkpoint.open_model(str(tmp_path / "whole"))
+    damages = {
+        "no scale": ("cytoclip.safetensors", "does not fit"),
+        "no tensor": ("adapter_model.safetensors", "lacks"),
+        "cut beside": ("cytoclip.safetensors", "cannot be read"),
+        "cut adapter": ("adapter_model.safetensors", "cannot open"),
+        "cut config": ("adapter_config.json", "cannot be read"),
+    }
+    for name, (file, said) in damages.items():
+        folder = shutil.copytree(tmp_path / "whole", tmp_path / name)
+        if name.startswith("cut"):
+            (folder / file).write_bytes((folder / file).read_bytes()[:-40])
+        else:
+            tensors = load_file(folder / file)
+            tensors.pop("logit_scale" if name == "no scale" else next(iter(tensors)))
+            save_file(tensors, folder / file, {"format": "pt"})
+        with pytest.raises(UserError, match=said):
+            checkpoint.open_model(str(folder))
+    assert len(damages) == 5
+
+
+def test_a_truncated_model_and_one_without_tokenizer_are_refused(base: Path, tmp_path: Path) -> None:
+    cut = shutil.copytree(base, tmp_path / "cut")
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-100])
+    with pytest.raises(UserError, match="cannot open the checkpoint"):
+        checkpoint.open_model(str(cut))
+    bare = shutil.copytree(base, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(UserError, match="has no tokenizer"):
+        checkpoint.open_model(str(bare))
+
+
+def test_a_reader_does_not_touch_a_folder_in_exchange(base: Path, tmp_path: Path) -> None:
+    """Between the two renames of its writer, `best` is away: a reader takes the old one where it is."""
+    run = RunFolder(tmp_path)
+    run.config.write_text("data: {root: x}\n")
+    waiting = shutil.copytree(base, tmp_path / ".best.old")
+    assert checkpoint.open_model(str(tmp_path)).name == str(waiting.resolve())
+    assert waiting.is_dir()
+    assert not run.best.exists()
+
+
+def test_the_image_processor_is_always_the_pil_one(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap 48: where torchvision is installed, transformers' default would resize differently."""
+    asked = []
+    opens = model.AutoImageProcessor.from_pretrained
+
+    def noted(name: str, **how: Any) -> Any:
+        asked.append(how.get("backend"))
+        return opens(name, **how)
+
+    monkeypatch.setattr(model.AutoImageProcessor, "from_pretrained", noted)
+    checkpoint.open_model(str(base))
+    assert asked == ["pil"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -139,3 +140,14 @@ def test_on_a_terminal_the_bar_is_drawn_and_the_lines_go_to_the_log(
 )  # fmt: skip
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_bars_may_stand_inside_one_another_on_a_terminal() -> None:
+    """Validation draws its own bar while the training bar stands; rich before 14.1 raises there."""
+    console = Console()
+    console._terminal = Terminal(file=io.StringIO(), force_terminal=True)
+    with console.progress("training", 2) as outer:
+        outer.advance()
+        with console.progress("embedding", 3) as inner:
+            inner.advance(3)
+        outer.advance()

@@ -121,7 +121,8 @@ def test_auto_takes_the_fastest_there_and_the_cpu_where_the_launcher_says_so(mon
     assert device._device_kind("auto") == "cuda"
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
     assert device._device_kind("auto") == "cpu"
-    assert device._device_kind("cuda") == "cuda"
+    with pytest.raises(UserError, match=r"train\.device is cuda but the launcher asks for the CPU"):
+        device._device_kind("cuda")
     monkeypatch.delenv("ACCELERATE_USE_CPU")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert device._device_kind("auto") == "mps"

@@ -131,7 +131,14 @@ def test_the_first_line_says_what_is_measured_and_how(
 ) -> None:
     evaluate.evaluate(str(base), root / "val", Question([1]), Console(), workers=0)
     said = capsys.readouterr().err
-    for part in (str(base), "20 pairs", str(root / "val"), "cpu", "precision no (from the configuration)", "1 process"):
+    for part in (
+        str(base),
+        "20 pairs",
+        str(root / "val"),
+        "cpu",
+        "precision no (from the default of evaluation)",
+        "1 process",
+    ):
         assert part in said
     assert "1 processes" not in said
 

@@ -118,14 +118,17 @@ def test_no_tracker_writes_no_other_file(tmp_path: Path) -> None:
 
 
 def test_a_tracker_that_is_not_installed_is_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(*_: object) -> None:
-        raise ImportError("No module named 'wandb'")
+    def missing(*_: object, **__: object) -> None:
+        raise OSError("not logged in")
 
     monkeypatch.setitem(module.LOGGER_TYPE_TO_CLASS, "wandb", missing)
-    with pytest.raises(UserError, match=r"track\.to: wandb cannot start: No module named 'wandb'") as caught:
+    with pytest.raises(UserError, match=r"track\.to: wandb cannot start: not logged in") as caught:
         Journal(tmp_path / "losses.jsonl", tmp_path, ["wandb"], 0)
     assert caught.value.hint.startswith("pip install wandb")
     assert caught.value.code is ExitCode.SYSTEM
+    module.check_trackers(["tensorboard"])
+    with pytest.raises(UserError, match=r"track\.to: trackio cannot start: it is not installed"):
+        module.check_trackers(["tensorboard", "trackio"])
 
 
 @pytest.fixture

@@ -41,8 +41,8 @@ def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As Ctrl-C does, just after the checkpoint of `step`."""
     saves = train._save
 
-    def save_and_stop(job: Any, progress: Any) -> None:
-        saves(job, progress)
+    def save_and_stop(job: Any, progress: Any, book: Any) -> None:
+        saves(job, progress, book)
         if progress.step == step:
             raise KeyboardInterrupt
 

@@ -47,14 +47,18 @@ class Batch:
 
 
 def open_split(folder: Path, console: Console) -> Pairs:
-    """Read a split and every picture's bytes once: its content hash, and whether it is there and whole.
+    """`sources.read` and `scanned` in one."""
+    return scanned(sources.read(folder), folder, console)
+
+
+def scanned(pairs: Pairs, folder: Path, console: Console) -> Pairs:
+    """Read every picture's bytes once: its content hash, and whether it is there and whole.
 
     Raises
     ------
     UserError
-        For whatever `sources.read` refuses, and for missing or unreadable pictures, all of them counted.
+        For missing or unreadable pictures, all of them counted.
     """
-    pairs = sources.read(folder)
     files = list(dict.fromkeys(pairs.images))
     with console.progress(f"reading {folder}", len(files)) as bar:
         scans = dict(

@@ -78,22 +78,30 @@ def open_model(name: str) -> Opened:
     adapter = folder / "adapter_config.json"
     if not adapter.is_file():
         read = model.read(place)
-        return _opened(read, read.clip, place, plain=True)
+        return _opened(read, read.clip, place, plain=run_of(name) is None)  # a run's weights may change under its name
     if not (folder / "adapter_model.safetensors").is_file() or not (folder / BESIDE).is_file():
         raise UserError(
             f"{folder} has an adapter but not both of adapter_model.safetensors and {BESIDE}",
             "name the model/ or best/ folder that cytoclip train wrote, whole",
             ExitCode.MODEL,
         )
-    base = str(json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path"))
-    read = model.read(base)
-    clip = model.read_adapter(folder, read.clip)
-    beside = load_file(folder / BESIDE)
-    unknown = clip.load_state_dict(beside, strict=False).unexpected_keys
-    if unknown:
+    try:
+        base = str(files.read_json(adapter)["base_model_name_or_path"])
+        beside = load_file(folder / BESIDE)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(
-            f"{folder / BESIDE} does not fit {base}: {unknown[0]}", "retrain from that base", ExitCode.MODEL
+            f"{folder} cannot be read: {type(error).__name__}: {error}", "train it again", ExitCode.MODEL
+        ) from None
+    read = model.read(base)
+    clip: Any = model.read_adapter(folder, read.clip)
+    expected = model.beside_adapter(clip, model.FAMILIES[clip.config.model_type])
+    if {n: t.shape for n, t in beside.items()} != {n: t.shape for n, t in expected.items()}:
+        raise UserError(
+            f"{folder / BESIDE} does not fit {base}: it holds {', '.join(sorted(beside))}",
+            "train it again, from the base that is there now",
+            ExitCode.MODEL,
         )
+    clip.load_state_dict(beside, strict=False)
     return _opened(read, clip, place, plain=False)
 
 
@@ -104,8 +112,7 @@ def locate(name: str) -> str:
     if not folder.is_dir():
         return name
     if run.config.is_file():
-        for inner in (run.best, run.model):
-            files.recover(inner)
+        for inner in (run.best, files.old(run.best), run.model):  # old: while its writer exchanges the two
             if inner.is_dir():
                 return str(inner.resolve())
         raise UserError(
@@ -122,6 +129,14 @@ def locate(name: str) -> str:
     return str(folder.resolve())
 
 
+def run_of(name: str) -> RunFolder | None:
+    """The run folder that `name` is, or whose `model/` or `best/` it is."""
+    for folder in (Path(name), Path(name).absolute().parent):
+        if RunFolder(folder).config.is_file():
+            return RunFolder(folder)
+    return None
+
+
 def is_adapter_only(wanted: Model, opened: Opened) -> bool:
     """Whether a peft folder beside a plain base holds everything that trains."""
     towers = {wanted.image_tower, wanted.text_tower}
@@ -134,7 +149,7 @@ def save_model(folder: Path, opened: Opened, adapter: PeftModel | None, wanted: 
     with files.whole_folder(folder) as new:
         if adapter is not None and is_adapter_only(wanted, opened):
             adapter.peft_config["default"].base_model_name_or_path = opened.name
-            adapter.save_pretrained(str(new), safe_serialization=True)
+            adapter.save_pretrained(str(new), save_embedding_layers=False)  # or it asks the hub each time
             (new / "README.md").unlink(missing_ok=True)  # peft's empty template
             save_file(model.beside_adapter(clip, opened.encoder.family), new / BESIDE)
         else:

@@ -124,7 +124,7 @@ def config(
 @app.command()
 def demo(
     to: Annotated[Path, typer.Option(help="Folder for the sample set and the run.")] = Path("demo"),
-    seed: Annotated[int, typer.Option(help="Another seed draws other cells.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Another seed draws other cells.")] = 0,
 ) -> None:
     """Draw a small sample set, train a small CLIP on it, and show before and after."""
     from cytoclip import config as configs

@@ -13,6 +13,8 @@ from rich.console import Console as Terminal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from cytoclip.files import disk_errors
+
 PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal to draw a bar on
 
 
@@ -45,7 +47,7 @@ class Console:
     def record(self, line: str) -> None:
         """Write a line into the log file only."""
         if self._log:
-            with self._log.open("a", encoding="utf-8") as stream:
+            with disk_errors(self._log), self._log.open("a", encoding="utf-8") as stream:
                 stream.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}\n")
 
     def warn(self, line: str) -> None:

@@ -174,7 +174,8 @@ def _different_captions(entries: list[Entry], count: int, imgs: Path) -> list[En
 
 
 _RECIPE = """\
-# The demo: a small CLIP from scratch on the drawn sample set. `cytoclip train` on this file repeats it.
+# The demo: a small CLIP from scratch on the drawn sample set. `cytoclip demo` wrote this file and trained on it;
+# `cytoclip train` on it, from the same folder and with another output=, does that again.
 data: {{root: {data}}}
 model: {{name: {base}}}
 train:

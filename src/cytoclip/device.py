@@ -8,13 +8,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
-from cytoclip.errors import ExitCode, UserError
+from cytoclip.errors import ExitCode, UserError, counted
 
 T = TypeVar("T")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -135,7 +136,7 @@ class RandomState:
             torch.cuda.set_rng_state(self.cuda, device)
 
 
-def start(device: str = "auto", precision: str = "auto") -> World:
+def start(device: str = "auto", precision: str = "auto", said_by: str = "the configuration") -> World:
     """Join the processes that the launcher started, and settle device and precision.
 
     Raises
@@ -145,17 +146,25 @@ def start(device: str = "auto", precision: str = "auto") -> World:
     """
     refuse_launcher(os.environ)
     kind = _device_kind(device)
-    wanted = int(os.environ.get("WORLD_SIZE", "1"))
+    wanted, here = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if kind == "cuda" and here > torch.cuda.device_count():
+        raise UserError(
+            f"{here} processes on this machine, which has {counted(torch.cuda.device_count(), 'GPU')}",
+            f"start {torch.cuda.device_count()} here, or set train.device=cpu",
+            ExitCode.SYSTEM,
+        )
     # Without cpu=True, PartialState leaves several CPU processes of torchrun each in a world of its own.
-    state = PartialState(cpu=kind == "cpu")
+    # The first process may hash millions of pictures while the others wait; a launcher ends them when one dies.
+    state = PartialState(cpu=kind == "cpu", timeout=timedelta(days=1))
     if state.num_processes != wanted:
         raise UserError(
             f"the launcher started {wanted} processes, but {state.num_processes} found each other",
             "start one process a device: torchrun --nproc_per_node N train.py …",
             ExitCode.SYSTEM,
         )
-    chosen, said_by = settle_precision(precision, os.environ, kind)
-    return World(state.device, state.process_index, state.num_processes, chosen, said_by)
+    chosen, source = settle_precision(precision, os.environ, kind)
+    source = source if precision == "auto" else said_by
+    return World(state.device, state.process_index, state.num_processes, chosen, source)
 
 
 def refuse_launcher(environment: Mapping[str, str]) -> None:
@@ -204,6 +213,12 @@ def _device_kind(device: str) -> str:
     if device == "auto":
         launcher_wants_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
         return "cpu" if launcher_wants_cpu else next(kind for kind, present in there.items() if present)
+    if device != "cpu" and os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true":
+        raise UserError(
+            f"train.device is {device} but the launcher asks for the CPU",
+            "leave out one of train.device and --cpu",
+            ExitCode.SYSTEM,
+        )
     if not there[device]:
         usable = ", ".join(kind for kind, present in there.items() if present)
         raise UserError(f"there is no {device} device here", f"usable here: {usable}", ExitCode.SYSTEM)

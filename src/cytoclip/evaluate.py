@@ -56,7 +56,8 @@ def evaluate(
     UserError
         For a model or split that cannot be used.
     """
-    world = device.start(precision=_precision(name))
+    precision, said_by = _precision(name)
+    world = device.start(precision=precision, said_by=said_by)
     pairs = world.once(lambda: batches.open_split(folder, console))
     opened = checkpoint.open_model(name)
     opened.encoder.to(world.device)
@@ -73,10 +74,12 @@ def evaluate(
     return rank(opened, pairs, how, question, world, console)
 
 
-def _precision(name: str) -> str:
-    """Float32, so that a number does not depend on the machine; a run folder's own, so that its results come again."""
-    run = checkpoint.RunFolder(Path(name))
-    return config.load(run.config).train.precision if run.config.is_file() else "no"
+def _precision(name: str) -> tuple[str, str]:
+    """A run's own, so that its results come again; else the launcher's; else float32, and who says so."""
+    run = checkpoint.run_of(name)
+    if run:
+        return config.load(run.config).train.precision, "the run"
+    return ("auto", "") if os.environ.get("ACCELERATE_MIXED_PRECISION") else ("no", "the default of evaluation")
 
 
 def save_as_original(scored: Scores, place: str, direction: str) -> Path:

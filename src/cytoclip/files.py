@@ -44,7 +44,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     Two folders cannot be exchanged in one portable step, so the old one waits under another name until the new one
     stands; `recover` brings it back if the process died between the two renames.
     """
-    beside, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
+    beside = path.with_name(f".{path.name}.new")
     with disk_errors(path):
         recover(path)
         shutil.rmtree(beside, ignore_errors=True)
@@ -56,20 +56,24 @@ def whole_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(beside, ignore_errors=True)
             raise
         if path.exists():
-            path.rename(old)
+            path.rename(old(path))
         beside.rename(path)
         _sync_folder(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(old(path), ignore_errors=True)
+
+
+def old(path: Path) -> Path:
+    """Where the folder at `path` waits while `whole_folder` puts another in its place."""
+    return path.with_name(f".{path.name}.old")
 
 
 def recover(path: Path) -> None:
-    """Undo a replacement of `path` that a crash cut in half; harmless at any other time."""
-    old = path.with_name(f".{path.name}.old")
-    if old.exists():
+    """Undo a replacement of `path` that a crash cut in half. Only for its one writer: a reader would break it."""
+    if old(path).exists():
         if path.exists():
-            shutil.rmtree(old)
+            shutil.rmtree(old(path))
         else:
-            old.rename(path)
+            old(path).rename(path)
 
 
 def remove(folder: Path) -> None:

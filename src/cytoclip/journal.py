@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,14 +35,15 @@ class Journal:
     def __init__(self, losses: Path, folder: Path, trackers: Sequence[str], done: int) -> None:
         kept = [line for line in _lines(losses) if line["step"] <= done]
         files.write_text(losses, "".join(json.dumps(line) + "\n" for line in kept))
-        self._stream = losses.open("a", encoding="utf-8")
+        self._losses, self._stream = losses, losses.open("a", encoding="utf-8")
         self._trackers = [_tracker(name, folder, done) for name in trackers]
 
     def step(self, row: Mapping[str, float], curves: Mapping[str, float]) -> None:
         """Write a step: `row` everywhere, `curves` (speeds and such, never the same twice) to the trackers only."""
         whole = {key: value if math.isfinite(value) else None for key, value in row.items()}  # fp16 skips such a step
-        self._stream.write(json.dumps(whole, allow_nan=False) + "\n")
-        self._stream.flush()
+        with files.disk_errors(self._losses):
+            self._stream.write(json.dumps(whole, allow_nan=False) + "\n")
+            self._stream.flush()
         values = {f"train/{key}": value for key, value in {**row, **curves}.items() if key != "step"}
         self._log(values, int(row["step"]))
 
@@ -48,14 +51,19 @@ class Journal:
         for direction in ("image_to_text", "text_to_image"):
             self._log({f"val/{direction}/{key}": value for key, value in scored[direction].items()}, step)
 
+    def sync(self) -> None:
+        """Before a checkpoint: a step that it counts must have its line after a power cut."""
+        os.fsync(self._stream.fileno())
+
     def close(self) -> None:
         self._stream.close()
         for tracker in self._trackers:
             tracker.finish()
 
     def _log(self, values: dict[str, float], step: int) -> None:
-        for tracker in self._trackers:
-            tracker.log(values, step=step)
+        with files.disk_errors(self._losses.parent):
+            for tracker in self._trackers:
+                tracker.log(values, step=step)
 
 
 class Stopwatch:
@@ -99,19 +107,27 @@ def _lines(path: Path) -> list[dict[str, float]]:
     return found
 
 
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise `UserError` for a tracker that is not installed, before any work is done for it."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise _no_tracker(name, "it is not installed")
+
+
 def _tracker(name: str, folder: Path, done: int) -> GeneralTracker:
     try:
         if name == "tensorboard":  # purge_step hides what a crash left behind the checkpoint
-            made = TensorBoardTracker("tensorboard", str(folder), purge_step=done + 1 if done else None)
+            made = TensorBoardTracker("tensorboard", str(folder), purge_step=done + 1)
         elif name == "mlflow":
-            made = LOGGER_TYPE_TO_CLASS[name](experiment_name=folder.name)
-        else:
-            made = LOGGER_TYPE_TO_CLASS[name](folder.name)
+            made = LOGGER_TYPE_TO_CLASS[name](experiment_name="cytoclip", run_name=folder.name)
+        else:  # accelerate calls the project "run name"
+            made = LOGGER_TYPE_TO_CLASS[name]("cytoclip", name=folder.name)
         made.start()
-    except (ImportError, RuntimeError) as error:
-        raise UserError(
-            f"track.to: {name} cannot start: {error}",
-            f"pip install {name}, or take it out of track.to",
-            ExitCode.SYSTEM,
-        ) from None
+    except Exception as error:  # each service has errors of its own, such as not being logged in
+        raise _no_tracker(name, str(error)) from error
     return made
+
+
+def _no_tracker(name: str, why: str) -> UserError:
+    hint = f"pip install {name} and log in, or take it out of track.to"
+    return UserError(f"track.to: {name} cannot start: {why}", hint, ExitCode.SYSTEM)

@@ -5,6 +5,7 @@ Letters: B pairs, H×W pixels, L tokens, D embedding.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 import warnings
@@ -15,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel
@@ -24,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 from cytoclip.config import Lora, Model
 from cytoclip.errors import ExitCode, UserError, first_few
 
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 CLIP_SCALE_CEILING = math.log(100)  # of the logit scale: CLIP, arXiv 2103.00020, section 2.5
 
 
@@ -148,6 +152,7 @@ def read(name: str) -> Checkpoint:
         For what is not there, is not CLIP-like, lacks weights, or has a tokenizer that does not fit the model.
     """
     transformers_logging.disable_progress_bar()  # of seconds' work, in the middle of our lines
+    transformers_logging.set_verbosity_error()  # what its reports say, our errors say in two lines
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
@@ -166,7 +171,7 @@ def read(name: str) -> Checkpoint:
         )
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         processor = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise _not_opened(name, error) from None
     missing = sorted(report["missing_keys"])
     if missing:
@@ -174,6 +179,10 @@ def read(name: str) -> Checkpoint:
             f"{name} lacks {len(missing)} weights of a whole CLIP: {first_few(missing)}",
             "name a checkpoint with both towers and both projections",
             ExitCode.MODEL,
+        )
+    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in _TOKENIZER_FILES):
+        raise UserError(  # transformers 5 makes an empty one up
+            f"{name} has no tokenizer", f"put its files there: one of {', '.join(_TOKENIZER_FILES)}", ExitCode.MODEL
         )
     _check_end_token(name, clip, tokenizer)
     return Checkpoint(clip, tokenizer, processor)
@@ -221,13 +230,26 @@ def beside_adapter(clip: nn.Module, family: Family) -> dict[str, torch.Tensor]:
 
 
 def read_adapter(folder: Path, clip: nn.Module) -> nn.Module:
-    """Put the peft adapter in `folder` into `clip` and merge it."""
+    """Put the peft adapter in `folder` into `clip` and merge it; one that lacks a tensor is refused."""
     try:
         with _quiet_peft():
-            merged: nn.Module = PeftModel.from_pretrained(clip, str(folder)).merge_and_unload()
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+            adapted = PeftModel.from_pretrained(clip, str(folder))
+        missing = get_peft_model_state_dict(adapted).keys() - load_file(folder / "adapter_model.safetensors").keys()
+        if missing:
+            raise ValueError(f"adapter_model.safetensors lacks {first_few(sorted(missing))}")
+        merged: nn.Module = adapted.merge_and_unload()
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise _not_opened(str(folder), error) from None
     return merged
+
+
+def fingerprint(clip: nn.Module) -> str:
+    """SHA-256 of every weight's name and bytes: what a run began from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(clip.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _adapt(clip: nn.Module, towers: list[str], lora: Lora, family: Family) -> PeftModel:

@@ -5,6 +5,7 @@ Letters: N pairs, R rows, C columns.
 
 from __future__ import annotations
 
+import hashlib
 import unicodedata
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
@@ -95,6 +96,12 @@ class Identity:
     def map(self, function: Callable[[Any], Any]) -> Identity:
         """`function` of each field, such as `lambda ids: torch.from_numpy(ids).to(device)`."""
         return Identity(function(self.caption), function(self.image), function(self.group))
+
+
+def fingerprint(pairs: Pairs) -> str:
+    """SHA-256 of what training sees of the pairs, in their order."""
+    columns = (pairs.names, pairs.captions, pairs.groups, pairs.contents)
+    return hashlib.sha256(repr(columns).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def same_caption_key(caption: str) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from cytoclip import files
 from cytoclip.checkpoint import Opened, is_adapter_only
 from cytoclip.config import Config
 from cytoclip.console import size
@@ -69,7 +71,9 @@ def plan(config: Config, opened: Opened, pairs: int, world: World) -> Plan:
     if pairs < batch:
         raise UserError(
             f"{pairs} training pairs are fewer than train.batch_size {batch}: there would be no full batch",
-            f"set train.batch_size to at most {pairs - pairs % world.size}",
+            f"set train.batch_size to at most {pairs - pairs % world.size}"
+            if pairs >= max(2, world.size)
+            else "a batch needs two pairs, and one for each process: add pairs",
             ExitCode.DATA,
         )
     per_epoch = pairs // batch
@@ -98,6 +102,18 @@ def check_batch(config: Config, processes: int) -> None:
         raise UserError(
             f"train.batch_size {batch} is not divisible by the {processes} processes",
             f"set train.batch_size to {' or '.join(map(str, near))}",
+        )
+
+
+def check_disk(planned: Plan, run: Path) -> None:
+    """Raise where the disk that holds the run folder has no room for what it will grow by."""
+    free = files.free_bytes(run)
+    needed = planned.disk - sum(p.stat().st_size for p in run.rglob("*") if p.is_file())  # a resumed run has some
+    if free < needed:
+        raise UserError(
+            f"{run} needs about {size(needed)} more and its disk has {size(free)} free",
+            "free some space, or set output to a folder on another disk",
+            ExitCode.SYSTEM,
         )
 
 

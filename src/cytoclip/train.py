@@ -14,22 +14,35 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from cytoclip import batches, captions, checkpoint, config, device, evaluate, files, journal, model, optim, plan, report
+from cytoclip import (
+    batches,
+    captions,
+    checkpoint,
+    claim,
+    config,
+    device,
+    evaluate,
+    files,
+    journal,
+    model,
+    optim,
+    plan,
+    report,
+    sources,
+)
 from cytoclip.batches import Batch, Order, Pictures, Share
 from cytoclip.captions import Tokens
 from cytoclip.checkpoint import Opened, RunFolder
 from cytoclip.config import Config
-from cytoclip.console import Console, duration, size
+from cytoclip.console import Console, duration
 from cytoclip.device import World
 from cytoclip.encode import Reading
-from cytoclip.errors import ExitCode, UserError, counted, first_few
+from cytoclip.errors import ExitCode, UserError, counted
 from cytoclip.evaluate import Question
 from cytoclip.loss import contrastive_step
-from cytoclip.pairs import Identity, Pairs, identities
+from cytoclip.pairs import Identity, Pairs, fingerprint, identities
 from cytoclip.plan import Plan
 from cytoclip.report import Scores
-
-HARMLESS = {"data.workers", "train.micro_batch_size", "checkpoint.every", "track.to"}  # may differ when a run resumes
 
 
 @dataclass(frozen=True)
@@ -68,14 +81,14 @@ def fit(wanted: Config, console: Console) -> RunResult:
     wanted = _settled(wanted, world)
     plan.check_batch(wanted, world.size)
     run = RunFolder(Path(wanted.output))
-    with _claimed(run, wanted, world, console):
+    with claim.claimed(run, wanted, world, console):
         done = world.once(lambda: _finished(run))
         if done:
             console.say(f"{run.path} is finished: {done.steps} steps; delete it or name another output to train anew")
             return done
         console.say(_first_line(wanted, world))
         job = _prepare(wanted, run, world, console)
-        world.once(lambda: _check_disk(job.plan, run))
+        world.once(lambda: plan.check_disk(job.plan, run.path))
         world.once(lambda: files.write_text(run.config, _versions() + config.dump(wanted)))
         progress = _start_or_resume(job)
         _train(job, progress)
@@ -88,10 +101,10 @@ def dry_run(wanted: Config, console: Console) -> Plan:
     wanted = _settled(wanted, world)
     plan.check_batch(wanted, world.size)
     run = RunFolder(Path(wanted.output))
-    world.once(lambda: _refuse_other_run(run, wanted))
+    world.once(lambda: claim.refuse_other_run(run, wanted))
     console.say(_first_line(wanted, world))
     planned = _prepare(wanted, run, world, console).plan
-    world.once(lambda: _check_disk(planned, run))
+    world.once(lambda: plan.check_disk(planned, run.path))
     return planned
 
 
@@ -112,6 +125,7 @@ class _Job:
     tokens: Tokens
     order: Order
     val: Pairs
+    inputs: dict[str, str]
     reading: Reading
 
 
@@ -126,14 +140,18 @@ class _Progress:
     best_step: int = 0
     seconds: float = 0.0
     scaler: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
 
 
 def _prepare(wanted: Config, run: RunFolder, world: World, console: Console) -> _Job:
-    splits = world.once(lambda: _open_splits(wanted, console))
+    journal.check_trackers(wanted.track.to)
+    read = world.once(lambda: _read_splits(wanted))
     opened = checkpoint.open_model(wanted.model.name)
+    began_from = model.fingerprint(opened.encoder.clip)
     torch.manual_seed(wanted.train.seed)  # new weights are the same in every process
     adapter = model.set_moving(opened.encoder, wanted.model)
-    planned = plan.plan(wanted, opened, len(splits["train"]), world)
+    planned = plan.plan(wanted, opened, len(read["train"][1]), world)
+    splits = world.once(lambda: {n: batches.scanned(pairs, folder, console) for n, (folder, pairs) in read.items()})
     opened.encoder.to(world.device).train()
     torch.manual_seed(wanted.train.seed + world.rank)  # dropout is not
     tokens = captions.tokenise(opened.tokenizer, splits["train"].captions, opened.context)
@@ -151,6 +169,7 @@ def _prepare(wanted: Config, run: RunFolder, world: World, console: Console) -> 
         tokens=tokens,
         order=Order(len(splits["train"]), wanted.train.batch_size, wanted.train.seed),
         val=splits["val"],
+        inputs={"model": began_from} | {f"{name} split": fingerprint(pairs) for name, pairs in splits.items()},
         reading=evaluate.reading(
             opened, splits["val"], plan.held(wanted, world.size), world.loaders(wanted.data.workers)
         ),
@@ -168,13 +187,20 @@ def _scaler(world: World, precision: str) -> torch.amp.GradScaler:
 def _start_or_resume(job: _Job) -> _Progress:
     states = job.world.once(job.run.states)
     if not states:
-        progress = _Progress()
+        progress = _Progress(inputs=job.inputs)
         progress.before = progress.last = _validate(job)
         job.console.say(f"before: {report.one_line(progress.before, job.config.validation.ks)}")
         return progress
     step, folder = states[-1]
     kept = checkpoint.load_state(folder, job.opened.encoder, job.optimizer, job.world)
     progress = _Progress(**kept)
+    other = [name for name, digest in job.inputs.items() if progress.inputs.get(name) != digest]
+    if other:
+        raise UserError(
+            f"{job.run.path} was begun with another {other[0]} than is there now",
+            "put it back, or name another output to train anew",
+            ExitCode.RUN,
+        )
     job.scaler.load_state_dict(progress.scaler)
     job.console.say(f"resuming {job.run.path} after step {step}")
     return progress
@@ -200,11 +226,13 @@ def _train(job: _Job, progress: _Progress) -> None:
             if book:
                 book.step(row, curves)
             bar.advance(note=journal.note(row, curves, math.log(job.config.train.batch_size)))
-            progress.seconds = time.perf_counter() - began
+            save = _due(progress.step, job.config.checkpoint.every, steps)
             if _due(progress.step, job.config.validation.every, steps):
-                _note_validation(job, progress, book)
-            if _due(progress.step, job.config.checkpoint.every, steps):
-                _save(job, progress)
+                save |= _note_validation(job, progress, book)  # best/ and the state that made it belong together
+            progress.seconds = time.perf_counter() - began
+            if save:
+                _save(job, progress, book)
+            watch.read(0)  # the next step's speed is its own
 
 
 def _step(job: _Job, step: int, batch: Batch, identity: Identity) -> tuple[dict[str, float], dict[str, float]]:
@@ -222,7 +250,8 @@ def _step(job: _Job, step: int, batch: Batch, identity: Identity) -> tuple[dict[
     job.scaler.unscale_(job.optimizer)
     norm = optim.clip(moving, wanted.max_grad_norm)
     values = torch.stack([result.loss, norm, encoder.logit_scale.detach(), result.hit_at_1]).tolist()
-    optim.refuse_non_finite(step + 1, values[0], 0.0 if job.scaler.is_enabled() else values[1])
+    skips = job.scaler.is_enabled() and factor >= 1  # fp16 tries again at half the scale
+    optim.refuse_non_finite(step + 1, values[0], 0.0 if skips else values[1])
     job.scaler.step(job.optimizer)
     job.scaler.update()
     encoder.clamp_scale()
@@ -233,7 +262,8 @@ def _step(job: _Job, step: int, batch: Batch, identity: Identity) -> tuple[dict[
     return row, curves
 
 
-def _note_validation(job: _Job, progress: _Progress, book: journal.Journal | None) -> None:
+def _note_validation(job: _Job, progress: _Progress, book: journal.Journal | None) -> bool:
+    """Rank the validation split, and keep the model if it is the best so far: whether it was."""
     progress.last = _validate(job)
     if book:
         book.validation(progress.step, progress.last)
@@ -243,6 +273,7 @@ def _note_validation(job: _Job, progress: _Progress, book: journal.Journal | Non
         progress.best, progress.best_step = progress.last, progress.step
         job.world.once(lambda: checkpoint.save_model(job.run.best, job.opened, job.adapter, job.config.model))
     job.console.say(f"step {progress.step}: {line}{', the best so far' if better else ''}")
+    return better
 
 
 def _validate(job: _Job) -> Scores:
@@ -250,7 +281,9 @@ def _validate(job: _Job) -> Scores:
     return evaluate.rank(job.opened, job.val, job.reading, question, job.world, job.console)
 
 
-def _save(job: _Job, progress: _Progress) -> None:
+def _save(job: _Job, progress: _Progress, book: journal.Journal | None) -> None:
+    if book:
+        book.sync()
     progress.scaler = job.scaler.state_dict()
     remembered = {k: v for k, v in asdict(progress).items() if k != "step"}
     checkpoint.save_state(job.run, progress.step, job.opened.encoder, job.optimizer, job.world, remembered)
@@ -280,74 +313,23 @@ def _finish(job: _Job, progress: _Progress) -> RunResult:
 def _finished(run: RunFolder) -> RunResult | None:
     if not run.results.is_file():
         return None
-    found = files.read_json(run.results)
+    try:
+        found = files.read_json(run.results)
+    except ValueError as error:
+        raise UserError(
+            f"{run.results} is damaged: {error}", "delete it to score the run again", ExitCode.RUN
+        ) from None
     return RunResult(run.path, found["steps"], found["best_step"], found["before"], found["last"], found["best"])
 
 
-@contextmanager
-def _claimed(run: RunFolder, wanted: Config, world: World, console: Console) -> Iterator[None]:
-    """Hold the run folder; leave no trace of a run that was refused before it began."""
-    busy = UserError(f"{run.path} is in use by another process", "wait for it, or name another output", ExitCode.RUN)
-    there = next(folder for folder in (run.path, *run.path.parents) if folder.exists())
-    with ExitStack() as stack:
-
-        def claim() -> None:
-            _refuse_other_run(run, wanted)
-            stack.enter_context(files.lock(run.lock, busy))
-
-        world.once(claim)
-        console.log_to(run.log)
-        try:
-            yield
-        finally:
-            if world.first and not run.config.exists():
-                for file in (run.log, run.lock):
-                    file.unlink(missing_ok=True)
-                files.remove_empty(run.path, keep=there)
-
-
-def _refuse_other_run(run: RunFolder, wanted: Config) -> None:
-    if run.config.is_file():
-        there = config.load(run.config)
-        changed = [name for name in config.differences(there, wanted) if name not in HARMLESS]
-        if changed:
-            raise UserError(
-                f"{run.path} holds a run with another configuration; different: {first_few(changed)}",
-                "name another output, or delete that folder",
-                ExitCode.RUN,
-            )
-    elif run.path.exists() and not run.path.is_dir():
-        raise UserError(f"{run.path} is a file, not a folder", "name another output", ExitCode.RUN)
-    elif run.path.is_dir() and any(p not in _before_config(run) for p in run.path.iterdir()):
-        raise UserError(
-            f"{run.path} holds files that are no run of ours", "name an empty or a new folder as output", ExitCode.RUN
-        )
-
-
-def _before_config(run: RunFolder) -> set[Path]:
-    """What a run that was killed while it read its data leaves behind."""
-    return {run.lock, run.log, run.config.with_name(f".{run.config.name}.new")}
-
-
-def _open_splits(wanted: Config, console: Console) -> dict[str, Pairs]:
+def _read_splits(wanted: Config) -> dict[str, tuple[Path, Pairs]]:
     found = {name: wanted.data.split(name) for name in ("train", "val", "test")}
-    return {name: batches.open_split(folder, console) for name, folder in found.items() if folder}
+    return {name: (folder, sources.read(folder)) for name, folder in found.items() if folder}
 
 
 def _settled(wanted: Config, world: World) -> Config:
     """The configuration with what depends on the machine written out."""
     return wanted.model_copy(update={"train": wanted.train.model_copy(update={"precision": world.precision})})
-
-
-def _check_disk(planned: Plan, run: RunFolder) -> None:
-    free = files.free_bytes(run.path)
-    needed = planned.disk - sum(p.stat().st_size for p in run.path.rglob("*") if p.is_file())  # a resumed run has some
-    if free < needed:
-        raise UserError(
-            f"{run.path} needs about {size(needed)} more and its disk has {size(free)} free",
-            "free some space, or set output to a folder on another disk",
-            ExitCode.SYSTEM,
-        )
 
 
 def _first_line(wanted: Config, world: World) -> str:

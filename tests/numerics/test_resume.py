@@ -22,7 +22,7 @@ STEPS, EVERY, DIES = 9, 3, 5  # 4 steps an epoch: the kill and the resume fall i
 
 @pytest.fixture(scope="module")
 def folders(root: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
-    """(uninterrupted, killed in step 6 and resumed after step 3) run folders; one process dies for each."""
+    """(uninterrupted, killed in step 6 and resumed after step 3 or 4) run folders; one process dies for each."""
     home = tmp_path_factory.mktemp("resume")
     made = {}
     for i, (name, model) in enumerate(TOWERS.items()):
@@ -39,7 +39,8 @@ def folders(root: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) ->
         )
         assert died.returncode == -9, died.stderr
         assert not (cut / "results.json").exists()
-        assert [p.name for p in (cut / "checkpoints").glob("[!.]*")] == ["step-3"]
+        (state,) = (cut / "checkpoints").glob("[!.]*")
+        assert state.name in ("step-3", "step-4")  # the latter if step 4 was the best validation so far
         assert len(_losses(cut)) == DIES
         run(_case(root, base, model, cut, None))
         made[name] = (whole, cut)

@@ -1,0 +1,66 @@
+"""One run, one folder, one process at a time: who may write into a run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from cytoclip import config, files
+from cytoclip.checkpoint import RunFolder
+from cytoclip.config import Config
+from cytoclip.console import Console
+from cytoclip.device import World
+from cytoclip.errors import ExitCode, UserError, first_few
+
+HARMLESS = {"data.workers", "checkpoint.every", "track.to", "output"}  # may differ when a run resumes, or was moved
+
+
+@contextmanager
+def claimed(run: RunFolder, wanted: Config, world: World, console: Console) -> Iterator[None]:
+    """Hold the run folder; leave no trace of a run that was refused before it began."""
+    busy = UserError(f"{run.path} is in use by another process", "wait for it, or name another output", ExitCode.RUN)
+    there = next(folder for folder in (run.path, *run.path.parents) if folder.exists())
+    with ExitStack() as stack:
+
+        def claim() -> None:
+            refuse_other_run(run, wanted)
+            stack.enter_context(files.lock(run.lock, busy))
+
+        world.once(claim)
+        console.log_to(run.log)
+        try:
+            yield
+        except UserError as error:
+            console.record(error.lines())
+            raise
+        finally:
+            if world.first and not run.config.exists():
+                for file in (run.log, run.lock):
+                    file.unlink(missing_ok=True)
+                files.remove_empty(run.path, keep=there)
+
+
+def refuse_other_run(run: RunFolder, wanted: Config) -> None:
+    if run.config.is_file():
+        there = config.load(run.config)
+        drops = wanted.model.lora is not None and wanted.model.lora.dropout > 0  # other chunks, other masks
+        harmless = HARMLESS if drops else HARMLESS | {"train.micro_batch_size"}
+        changed = [name for name in config.differences(there, wanted) if name not in harmless]
+        if changed:
+            raise UserError(
+                f"{run.path} holds a run with another configuration; different: {first_few(changed)}",
+                "name another output, or delete that folder",
+                ExitCode.RUN,
+            )
+    elif run.path.exists() and not run.path.is_dir():
+        raise UserError(f"{run.path} is a file, not a folder", "name another output", ExitCode.RUN)
+    elif run.path.is_dir() and any(p not in _before_config(run) for p in run.path.iterdir()):
+        raise UserError(
+            f"{run.path} holds files that are no run of ours", "name an empty or a new folder as output", ExitCode.RUN
+        )
+
+
+def _before_config(run: RunFolder) -> set[Path]:
+    """What a run that was killed while it read its data leaves behind."""
+    return {run.lock, run.log, run.config.with_name(f".{run.config.name}.new")}

@@ -1,0 +1,172 @@
+"""Who may write into a run folder, and whether what is there is the same experiment still."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cytoclip import checkpoint, claim, config, train
+from cytoclip.config import Config, parse
+from cytoclip.console import Console
+from cytoclip.errors import UserError
+from tests.test_train import stop_after
+
+QUIET = Console(quiet=True)
+Experiment = Callable[..., Config]
+
+
+def test_a_run_that_was_moved_is_the_same_run(done: tuple[Config, train.RunResult], tmp_path: Path) -> None:
+    wanted, result = done
+    shutil.copytree(result.run, tmp_path / "elsewhere")
+    moved = wanted.model_copy(update={"output": str(tmp_path / "elsewhere")})
+    assert config.differences(wanted, moved) == ["output"]
+    assert train.fit(moved, QUIET).last == result.last
+
+
+@pytest.mark.parametrize(("dropout", "harmless"), [(0.0, True), (0.1, False)])
+def test_other_chunks_are_harmless_without_dropout(
+    dropout: float, harmless: bool, experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With dropout other chunks are other masks, and so another objective."""
+    model = {"image_tower": "lora", "lora": {"dropout": dropout}}
+    stop_after(2, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        train.fit(experiment(model=model, checkpoint={"every": 2}), QUIET)
+    monkeypatch.undo()
+    again = experiment(model=model, checkpoint={"every": 2}, train={"micro_batch_size": 5})
+    if harmless:
+        assert train.fit(again, QUIET).steps == 4
+    else:
+        with pytest.raises(UserError, match=r"different: train\.micro_batch_size"):
+            train.fit(again, QUIET)
+
+
+@pytest.mark.parametrize("what", ["train split", "model"])
+def test_a_run_does_not_go_on_with_other_inputs(
+    what: str, root: Path, base: Path, tmp_path: Path, experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The list loses a pair, or a weight of the base moves, between a stop and the same command again."""
+    shutil.copytree(root, tmp_path / "data")
+    shutil.copytree(base, tmp_path / "base")
+    wanted = experiment(
+        data={"root": str(tmp_path / "data")}, model={"name": str(tmp_path / "base")}, checkpoint={"every": 2}
+    )
+    stop_after(2, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        train.fit(wanted, QUIET)
+    monkeypatch.undo()
+    if what == "model":
+        file = tmp_path / "base" / "model.safetensors"
+        weights = load_file(file)
+        save_file(weights | {"logit_scale": weights["logit_scale"] + 1e-3}, file, {"format": "pt"})
+    else:
+        file = tmp_path / "data" / "train" / "img_text_pair.json"
+        file.write_text(json.dumps(json.loads(file.read_text())[:-1]))
+    with pytest.raises(UserError, match=f"was begun with another {what}"):
+        train.fit(wanted, QUIET)
+
+
+def test_a_run_is_finished_only_when_its_model_is_saved(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`results.json` is what makes a run finished, so it comes last."""
+    wanted = experiment()
+    saves = checkpoint.save_model
+
+    def fail_at_the_end(folder: Path, *rest: Any) -> None:
+        if folder.name == "model":
+            raise OSError("the disk went away")
+        saves(folder, *rest)
+
+    monkeypatch.setattr(checkpoint, "save_model", fail_at_the_end)
+    with pytest.raises(OSError, match="went away"):
+        train.fit(wanted, QUIET)
+    assert not (Path(wanted.output) / "results.json").exists()
+    monkeypatch.undo()
+    train.fit(wanted, QUIET)
+    assert (Path(wanted.output) / "results.json").exists()
+
+
+def test_what_ended_a_run_stands_in_its_log(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*_: Any) -> None:
+        raise UserError("a picture went away", "put it back")
+
+    monkeypatch.setattr(train, "_step", gone)
+    wanted = experiment()
+    with pytest.raises(UserError):
+        train.fit(wanted, Console())
+    assert "error: a picture went away" in (Path(wanted.output) / "train.log").read_text()
+
+
+def test_a_damaged_result_is_a_message(done: tuple[Config, train.RunResult], tmp_path: Path) -> None:
+    wanted, result = done
+    shutil.copytree(result.run, tmp_path / "run")
+    (tmp_path / "run" / "results.json").write_text("{")
+    with pytest.raises(UserError, match=r"results\.json is damaged"):
+        train.fit(wanted.model_copy(update={"output": str(tmp_path / "run")}), QUIET)
+
+
+def test_an_adapter_on_a_run_is_saved_whole(
+    done: tuple[Config, train.RunResult], experiment: Experiment, tmp_path: Path
+) -> None:
+    """A run's weights may change under its name, which would change the adapter's model without a word."""
+    lora = {"image_tower": "lora", "text_tower": "lora"}
+    for i, name in enumerate((done[1].run, done[1].run / "best")):
+        result = train.fit(experiment(model={"name": str(name), **lora}, output=str(tmp_path / f"{i}")), QUIET)
+        assert (result.run / "model" / "model.safetensors").is_file()
+        assert not (result.run / "model" / "adapter_config.json").exists()
+
+
+def test_speed_is_that_of_the_steps_alone(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time of a validation is not charged to the step after it."""
+    speeds: list[float] = []
+    reads = train.journal.Stopwatch.read
+
+    def noted(watch: Any, pairs: int) -> dict[str, float]:
+        reading = reads(watch, pairs)
+        if pairs:
+            speeds.append(reading["pairs_per_second"])
+        return reading
+
+    def slow(job: Any) -> Any:
+        import time
+
+        time.sleep(1.0)
+        return validates(job)
+
+    validates = train._validate
+    monkeypatch.setattr(train.journal.Stopwatch, "read", noted)
+    monkeypatch.setattr(train, "_validate", slow)
+    train.fit(experiment(validate={"every": 1, "ks": [1]}), QUIET)
+    assert len(speeds) == 4
+    assert min(speeds) > 12 / 1.0
+
+
+def test_harmless_options_exist() -> None:
+    assert {option.name for option in config.options()} >= claim.HARMLESS
+
+
+def test_fp16_that_never_takes_a_step_is_caught(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scale is halved at each gradient that is not finite; below 1 it was not the scale's fault."""
+    steps = train.contrastive_step
+
+    def broken(encoder: Any, scale: Any, *rest: Any) -> Any:
+        result = steps(encoder, scale, *rest)
+        scale.grad = torch.full_like(scale, float("nan"))
+        return result
+
+    monkeypatch.setattr(train, "contrastive_step", broken)
+    with pytest.raises(UserError, match="nothing was updated"):
+        train.fit(experiment(train={"precision": "fp16", "steps": 40}), QUIET)
+
+
+def test_the_parser_is_the_one_that_runs_use(done: tuple[Config, train.RunResult]) -> None:
+    given = done[0].model_dump(mode="json", by_alias=True)
+    assert parse(given, "the test") == done[0]
