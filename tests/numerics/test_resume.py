@@ -15,6 +15,7 @@ import torch
 
 from tests.conftest import weights
 from tests.numerics.one_rank import run
+from tests.numerics.test_processes import spawn
 
 TOWERS = {"full": {}, "lora with dropout": {"text_tower": "lora", "lora": {"dropout": 0.3}}}
 STEPS, EVERY, DIES = 9, 3, 5  # 4 steps an epoch: the kill and the resume fall into different epochs
@@ -67,6 +68,21 @@ def test_final_weights_are_equal_to_the_last_bit(name: str, folders: dict[str, t
 def test_results_are_equal_but_for_the_time(name: str, folders: dict[str, tuple[Path, Path]]) -> None:
     whole, cut = (json.loads((folder / "results.json").read_text()) for folder in folders[name])
     assert {**whole, "seconds": 0} == {**cut, "seconds": 0}
+
+
+@pytest.mark.slow  # three groups of two processes, 8 s each
+def test_two_processes_with_dropout_go_on_bit_for_bit(root: Path, base: Path, tmp_path: Path) -> None:
+    """Trap 8: each process draws masks of its own, and gets its own random state back."""
+    model = TOWERS["lora with dropout"]
+    for i, (name, die_at) in enumerate((("whole", None), ("cut", DIES), ("cut", None))):
+        cases = tmp_path / f"{i}.json"
+        cases.write_text(json.dumps([_case(root, base, model, tmp_path / name, die_at)]))
+        assert (tmp_path / name / "checkpoints").is_dir() == (i == 2), "the last one goes on"
+        spawn("tests.numerics.one_rank", [str(cases)], 2, dies=die_at is not None)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert _losses(whole) == _losses(cut)
+    one, two = (weights(folder / "model") for folder in (whole, cut))
+    assert all(np.array_equal(one[tensor], two[tensor]) for tensor in one)
 
 
 def _case(root: Path, base: Path, model: dict[str, Any], output: Path, die_at: int | None) -> dict[str, Any]:
