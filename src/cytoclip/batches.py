@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from cytoclip import images, sources
+from cytoclip import images, signals, sources
 from cytoclip.captions import Tokens
 from cytoclip.console import Console
 from cytoclip.errors import ExitCode, UserError, first_few
@@ -153,6 +153,7 @@ def loader(
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=partial(_collate, tokens),
+        worker_init_fn=signals.in_loader,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # its own: the loader must not draw from the global random state
     )

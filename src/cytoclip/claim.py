@@ -11,7 +11,7 @@ from cytoclip.checkpoint import RunFolder
 from cytoclip.config import Config
 from cytoclip.console import Console
 from cytoclip.device import World
-from cytoclip.errors import ExitCode, UserError, first_few
+from cytoclip.errors import ExitCode, Stopped, UserError, first_few
 
 HARMLESS = {"data.workers", "checkpoint.every", "track.to", "output"}  # may differ when a run resumes, or was moved
 
@@ -31,8 +31,8 @@ def claimed(run: RunFolder, wanted: Config, world: World, console: Console) -> I
         console.log_to(run.log)
         try:
             yield
-        except UserError as error:
-            console.record(error.lines())
+        except (UserError, Stopped) as error:
+            console.record(error.lines() if isinstance(error, UserError) else str(error))
             raise
         finally:
             if world.first and not run.config.exists():

@@ -15,7 +15,7 @@ import typer
 
 from cytoclip import __version__
 from cytoclip.console import Console, fail
-from cytoclip.errors import ExitCode, UserError
+from cytoclip.errors import ExitCode, Stopped, UserError
 
 app = typer.Typer(
     name="cytoclip",
@@ -197,6 +197,10 @@ def _guarded(work: Callable[[], object]) -> None:
         if _speaks() or not error.everywhere:
             fail(error.lines())
         sys.exit(int(error.code))
+    except Stopped as stop:
+        if _speaks():
+            fail(str(stop))
+        sys.exit(128 + stop.number)
     except KeyboardInterrupt:
         outcome = _INTERRUPTED
     except Exception as error:

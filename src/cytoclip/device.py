@@ -96,6 +96,14 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def largest(self, number: int) -> int:
+        """The largest of all processes' numbers, in each of them."""
+        if self.size == 1:
+            return number
+        held = torch.tensor(number, device=self.device)
+        dist.all_reduce(held, dist.ReduceOp.MAX)
+        return int(held)
+
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Replace every gradient by its sum over all processes, in one message.
 

@@ -56,6 +56,14 @@ class UserError(Exception):
         return f"error: {error}\nhint: {hint}"
 
 
+class Stopped(Exception):  # noqa: N818 - it is no error
+    """A run that was asked to stop by signal `number`, after it saved step `step`."""
+
+    def __init__(self, number: int, step: int) -> None:
+        super().__init__(f"stopped by signal {number} after step {step}, which is saved; the same command goes on")
+        self.number = number
+
+
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """The known name that `word` most likely means: by initials (`lr` for `learning_rate`), else by spelling."""
     names = list(known)

@@ -28,6 +28,7 @@ from cytoclip import (
     optim,
     plan,
     report,
+    signals,
     sources,
 )
 from cytoclip.batches import Batch, Order, Pictures, Share
@@ -37,7 +38,7 @@ from cytoclip.config import Config
 from cytoclip.console import Console, duration
 from cytoclip.device import World
 from cytoclip.encode import Reading
-from cytoclip.errors import ExitCode, UserError, counted
+from cytoclip.errors import ExitCode, Stopped, UserError, counted
 from cytoclip.evaluate import Question
 from cytoclip.loss import contrastive_step
 from cytoclip.pairs import Identity, Pairs, fingerprint, identities
@@ -216,6 +217,7 @@ def _train(job: _Job, progress: _Progress) -> None:
     with ExitStack() as stack:
         book = stack.enter_context(_journal(job, progress.step))
         bar = stack.enter_context(job.console.progress("training", steps, start=progress.step))
+        asked_to_stop = stack.enter_context(signals.heard())
         for rows in job.order.steps(progress.step, steps):
             asked = time.perf_counter()
             batch = batches.next_batch(source)
@@ -230,8 +232,11 @@ def _train(job: _Job, progress: _Progress) -> None:
             if _due(progress.step, job.config.validation.every, steps):
                 save |= _note_validation(job, progress, book)  # best/ and the state that made it belong together
             progress.seconds = time.perf_counter() - began
-            if save:
+            stopped = job.world.largest(asked_to_stop())  # all processes stop after the same step
+            if save or stopped:
                 _save(job, progress, book)
+            if stopped and progress.step < steps:
+                raise Stopped(stopped, progress.step)
             watch.read(0)  # the next step's speed is its own
 
 

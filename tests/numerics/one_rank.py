@@ -2,7 +2,8 @@
 
     python one_rank.py CASES.json      (RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT as torchrun sets them)
 
-A case is {"config": a whole configuration, "float64": bool, "die_at": step to kill itself in, or null}.
+A case is {"config": a whole configuration, "float64": bool, "die_at": step to send itself a signal in, or null,
+"signal": its number, 9 by default, "rank": the only process that does so, by default all}.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from cytoclip import checkpoint, train
 from cytoclip.config import parse
 from cytoclip.console import Console
+from cytoclip.errors import Stopped
 
 
 def run(case: dict[str, Any]) -> train.RunResult:
@@ -31,8 +33,8 @@ def run(case: dict[str, Any]) -> train.RunResult:
         return opened
 
     def step_or_die(job: Any, step: int, *rest: Any) -> Any:
-        if step == case["die_at"]:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if step == case["die_at"] and case.get("rank", job.world.rank) == job.world.rank:
+            os.kill(os.getpid(), case.get("signal", signal.SIGKILL))
         return steps(job, step, *rest)
 
     checkpoint.open_model = open_double if case["float64"] else opens
@@ -46,5 +48,8 @@ def run(case: dict[str, Any]) -> train.RunResult:
 if __name__ == "__main__":
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     for each in json.loads(Path(sys.argv[1]).read_text()):
-        run(each)
+        try:
+            run(each)
+        except Stopped as stop:
+            sys.exit(128 + stop.number)
     print("done", flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -78,11 +79,23 @@ def test_two_processes_with_dropout_go_on_bit_for_bit(root: Path, base: Path, tm
         cases = tmp_path / f"{i}.json"
         cases.write_text(json.dumps([_case(root, base, model, tmp_path / name, die_at)]))
         assert (tmp_path / name / "checkpoints").is_dir() == (i == 2), "the last one goes on"
-        spawn("tests.numerics.one_rank", [str(cases)], 2, dies=die_at is not None)
+        spawn("tests.numerics.one_rank", [str(cases)], 2, code=-9 if die_at else 0)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert _losses(whole) == _losses(cut)
     one, two = (weights(folder / "model") for folder in (whole, cut))
     assert all(np.array_equal(one[tensor], two[tensor]) for tensor in one)
+
+
+@pytest.mark.slow  # a group of two processes that stops, and one that goes on, 8 s each
+def test_a_signal_to_one_process_stops_all_after_the_same_step(root: Path, base: Path, tmp_path: Path) -> None:
+    case = {**_case(root, base, {}, tmp_path / "run", 4), "signal": int(signal.SIGTERM), "rank": 1}
+    (tmp_path / "cases.json").write_text(json.dumps([case]))
+    spawn("tests.numerics.one_rank", [str(tmp_path / "cases.json")], 2, code=143)
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").glob("[!.]*")] == ["step-5"]
+    assert len(_losses(tmp_path / "run")) == 5
+    (tmp_path / "cases.json").write_text(json.dumps([{**case, "die_at": None}]))
+    spawn("tests.numerics.one_rank", [str(tmp_path / "cases.json")], 2)
+    assert [row["step"] for row in _losses(tmp_path / "run")] == list(range(1, STEPS + 1))
 
 
 def _case(root: Path, base: Path, model: dict[str, Any], output: Path, die_at: int | None) -> dict[str, Any]:

@@ -1,0 +1,113 @@
+"""Asked to stop, a run finishes its step, saves, and says with its exit code by what; then it goes on bit for bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cytoclip import cli, config, signals, train
+from cytoclip.config import Config
+from cytoclip.console import Console
+from cytoclip.errors import Stopped
+from tests.conftest import weights
+
+QUIET = Console(quiet=True)
+Experiment = Callable[..., Config]
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 138)])
+def test_the_step_in_hand_is_finished_and_saved(
+    name: str,
+    code: int,
+    done: tuple[Config, train.RunResult],
+    experiment: Experiment,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    send_in_step(1, getattr(signal, name), monkeypatch)
+    wanted = experiment(data={"workers": 1})
+    (tmp_path / "recipe.yaml").write_text(config.dump(wanted))
+    monkeypatch.setattr(sys, "argv", ["cytoclip", "train", str(tmp_path / "recipe.yaml")])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == code
+    assert "after step 2, which is saved" in capsys.readouterr().err
+    run = Path(wanted.output)
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-2"]
+    assert "stopped by signal" in (run / "train.log").read_text()
+    monkeypatch.undo()
+    train.fit(wanted, QUIET)
+    one, two = (weights(folder / "model") for folder in (run, done[1].run))
+    assert all(np.array_equal(one[tensor], two[tensor]) for tensor in one)
+
+
+def test_a_signal_in_the_last_step_stops_nothing(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    send_in_step(3, signal.SIGTERM, monkeypatch)
+    assert train.fit(experiment(), QUIET).steps == 4
+
+
+def test_the_second_signal_acts_at_once() -> None:
+    with signals.heard() as asked:
+        assert asked() == 0
+        os.kill(os.getpid(), signal.SIGINT)
+        assert asked() == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_handlers_are_put_back() -> None:
+    before = [signal.getsignal(number) for number in signals.SIGNALS]
+    with signals.heard():
+        assert [signal.getsignal(number) for number in signals.SIGNALS] != before
+    assert [signal.getsignal(number) for number in signals.SIGNALS] == before
+    assert len(before) == 3
+
+
+def test_a_worker_whose_launcher_died_stops_and_a_run_without_one_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    for launched in (True, False):
+        monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+        monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+        if launched:
+            monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+        with signals.heard() as asked:
+            assert asked() == 0
+            with monkeypatch.context() as other:
+                other.setattr(os, "getppid", lambda: 1)
+                assert asked() == (signal.SIGTERM if launched else 0)
+
+
+def test_outside_the_main_thread_nothing_is_set() -> None:
+    said: list[int] = []
+
+    def listen() -> None:
+        with signals.heard() as asked:
+            said.append(asked())
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    thread.join()
+    assert said == [0]
+
+
+def test_it_says_what_happened() -> None:
+    assert str(Stopped(15, 7)).startswith("stopped by signal 15 after step 7")
+
+
+def send_in_step(index: int, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = train._step
+
+    def step(job: Any, at: int, *rest: Any) -> Any:
+        if at == index:
+            os.kill(os.getpid(), number)
+        return steps(job, at, *rest)
+
+    monkeypatch.setattr(train, "_step", step)
