@@ -15,6 +15,7 @@ import torch
 from peft import PeftModel
 
 from cytoclip import (
+    alarms,
     batches,
     captions,
     checkpoint,
@@ -218,13 +219,19 @@ def _train(job: _Job, progress: _Progress) -> None:
         book = stack.enter_context(_journal(job, progress.step))
         bar = stack.enter_context(job.console.progress("training", steps, start=progress.step))
         asked_to_stop = stack.enter_context(signals.heard())
+        losses: list[float] | None = []  # since the warm-up; None once their alarm has rung
         for rows in job.order.steps(progress.step, steps):
             asked = time.perf_counter()
             batch = batches.next_batch(source)
             watch.waited(asked)
+            if progress.step == 0:
+                _ring(job, alarms.no_contrast(job.opened.encoder.to_floats(batch.pixels)))
             row, curves = _step(job, progress.step, batch, everyone.take(torch.from_numpy(rows).to(job.world.device)))
             progress.step += 1
             curves |= watch.read(job.config.train.batch_size)
+            if losses is not None and progress.step > job.config.train.warmup_steps:
+                losses.append(row["loss"])
+                losses = None if _ring(job, alarms.flat_loss(losses, job.config.train.batch_size)) else losses
             if book:
                 book.step(row, curves)
             bar.advance(note=journal.note(row, curves, math.log(job.config.train.batch_size)))
@@ -278,7 +285,14 @@ def _note_validation(job: _Job, progress: _Progress, book: journal.Journal | Non
         progress.best, progress.best_step = progress.last, progress.step
         job.world.once(lambda: checkpoint.save_model(job.run.best, job.opened, job.adapter, job.config.model))
     job.console.say(f"step {progress.step}: {line}{', the best so far' if better else ''}")
+    _ring(job, alarms.at_chance(progress.last))
     return better
+
+
+def _ring(job: _Job, alarm: str | None) -> bool:
+    if alarm:
+        job.console.warn(alarm)
+    return alarm is not None
 
 
 def _validate(job: _Job) -> Scores:

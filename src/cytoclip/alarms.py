@@ -1,0 +1,50 @@
+"""Signs that a run learns nothing, as one line each; None where there is no sign."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+WINDOW = 50  # steps whose mean loss is looked at
+CONTRAST = 0.1  # standard deviation of normalised pixels below which a batch shows next to nothing
+
+
+def flat_loss(losses: Sequence[float], batch_size: int) -> str | None:
+    """The mean of the last `WINDOW` losses is what a model that knows nothing has: ln(batch), less 0.05.
+
+    Parameters
+    ----------
+    losses
+        Of the steps so far, after the warm-up; fewer than twice the window are no sign yet.
+    """
+    if len(losses) < 2 * WINDOW:
+        return None
+    mean = sum(losses[-WINDOW:]) / WINDOW
+    if mean < math.log(batch_size) - 0.05:
+        return None
+    return (
+        f"the loss stays at ln(batch): {mean:.3f} over {WINDOW} steps, ln {batch_size} = {math.log(batch_size):.3f}; "
+        "look at the pairs (do captions and pictures belong together?) and at train.learning_rate"
+    )
+
+
+def at_chance(scored: dict[str, Any]) -> str | None:
+    """No hit@k by pair, in any direction, is three standard deviations above chance."""
+    pairs, chance = scored["pairs"], scored["chance"]
+    for direction in ("image_to_text", "text_to_image"):
+        for name, hit in scored.get(direction, {}).items():
+            by_luck = chance[name]
+            if not name.endswith("_groups") and hit > by_luck + 3 * math.sqrt(by_luck * (1 - by_luck) / pairs):
+                return None
+    return f"the validation is no better than chance on {pairs} pairs"
+
+
+def no_contrast(floats_B3HW: torch.Tensor) -> str | None:
+    """The pictures, as the image tower reads them, are next to uniform (pixels divided by 255 twice look so)."""
+    spread = float(floats_B3HW.float().std(dim=(2, 3)).mean(dim=1).median())  # by channel: a flat colour has none
+    if spread >= CONTRAST:
+        return None
+    return f"the pictures have nearly no contrast: the median standard deviation of normalised pixels is {spread:.3f}"

@@ -1,0 +1,65 @@
+"""Each alarm rings on what it is for, and is silent on a run that learns (traps 1 and 37)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from cytoclip import alarms, train
+from cytoclip.config import Config
+from cytoclip.console import Console
+
+Experiment = Callable[..., Config]
+
+
+def test_a_loss_that_stays_at_ln_batch() -> None:
+    stuck = [math.log(64) + 0.01 * (-1) ** i for i in range(100)]
+    assert "stays at ln(batch)" in (alarms.flat_loss(stuck, 64) or "")
+    assert alarms.flat_loss(stuck[:99], 64) is None
+    assert alarms.flat_loss([*stuck, *[3.9] * 50], 64) is None
+    assert alarms.flat_loss([6.0] * 100, 64) is not None, "above ln(batch) is no better"
+
+
+@pytest.mark.parametrize(("hits", "rings"), [((1, 10), True), ((3, 12), True), ((4, 10), False), ((1, 30), False)])
+def test_hits_within_three_deviations_of_chance(hits: tuple[int, int], rings: bool) -> None:
+    """Of 100 pairs: chance is 1 and 10 of them, three deviations above it 3.98 and 19."""
+    measured = {"hit@1": hits[0] / 100, "hit@10": hits[1] / 100, "hit@1_groups": 0.9, "hit@10_groups": 0.9}
+    chance = {"hit@1": 0.01, "hit@10": 0.1, "hit@1_groups": 0.01, "hit@10_groups": 0.1}
+    scored = {"pairs": 100, "image_to_text": measured, "chance": chance}
+    assert (alarms.at_chance(scored) is not None) == rings
+
+
+def test_pictures_divided_by_255_twice() -> None:
+    """Trap 1: noise over the whole range, once divided, has contrast; twice divided it has none."""
+    noise = torch.rand(4, 3, 8, 8)
+    assert alarms.no_contrast((noise - 0.48) / 0.27) is None
+    assert "nearly no contrast" in (alarms.no_contrast((noise / 255 - 0.48) / 0.27) or "")
+
+
+def test_a_run_rings_once_each_and_only_where_it_should(
+    root: Path, experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(alarms, "WINDOW", 3)
+    for split in ("train", "val"):
+        (tmp_path / "grey" / split / "imgs").mkdir(parents=True)
+        for file in (root / split / "imgs").iterdir():
+            Image.new("RGB", (40, 40), (90, 90, 90)).save(tmp_path / "grey" / split / "imgs" / file.name)
+        listed = (root / split / "img_text_pair.json").read_text()
+        (tmp_path / "grey" / split / "img_text_pair.json").write_text(listed)
+    steps = {"steps": 12, "learning_rate": 1e-9, "warmup_steps": 0}
+    grey = experiment(data={"root": str(tmp_path / "grey")}, train=steps, validate={"every": 6, "ks": [1]})
+    train.fit(grey, Console())
+    said = (Path(grey.output) / "train.log").read_text()
+    assert said.count("nearly no contrast") == 1
+    assert said.count("no better than chance") == 2  # once a validation
+    assert said.count("stays at ln(batch)") == 1
+    monkeypatch.undo()
+    well = experiment(train={"steps": 12, "learning_rate": 3e-3}, output=str(tmp_path / "well"))
+    train.fit(well, Console())
+    assert "contrast" not in (tmp_path / "well" / "train.log").read_text()
+    assert "stays at" not in (tmp_path / "well" / "train.log").read_text()
