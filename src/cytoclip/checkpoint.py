@@ -8,7 +8,6 @@ run/checkpoints/step-N/        state.safetensors (what moves, AdamW's moments, r
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,7 +187,7 @@ def load_state(folder: Path, encoder: DualEncoder, optimizer: Any, world: World)
     """Put weights, moments and random states back, and return what `save_state` was told to remember."""
     try:
         tensors = load_file(folder / "state.safetensors")
-        more: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        more: dict[str, Any] = files.read_json(folder / "state.json")
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
             f"the checkpoint {folder} cannot be read: {error}", "delete that folder to start over", ExitCode.RUN

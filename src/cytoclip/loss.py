@@ -34,7 +34,7 @@ BLOCK_SCORES = {"cpu": 2**19, "cuda": 2**25}
 
 Positives = Literal["groups", "pairs", "ignore"]
 Embeddings = tuple[torch.Tensor, torch.Tensor]
-Encoder = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+Encoder = Callable[[torch.Tensor, torch.Tensor], Embeddings]
 
 
 @dataclass(frozen=True)
@@ -207,12 +207,13 @@ class _Half:
     def _targets(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Which answers are right (R, B), and which are neither right nor wrong, if any are."""
         place = slice(self.first + rows.start, self.first + rows.stop)
+        if self.positives != "pairs":
+            right_RB: torch.Tensor = right_answers(self.identity.take(place), self.identity)
+            if self.positives == "groups":
+                return right_RB, None
         columns_B = torch.arange(len(self.answer_BD), device=self.query_bD.device)
         pair_RB = columns_B[place, None] == columns_B
-        if self.positives == "pairs":
-            return pair_RB, None
-        right_RB: torch.Tensor = right_answers(self.identity.take(place), self.identity)
-        return (right_RB, None) if self.positives == "groups" else (pair_RB, right_RB & ~pair_RB)
+        return pair_RB, right_RB & ~pair_RB if self.positives == "ignore" else None
 
 
 def _embed(encoder: Encoder, chunk: tuple[torch.Tensor, torch.Tensor], world: World) -> Embeddings:

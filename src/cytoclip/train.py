@@ -225,7 +225,8 @@ def _train(job: _Job, progress: _Progress) -> None:
             batch = batches.next_batch(source)
             watch.waited(asked)
             if progress.step == 0:
-                _ring(job, alarms.no_contrast(job.opened.encoder.to_floats(batch.pixels)))
+                held = batch.pixels[: plan.held(job.config, job.world.size)]  # the whole batch as floats need not fit
+                _ring(job, alarms.no_contrast(job.opened.encoder.to_floats(held)))
             row, curves = _step(job, progress.step, batch, everyone.take(torch.from_numpy(rows).to(job.world.device)))
             progress.step += 1
             curves |= watch.read(job.config.train.batch_size)
