@@ -6,27 +6,20 @@ The description of a field is its documentation; `docs/reference/config.md` and 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
+from pydantic import Field, ValidationError, field_validator, model_validator
 from yaml import YAMLError
 
+from cytoclip import options as options_
 from cytoclip.errors import UserError, nearest
+from cytoclip.options import Option, Section
 
 Tower = Literal["full", "frozen", "lora"]
 NonEmpty = Annotated[str, Field(min_length=1)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_by_alias=True, validate_by_name=False
-    )
 
 
 class Data(Section):
@@ -211,7 +204,7 @@ def parse(given: Mapping[str, Any], place: str) -> Config:
     try:
         return Config.model_validate(dict(given))
     except ValidationError as error:
-        raise _user_error(error, place) from None
+        raise options_.explained(error, place, Config) from None
 
 
 def dump(config: Config) -> str:
@@ -225,55 +218,14 @@ def differences(one: Config, other: Config) -> list[str]:
     return [name for name in sorted({*flat_one, *flat_other}) if flat_one.get(name) != flat_other.get(name)]
 
 
-@dataclass(frozen=True)
-class Option:
-    """One documented option: dotted `name`, readable `kind`, `default` as YAML would write it, and its `doc`."""
-
-    name: str
-    kind: str
-    default: str
-    doc: str
-
-
-def options(section: type[Section] = Config, prefix: str = "") -> Iterator[Option]:
+def options() -> Iterator[Option]:
     """Every option, sections before what they hold, in the order of the fields."""
-    for name, field in section.model_fields.items():
-        dotted = prefix + (field.alias or name)
-        inner = _section_of(field)
-        if inner is None:
-            yield Option(dotted, _kind(field), _default(field), field.description or "")
-        else:
-            yield Option(dotted, "section", "", field.description or "")
-            yield from options(inner, dotted + ".")
+    return options_.listed(Config)
 
 
 def reference() -> str:
     """`docs/reference/config.md`."""
-    lines = [
-        "# Configuration reference",
-        "",
-        "Rendered from `src/cytoclip/config.py` by `make docs`; edit the field, not this page.",
-        "An experiment is one YAML; only what differs from a default need be written,",
-        "and `section.key=value` on the command line goes on top.",
-        "",
-    ]
-    for option in options():
-        if option.kind == "section":
-            lines += [
-                "",
-                f"## `{option.name}`",
-                "",
-                option.doc,
-                "",
-                "| option | type | default | |",
-                "| --- | --- | --- | --- |",
-            ]
-        elif "." not in option.name:
-            lines += ["", f"## `{option.name}`", "", f"{option.doc} Type: {option.kind}."]
-        else:
-            kind = option.kind.replace("|", "\\|")
-            lines.append(f"| `{option.name}` | {kind} | `{option.default}` | {option.doc} |")
-    return "\n".join(lines).replace("\n\n\n", "\n\n") + "\n"
+    return options_.page(Config)
 
 
 def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
@@ -307,100 +259,9 @@ def _override(given: str) -> DictConfig:
         ) from None
 
 
-def _user_error(error: ValidationError, place: str) -> UserError:
-    problems = error.errors()
-    first = problems[0]
-    name = _name_of(first)
-    others = len({_name_of(problem) for problem in problems}) - 1
-    more = f" (and {others} more)" if others else ""
-    if first["type"] == "extra_forbidden":
-        return UserError(f"unknown option {name} in {place}{more}", _nearest_option(name))
-    if first["type"] == "value_error":  # our own validators write `what|what to do`
-        what, _, hint = str(first["ctx"]["error"]).partition("|")
-        return UserError(f"{name + ': ' if name else ''}{what} in {place}{more}", hint)
-    if first["type"] == "missing":
-        return UserError(
-            f"{name} is missing in {place}{more}", "give data.root, such as data: {root: path/to/data_root}"
-        )
-    value = "null" if first["input"] is None else repr(first["input"])
-    inner = [option for option in options() if option.name.startswith(f"{name}.") and option.kind != "section"]
-    if inner:
-        what_for = f"write options below it, such as {inner[0].name}, or delete the line"
-        return UserError(f"{name} is a section, not {value}, in {place}{more}", what_for)
-    option = next(option for option in options() if name == option.name)
-    message = first["msg"][0].lower() + first["msg"][1:]
-    if sum(_name_of(problem) == name for problem in problems) > 1:  # one for each type that it might have had
-        message = f"input should be {option.kind}"
-    return UserError(
-        f"{name}: {value} is refused in {place}: {message}{more}", f"{option.name} ({option.kind}): {option.doc}"
-    )
-
-
-def _name_of(problem: ErrorDetails) -> str:
-    """The dotted option, without the place in a list and without pydantic's names of the branches of a union."""
-    parts = [str(part) for part in problem["loc"] if isinstance(part, str)]
-    return ".".join(part for part in parts if not part.startswith(("literal[", "list[", "function-")))
-
-
-def _nearest_option(name: str) -> str:
-    known = [option.name for option in options()]
-    section, _, key = name.rpartition(".")
-    elsewhere = [option for option in known if option.rpartition(".")[2] == key]
-    if elsewhere:
-        return f"did you mean {' or '.join(elsewhere)}?"
-    siblings = [option for option in known if option.rpartition(".")[0] == section]
-    for options_there in (siblings, known):
-        leaves = {option.rpartition(".")[2]: option for option in options_there}
-        near = nearest(key, leaves)
-        if near:
-            return f"did you mean {leaves[near]}?"
-    return "`cytoclip config` lists every option"
-
-
 def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _flatten(inner, f"{prefix}.{key}" if prefix else key)
     else:
         yield prefix, value
-
-
-def _section_of(field: FieldInfo) -> type[Section] | None:
-    for kind in (field.annotation, *get_args(field.annotation)):
-        if isinstance(kind, type) and issubclass(kind, Section):
-            return kind
-    return None
-
-
-def _default(field: FieldInfo) -> str:
-    if field.is_required():
-        return "required"
-    value = field.default
-    return "null" if value is None else str(value).replace("'", "")
-
-
-def _kind(field: FieldInfo) -> str:
-    bounds = [
-        f"{_SIGNS[type(m).__name__]} {getattr(m, type(m).__name__.lower())}"
-        for m in field.metadata
-        if type(m).__name__ in _SIGNS
-    ]
-    return ", ".join([_kind_of(field.annotation), *bounds])
-
-
-_SIGNS = {"Ge": "≥", "Gt": ">", "Le": "≤", "Lt": "<"}
-
-
-def _kind_of(annotation: Any) -> str:
-    origin, args = get_origin(annotation), get_args(annotation)
-    if annotation is type(None):
-        return "null"
-    if origin is Literal:
-        return " | ".join(str(arg) for arg in args)
-    if origin is Annotated:
-        return _kind_of(args[0])
-    if origin is list:
-        return f"list of ({_kind_of(args[0])})" if "|" in _kind_of(args[0]) else f"list of {_kind_of(args[0])}"
-    if args:
-        return " | ".join(_kind_of(arg) for arg in args)
-    return {str: "text", int: "whole number", float: "number"}[annotation]
