@@ -130,7 +130,7 @@ def test_an_unknown_option_near_nothing_says_where_all_are_listed(load: Callable
         ("train: {batch_size: 1}", "train.batch_size", "1 is refused"),
         ("train: {steps: 0}", "train.steps", "greater than or equal to 1"),
         ("train: {epochs: 0}", "train.epochs", "greater than or equal to 1"),
-        ("train: {micro_batch_size: 0}", "train.micro_batch_size", "greater than or equal to 1"),
+        ("train: {micro_batch_size: 0}", "train.micro_batch_size", "whole number ≥ 1 | auto | null"),
         ("train: {learning_rate: 0}", "train.learning_rate", "greater than 0"),
         ("train: {learning_rate: .nan}", "train.learning_rate", "finite"),
         ("train: {learning_rate: .inf}", "train.learning_rate", "finite"),
@@ -340,6 +340,7 @@ def test_split_folders(load: Callable[..., Config], tmp_path: Path) -> None:
 SECTIONS = {
     "": Config, "data": config.Data, "model": config.Model, "model.lora": config.Lora, "train": config.Train,
     "validate": config.Validate, "checkpoint": config.Checkpoint, "track": config.Track,
+    "data.replay": config.Replay, "train.anchor": config.Anchor,
 }  # fmt: skip
 
 
@@ -355,7 +356,7 @@ def fields() -> set[str]:
 def test_options_lists_every_field_with_a_doc() -> None:
     listed = list(config.options())
     assert {option.name for option in listed} == fields()
-    assert len(listed) == len(fields()) == 38
+    assert len(listed) == len(fields()) == 60
     assert {option.name for option in listed if option.kind == "section"} == {*SECTIONS} - {""}
     for option in listed:
         assert option.doc.endswith("."), option.name
@@ -373,7 +374,7 @@ def test_options_lists_every_field_with_a_doc() -> None:
         ("train.seed", "whole number, ≥ 0, < 4294967296", "0"),
         ("model.image_tower", "full | frozen | lora", "full"),
         ("model.lora.targets", "auto | list of text", "auto"),
-        ("validate.ks", "list of whole number", "[1, 10, 50]"),
+        ("validate.ks", "list of whole number ≥ 1", "[1, 10, 50]"),
         ("track.to", "list of (tensorboard | wandb | trackio | mlflow)", "[tensorboard]"),
     ],
 )

@@ -22,6 +22,11 @@ Tower = Literal["full", "frozen", "lora"]
 NonEmpty = Annotated[str, Field(min_length=1)]
 
 
+class Replay(Section):
+    root: NonEmpty = Field(description="Folder with `imgs/` and `img_text_pair.json`, or a data root: its `train/`.")
+    weight: float = Field(gt=0, description="Pairs of it in each batch for one pair of the training split.")
+
+
 class Data(Section):
     root: NonEmpty | None = Field(
         None, description="Folder with `train/`, `val/` and maybe `test/`, each with `imgs/` and `img_text_pair.json`."
@@ -30,6 +35,11 @@ class Data(Section):
     val: NonEmpty | None = Field(None, description="Folder of the validation split, where the splits lie apart.")
     test: NonEmpty | None = Field(
         None, description="Folder of the test split, where the splits lie apart. Checked, never trained or selected on."
+    )
+    replay: list[Replay] = Field(
+        [],
+        description="A list of more training pairs, each a fixed share of every batch: such as general pairs, against "
+        "forgetting. Validation and epochs are those of the training split.",
     )
     workers: int | None = Field(
         None,
@@ -59,9 +69,16 @@ class Data(Section):
 class Lora(Section):
     rank: int = Field(8, ge=1, description="Rank of the adapters.")
     alpha: float = Field(8.0, gt=0, description="The adapter's output is scaled by alpha ÷ rank.")
+    rslora: bool = Field(False, description="Scale by alpha ÷ √rank instead (rsLoRA, arXiv 2312.03732).")
+    dora: bool = Field(
+        False, description="Train each output's magnitude beside the direction (DoRA, arXiv 2402.09353)."
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
     targets: Literal["auto"] | Annotated[list[NonEmpty], Field(min_length=1)] = Field(
-        "auto", description="Names of the linear layers to adapt; auto: the family's q, k and v projections."
+        "auto", description="Names of the linear layers to adapt; auto: the towers' q, k and v projections."
+    )
+    last_layers: int | None = Field(
+        None, ge=1, description="Adapt only this many layers of each tower, the ones next to its output; null: all."
     )
 
 
@@ -69,6 +86,12 @@ class Model(Section):
     name: NonEmpty = Field(
         "openai/clip-vit-base-patch16",
         description="CLIP to start from: a hub id, a Hugging Face folder, or a run folder of ours.",
+    )
+    context_length: int | None = Field(
+        None,
+        ge=21,
+        description="Tokens that CLIP's text tower reads at most, above the checkpoint's own: position embeddings 1-20 "
+        "are kept and the rest interpolated (Long-CLIP, arXiv 2403.15378). null: the checkpoint's own.",
     )
     image_tower: Tower = Field("full", description="What moves in the image tower.")
     text_tower: Tower = Field("full", description="What moves in the text tower.")
@@ -94,22 +117,62 @@ class Model(Section):
         return self
 
 
+class Anchor(Section):
+    embeddings: float = Field(
+        0.0, ge=0, description="Weight of the mean squared distance of each embedding to the starting model's."
+    )
+    similarities: float = Field(
+        0.0, ge=0, description="Weight of the mean squared distance of the batch's cosines to the starting model's."
+    )
+
+    @model_validator(mode="after")
+    def _pulls(self) -> Anchor:
+        if not (self.embeddings or self.similarities):
+            raise ValueError("it pulls at nothing|set embeddings or similarities above 0, or delete train.anchor")
+        return self
+
+
 class Train(Section):
     steps: int | None = Field(5000, ge=1, description="Optimizer steps; null where epochs is given.")
     epochs: int | None = Field(None, ge=1, description="Passes over the training split, instead of steps.")
     batch_size: int = Field(512, ge=2, description="Pairs contrasted in one step, over all processes.")
-    micro_batch_size: int | None = Field(
+    micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
         None,
-        ge=1,
         description="Pairs that one process holds at once, at most: a dial for memory that changes no gradient, at the "
-        "price of a second forward pass. null: its whole share of the batch.",
+        "price of a second forward pass. auto: the largest power of two that fits, found by trying on a GPU and by the "
+        "plan's estimate elsewhere. null: its whole share of the batch.",
+    )
+    objective: Literal["auto", "infonce", "sigmoid"] = Field(
+        "auto",
+        description="infonce: softmax over the batch (CLIP); sigmoid: each pair by itself, with a bias (SigLIP, arXiv "
+        "2303.15343); auto: what the checkpoint was trained with.",
     )
     positives: Literal["groups", "pairs", "ignore"] = Field(
         "groups",
         description="What texts with the same caption, picture or group are for an image beside its own: right answers "
         "too (groups), wrong ones (pairs), or neither (ignore).",
     )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="Share of each InfoNCE target that is spread evenly over the whole batch."
+    )
+    anchor: Anchor | None = Field(
+        None, description="A pull toward the starting model, against forgetting; costs a forward pass of a frozen copy."
+    )
     learning_rate: float = Field(1e-5, gt=0, description="Peak learning rate of AdamW.")
+    image_learning_rate: float | None = Field(
+        None, gt=0, description="Peak learning rate of the image tower; null: learning_rate."
+    )
+    text_learning_rate: float | None = Field(
+        None, gt=0, description="Peak learning rate of the text tower; null: learning_rate."
+    )
+    projection_learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="Peak learning rate of the two projections, higher where they are new; null: learning_rate.",
+    )
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="The learning rate of a tower's layer is this times that of the layer above it."
+    )
     weight_decay: float = Field(
         0.001, ge=0, description="Decay of matrices; biases, norms and the logit scale have none."
     )
@@ -117,6 +180,26 @@ class Train(Section):
         "constant", description="The learning rate after the warm-up: constant, or falling to zero at the last step."
     )
     warmup_steps: int = Field(100, ge=0, description="Steps over which the learning rate rises linearly to its peak.")
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Decay of a moving average of the weights; it is what is validated and saved. null: none.",
+    )
+    patch_dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of the patches that the image tower does not see in training, drawn for each pair and epoch "
+        "(FLIP, arXiv 2212.00794).",
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Keep only each layer's input and compute the rest again: less memory, a third more time."
+    )
+    compile: bool = Field(False, description="Compile the towers (torch.compile): minutes at the start, faster steps.")
+    shard: bool = Field(
+        False, description="Share weights, gradients and moments out over the processes (FSDP2) instead of a copy each."
+    )
     max_grad_norm: float | None = Field(1.0, gt=0, description="Gradients are scaled down to this norm; null: never.")
     precision: Literal["auto", "no", "fp16", "bf16"] = Field(
         "auto",
@@ -161,6 +244,9 @@ class Validate(Section):
 class Checkpoint(Section):
     every: int = Field(
         1000, ge=1, description="Steps between two checkpoints to resume from; the last step has one too."
+    )
+    keep_last: int = Field(
+        2, ge=1, description="Checkpoints kept: should the last one be damaged, the one before it is used."
     )
 
 
@@ -219,7 +305,7 @@ def differences(one: Config, other: Config) -> list[str]:
 
 
 def options() -> Iterator[Option]:
-    """Every option, sections before what they hold, in the order of the fields."""
+    """Every option: of each section its own in the order of the fields, then the sections within it."""
     return options_.listed(Config)
 
 

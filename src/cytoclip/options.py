@@ -5,7 +5,7 @@ Generic over the sections, which stand in `config.py`; the description of a fiel
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -33,15 +33,17 @@ class Option:
 
 
 def listed(section: type[Section], prefix: str = "") -> Iterator[Option]:
-    """Every option, sections before what they hold, in the order of the fields."""
+    """Every option: of each section its own in the order of the fields, then the sections within it."""
+    within = []
     for name, field in section.model_fields.items():
-        dotted = prefix + (field.alias or name)
-        inner = _section_of(field)
+        dotted, inner = prefix + (field.alias or name), _section_of(field)
         if inner is None:
             yield Option(dotted, _kind(field), _default(field), field.description or "")
         else:
-            yield Option(dotted, "section", "", field.description or "")
-            yield from listed(inner, dotted + ".")
+            within.append((Option(dotted, "section", "", field.description or ""), inner))
+    for option, inner in within:
+        yield option
+        yield from listed(inner, option.name + ".")
 
 
 def page(root: type[Section]) -> str:
@@ -106,7 +108,8 @@ def explained(error: ValidationError, place: str, root: type[Section]) -> UserEr
 def _name_of(problem: ErrorDetails) -> str:
     """The dotted option, without the place in a list and without pydantic's names of the branches of a union."""
     parts = [str(part) for part in problem["loc"] if isinstance(part, str)]
-    return ".".join(part for part in parts if not part.startswith(("literal[", "list[", "function-")))
+    branches = ("literal[", "list[", "function-", "constrained-")
+    return ".".join(part for part in parts if not part.startswith(branches))
 
 
 def _nearest_option(name: str, root: type[Section]) -> str:
@@ -114,7 +117,8 @@ def _nearest_option(name: str, root: type[Section]) -> str:
     section, _, key = name.rpartition(".")
     elsewhere = [option for option in known if option.rpartition(".")[2] == key]
     if elsewhere:
-        return f"did you mean {' or '.join(elsewhere)}?"
+        least = min(option.count(".") for option in elsewhere)
+        return f"did you mean {' or '.join(option for option in elsewhere if option.count('.') == least)}?"
     siblings = [option for option in known if option.rpartition(".")[0] == section]
     for options_there in (siblings, known):
         leaves = {option.rpartition(".")[2]: option for option in options_there}
@@ -135,19 +139,25 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     value = field.default
-    return "null" if value is None else str(value).replace("'", "")
+    written = {None: "null", True: "true", False: "false"}
+    return written[value] if value is None or isinstance(value, bool) else str(value).replace("'", "")
 
 
 def _kind(field: FieldInfo) -> str:
-    bounds = [
-        f"{_SIGNS[type(m).__name__]} {getattr(m, type(m).__name__.lower())}"
-        for m in field.metadata
-        if type(m).__name__ in _SIGNS
-    ]
-    return ", ".join([_kind_of(field.annotation), *bounds])
+    return ", ".join([_kind_of(field.annotation), *_bounds(field.metadata)])
 
 
 _SIGNS = {"Ge": "≥", "Gt": ">", "Le": "≤", "Lt": "<"}
+
+
+def _bounds(metadata: Iterable[Any]) -> list[str]:
+    """`≥ 1` and such, of annotations that may stand inside a `Field` of their own."""
+    flat = [part for one in metadata for part in getattr(one, "metadata", [one])]
+    return [
+        f"{_SIGNS[type(part).__name__]} {getattr(part, type(part).__name__.lower())}"
+        for part in flat
+        if type(part).__name__ in _SIGNS
+    ]
 
 
 def _kind_of(annotation: Any) -> str:
@@ -157,9 +167,9 @@ def _kind_of(annotation: Any) -> str:
     if origin is Literal:
         return " | ".join(str(arg) for arg in args)
     if origin is Annotated:
-        return _kind_of(args[0])
+        return " ".join([_kind_of(args[0]), *_bounds(args[1:])])
     if origin is list:
         return f"list of ({_kind_of(args[0])})" if "|" in _kind_of(args[0]) else f"list of {_kind_of(args[0])}"
     if args:
         return " | ".join(_kind_of(arg) for arg in args)
-    return {str: "text", int: "whole number", float: "number"}[annotation]
+    return {str: "text", int: "whole number", float: "number", bool: "true | false"}[annotation]
