@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, CLIPModel, CLIPProcessor
 
-from cytoclip import checkpoint, model
+from cytoclip import adapters, checkpoint, model
 from cytoclip.checkpoint import RunFolder
 from cytoclip.config import Model
 from cytoclip.errors import UserError
@@ -33,7 +33,7 @@ def test_saved_and_loaded_gives_the_same_logits(towers: tuple[str, str], base: P
     wanted = Model.model_validate({"image_tower": towers[0], "text_tower": towers[1]})
     opened = checkpoint.open_model(str(base))
     before = {name: p.detach().clone() for name, p in opened.encoder.clip.named_parameters()}
-    adapter = model.set_moving(opened.encoder, wanted)
+    adapter = adapters.set_moving(opened.encoder, wanted)
     _train_a_little(opened.encoder)
     expected = _logits(opened.encoder)
 
@@ -73,7 +73,7 @@ def _assert_frozen_is_byte_identical(
 
 def test_a_processor_opens_beside_the_model(base: Path, tmp_path: Path) -> None:
     opened = checkpoint.open_model(str(base))
-    adapter = model.set_moving(opened.encoder, Model())
+    adapter = adapters.set_moving(opened.encoder, Model())
     checkpoint.save_model(tmp_path / "model", opened, adapter, Model())
     processor = CLIPProcessor.from_pretrained(tmp_path / "model", backend="pil")
     assert type(processor.image_processor).__name__ == "CLIPImageProcessorPil"
@@ -84,7 +84,7 @@ def test_a_run_folder_opens_at_its_best_and_is_a_base_for_another_run(base: Path
     wanted = Model.model_validate({"image_tower": "lora", "text_tower": "lora"})
     run = RunFolder(tmp_path / "run")
     opened = checkpoint.open_model(str(base))
-    adapter = model.set_moving(opened.encoder, wanted)
+    adapter = adapters.set_moving(opened.encoder, wanted)
     _train_a_little(opened.encoder)
     run.path.mkdir()
     run.config.write_text("data: {root: x}\n")
@@ -98,7 +98,7 @@ def test_a_run_folder_opens_at_its_best_and_is_a_base_for_another_run(base: Path
     assert not torch.equal(_logits(again.encoder), at_last)
     assert torch.allclose(_logits(again.encoder), _logits(opened.encoder), atol=1e-3)
     assert not checkpoint.is_adapter_only(wanted, again), "an adapter on an adapter could not be opened by peft"
-    second = model.set_moving(again.encoder, wanted)
+    second = adapters.set_moving(again.encoder, wanted)
     _train_a_little(again.encoder)
     checkpoint.save_model(tmp_path / "second", again, second, wanted)
     assert torch.allclose(
@@ -109,7 +109,7 @@ def test_a_run_folder_opens_at_its_best_and_is_a_base_for_another_run(base: Path
 def test_an_adapter_without_its_companion_is_refused(base: Path, tmp_path: Path) -> None:
     wanted = Model.model_validate({"image_tower": "lora", "text_tower": "frozen"})
     opened = checkpoint.open_model(str(base))
-    checkpoint.save_model(tmp_path / "m", opened, model.set_moving(opened.encoder, wanted), wanted)
+    checkpoint.save_model(tmp_path / "m", opened, adapters.set_moving(opened.encoder, wanted), wanted)
     (tmp_path / "m" / "cytoclip.safetensors").unlink()
     with pytest.raises(UserError, match="not both of"):
         checkpoint.open_model(str(tmp_path / "m"))
@@ -117,7 +117,7 @@ def test_an_adapter_without_its_companion_is_refused(base: Path, tmp_path: Path)
 
 def test_pixels_of_another_size_than_the_tower_reads_are_refused(base: Path, tmp_path: Path) -> None:
     opened = checkpoint.open_model(str(base))
-    checkpoint.save_model(tmp_path / "m", opened, model.set_moving(opened.encoder, Model()), Model())
+    checkpoint.save_model(tmp_path / "m", opened, adapters.set_moving(opened.encoder, Model()), Model())
     file = next(p for p in (tmp_path / "m").glob("*processor_config.json"))
     settings = json.loads(file.read_text())
     settings |= {"size": {"shortest_edge": 48}, "crop_size": {"height": 48, "width": 48}}
@@ -148,7 +148,7 @@ def test_a_damaged_adapter_is_refused(base: Path, tmp_path: Path) -> None:
     """Each of these would otherwise open with some weights of the base, and score."""
     wanted = Model.model_validate({"image_tower": "lora", "text_tower": "lora"})
     opened = checkpoint.open_model(str(base))
-    adapter = model.set_moving(opened.encoder, wanted)
+    adapter = adapters.set_moving(opened.encoder, wanted)
     checkpoint.save_model(tmp_path / "whole", opened, adapter, wanted)
     checkpoint.open_model(str(tmp_path / "whole"))
     damages = {

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BertConfig, BertModel, CLIPModel, CLIPVisionConfig, CLIPVisionModel
 
-from cytoclip import captions, checkpoint, demo, model
+from cytoclip import adapters, captions, checkpoint, demo, model
 from cytoclip.config import Model
 from cytoclip.errors import UserError
 
@@ -21,7 +21,7 @@ CAPTIONS = ["a superficial squamous cell in a clean background", "cell", LONG, "
 
 def moved(base: Path, **wanted: Any) -> tuple[checkpoint.Opened, dict[str, torch.nn.Parameter]]:
     opened = checkpoint.open_model(str(base))
-    model.set_moving(opened.encoder, Model.model_validate(wanted))
+    adapters.set_moving(opened.encoder, Model.model_validate(wanted))
     return opened, opened.encoder.moving()
 
 

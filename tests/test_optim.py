@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from cytoclip import checkpoint, model, optim
+from cytoclip import adapters, checkpoint, optim
 from cytoclip.config import Model, Train
 from cytoclip.errors import ExitCode, UserError
 
 
 def moving(base: Path, **wanted: Any) -> dict[str, torch.nn.Parameter]:
     encoder = checkpoint.open_model(str(base)).encoder
-    model.set_moving(encoder, Model.model_validate(wanted))
+    adapters.set_moving(encoder, Model.model_validate(wanted))
     return encoder.moving()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from cytoclip import checkpoint, files, model, plan, train
+from cytoclip import adapters, checkpoint, files, plan, train
 from cytoclip.checkpoint import RunFolder
 from cytoclip.config import Config
 from cytoclip.console import Console
@@ -22,7 +22,7 @@ Experiment = Callable[..., Config]
 
 def planned(wanted: Config, pairs: int = 48, processes: int = 1) -> Plan:
     opened = checkpoint.open_model(wanted.model.name)
-    model.set_moving(opened.encoder, wanted.model)
+    adapters.set_moving(opened.encoder, wanted.model)
     return plan.plan(wanted, opened, pairs, World(torch.device("cpu"), 0, processes))
 
 

@@ -18,7 +18,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from cytoclip import files, images, model
+from cytoclip import adapters, files, images, model
 from cytoclip.config import Model
 from cytoclip.device import RandomState, World
 from cytoclip.errors import ExitCode, UserError
@@ -92,8 +92,8 @@ def open_model(name: str) -> Opened:
             f"{folder} cannot be read: {type(error).__name__}: {error}", "train it again", ExitCode.MODEL
         ) from None
     read = model.read(base)
-    clip: Any = model.read_adapter(folder, read.clip)
-    expected = model.beside_adapter(clip, model.FAMILIES[clip.config.model_type])
+    clip: Any = adapters.read_adapter(folder, read.clip)
+    expected = adapters.beside_adapter(clip, model.FAMILIES[clip.config.model_type])
     if {n: t.shape for n, t in beside.items()} != {n: t.shape for n, t in expected.items()}:
         raise UserError(
             f"{folder / BESIDE} does not fit {base}: it holds {', '.join(sorted(beside))}",
@@ -150,9 +150,9 @@ def save_model(folder: Path, opened: Opened, adapter: PeftModel | None, wanted: 
             adapter.peft_config["default"].base_model_name_or_path = opened.name
             adapter.save_pretrained(str(new), save_embedding_layers=False)  # or it asks the hub each time
             (new / "README.md").unlink(missing_ok=True)  # peft's empty template
-            save_file(model.beside_adapter(clip, opened.encoder.family), new / BESIDE)
+            save_file(adapters.beside_adapter(clip, opened.encoder.family), new / BESIDE)
         else:
-            clip.save_pretrained(str(new), state_dict=model.merged_state(clip))
+            clip.save_pretrained(str(new), state_dict=adapters.merged_state(clip))
         opened.tokenizer.save_pretrained(str(new))
         opened.image_processor.save_pretrained(str(new))
 

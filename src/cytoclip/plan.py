@@ -59,7 +59,7 @@ class Plan:
 
 
 def plan(config: Config, opened: Opened, pairs: int, world: World) -> Plan:
-    """The plan of `config` for `pairs` training pairs, after `model.set_moving`.
+    """The plan of `config` for `pairs` training pairs, after `adapters.set_moving`.
 
     Raises
     ------
@@ -120,7 +120,8 @@ def check_disk(planned: Plan, run: Path) -> None:
 def held(config: Config, processes: int) -> int:
     """Pairs that one process holds at once, in training and in evaluation: never more than its share of the batch."""
     share = config.train.batch_size // processes
-    return min(config.train.micro_batch_size or share, share)
+    chunk = config.train.micro_batch_size
+    return min(share if chunk is None or chunk == "auto" else chunk, share)
 
 
 def _activations(config: Config, opened: Opened) -> int:

@@ -12,37 +12,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 
 from cytoclip import (
     alarms,
     batches,
-    captions,
     checkpoint,
     claim,
     config,
     device,
     evaluate,
     files,
+    jobs,
     journal,
-    model,
     optim,
     plan,
     report,
     signals,
-    sources,
 )
-from cytoclip.batches import Batch, Order, Pictures, Share
-from cytoclip.captions import Tokens
-from cytoclip.checkpoint import Opened, RunFolder
+from cytoclip.batches import Batch, Pictures, Share
+from cytoclip.checkpoint import RunFolder
 from cytoclip.config import Config
 from cytoclip.console import Console, duration
-from cytoclip.device import World
-from cytoclip.encode import Reading
-from cytoclip.errors import ExitCode, Stopped, UserError, counted
+from cytoclip.errors import ExitCode, Stopped, UserError
 from cytoclip.evaluate import Question
+from cytoclip.jobs import Job
 from cytoclip.loss import contrastive_step
-from cytoclip.pairs import Identity, Pairs, fingerprint, identities
+from cytoclip.pairs import Identity, identities
 from cytoclip.plan import Plan
 from cytoclip.report import Scores
 
@@ -80,7 +75,7 @@ def fit(wanted: Config, console: Console) -> RunResult:
         For anything that the user can mend; before the first step wherever it can be known by then.
     """
     world = device.start(wanted.train.device, wanted.train.precision)
-    wanted = _settled(wanted, world)
+    wanted = jobs.settled(wanted, world)
     plan.check_batch(wanted, world.size)
     run = RunFolder(Path(wanted.output))
     with claim.claimed(run, wanted, world, console):
@@ -88,8 +83,8 @@ def fit(wanted: Config, console: Console) -> RunResult:
         if done:
             console.say(f"{run.path} is finished: {done.steps} steps; delete it or name another output to train anew")
             return done
-        console.say(_first_line(wanted, world))
-        job = _prepare(wanted, run, world, console)
+        console.say(jobs.first_line(wanted, world))
+        job = jobs.prepare(wanted, run, world, console)
         world.once(lambda: plan.check_disk(job.plan, run.path))
         world.once(lambda: files.write_text(run.config, _versions() + config.dump(wanted)))
         progress = _start_or_resume(job)
@@ -100,35 +95,14 @@ def fit(wanted: Config, console: Console) -> RunResult:
 def dry_run(wanted: Config, console: Console) -> Plan:
     """Everything that `fit` checks and counts before its first step, and nothing written."""
     world = device.start(wanted.train.device, wanted.train.precision)
-    wanted = _settled(wanted, world)
+    wanted = jobs.settled(wanted, world)
     plan.check_batch(wanted, world.size)
     run = RunFolder(Path(wanted.output))
     world.once(lambda: claim.refuse_other_run(run, wanted))
-    console.say(_first_line(wanted, world))
-    planned = _prepare(wanted, run, world, console).plan
+    console.say(jobs.first_line(wanted, world))
+    planned = jobs.prepare(wanted, run, world, console).plan
     world.once(lambda: plan.check_disk(planned, run.path))
     return planned
-
-
-@dataclass(frozen=True)
-class _Job:
-    """All that stays the same during a run."""
-
-    config: Config
-    run: RunFolder
-    world: World
-    console: Console
-    plan: Plan
-    opened: Opened
-    adapter: PeftModel | None
-    optimizer: torch.optim.AdamW
-    scaler: torch.amp.GradScaler
-    train: Pairs
-    tokens: Tokens
-    order: Order
-    val: Pairs
-    inputs: dict[str, str]
-    reading: Reading
 
 
 @dataclass
@@ -145,48 +119,7 @@ class _Progress:
     inputs: dict[str, str] = field(default_factory=dict)
 
 
-def _prepare(wanted: Config, run: RunFolder, world: World, console: Console) -> _Job:
-    journal.check_trackers(wanted.track.to)
-    read = world.once(lambda: _read_splits(wanted))
-    opened = checkpoint.open_model(wanted.model.name)
-    began_from = model.fingerprint(opened.encoder.clip)
-    torch.manual_seed(wanted.train.seed)  # new weights are the same in every process
-    adapter = model.set_moving(opened.encoder, wanted.model)
-    planned = plan.plan(wanted, opened, len(read["train"][1]), world)
-    splits = world.once(lambda: {n: batches.scanned(pairs, folder, console) for n, (folder, pairs) in read.items()})
-    opened.encoder.to(world.device).train()
-    torch.manual_seed(wanted.train.seed + world.rank)  # dropout is not
-    tokens = captions.tokenise(opened.tokenizer, splits["train"].captions, opened.context)
-    job = _Job(
-        config=wanted,
-        run=run,
-        world=world,
-        console=console,
-        plan=planned,
-        opened=opened,
-        adapter=adapter,
-        optimizer=optim.build(opened.encoder.moving(), wanted.train),
-        scaler=_scaler(world, wanted.train.precision),
-        train=splits["train"],
-        tokens=tokens,
-        order=Order(len(splits["train"]), wanted.train.batch_size, wanted.train.seed),
-        val=splits["val"],
-        inputs={"model": began_from} | {f"{name} split": fingerprint(pairs) for name, pairs in splits.items()},
-        reading=evaluate.reading(
-            opened, splits["val"], plan.held(wanted, world.size), world.loaders(wanted.data.workers)
-        ),
-    )
-    _say_what_is_odd(job)
-    return job
-
-
-def _scaler(world: World, precision: str) -> torch.amp.GradScaler:
-    scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
-    scaler.scale(torch.ones((), device=world.device))  # its first call makes the scale; ours is applied to gradients
-    return scaler
-
-
-def _start_or_resume(job: _Job) -> _Progress:
+def _start_or_resume(job: Job) -> _Progress:
     states = job.world.once(job.run.states)
     if not states:
         progress = _Progress(inputs=job.inputs)
@@ -208,7 +141,7 @@ def _start_or_resume(job: _Job) -> _Progress:
     return progress
 
 
-def _train(job: _Job, progress: _Progress) -> None:
+def _train(job: Job, progress: _Progress) -> None:
     steps = job.plan.steps
     share = Share(job.order, progress.step, steps, job.world.rank, job.world.size)
     pictures = Pictures(job.train.images, job.opened.pixels)
@@ -248,7 +181,7 @@ def _train(job: _Job, progress: _Progress) -> None:
             watch.read(0)  # the next step's speed is its own
 
 
-def _step(job: _Job, step: int, batch: Batch, identity: Identity) -> tuple[dict[str, float], dict[str, float]]:
+def _step(job: Job, step: int, batch: Batch, identity: Identity) -> tuple[dict[str, float], dict[str, float]]:
     """One optimizer step; what it was, and what is only worth a curve."""
     encoder, world, wanted = job.opened.encoder, job.world, job.config.train
     moving = encoder.moving()
@@ -275,7 +208,7 @@ def _step(job: _Job, step: int, batch: Batch, identity: Identity) -> tuple[dict[
     return row, curves
 
 
-def _note_validation(job: _Job, progress: _Progress, book: journal.Journal | None) -> bool:
+def _note_validation(job: Job, progress: _Progress, book: journal.Journal | None) -> bool:
     """Rank the validation split, and keep the model if it is the best so far: whether it was."""
     progress.last = _validate(job)
     if book:
@@ -290,18 +223,18 @@ def _note_validation(job: _Job, progress: _Progress, book: journal.Journal | Non
     return better
 
 
-def _ring(job: _Job, alarm: str | None) -> bool:
+def _ring(job: Job, alarm: str | None) -> bool:
     if alarm:
         job.console.warn(alarm)
     return alarm is not None
 
 
-def _validate(job: _Job) -> Scores:
+def _validate(job: Job) -> Scores:
     question = Question(job.config.validation.ks)
     return evaluate.rank(job.opened, job.val, job.reading, question, job.world, job.console)
 
 
-def _save(job: _Job, progress: _Progress, book: journal.Journal | None) -> None:
+def _save(job: Job, progress: _Progress, book: journal.Journal | None) -> None:
     if book:
         book.sync()
     progress.scaler = job.scaler.state_dict()
@@ -309,7 +242,7 @@ def _save(job: _Job, progress: _Progress, book: journal.Journal | None) -> None:
     checkpoint.save_state(job.run, progress.step, job.opened.encoder, job.optimizer, job.world, remembered)
 
 
-def _finish(job: _Job, progress: _Progress) -> RunResult:
+def _finish(job: Job, progress: _Progress) -> RunResult:
     steps = progress.step
     result = RunResult(job.run.path, steps, progress.best_step, progress.before, progress.last, progress.best)
     written = {
@@ -342,52 +275,13 @@ def _finished(run: RunFolder) -> RunResult | None:
     return RunResult(run.path, found["steps"], found["best_step"], found["before"], found["last"], found["best"])
 
 
-def _read_splits(wanted: Config) -> dict[str, tuple[Path, Pairs]]:
-    found = {name: wanted.data.split(name) for name in ("train", "val", "test")}
-    return {name: (folder, sources.read(folder)) for name, folder in found.items() if folder}
-
-
-def _settled(wanted: Config, world: World) -> Config:
-    """The configuration with what depends on the machine written out."""
-    return wanted.model_copy(update={"train": wanted.train.model_copy(update={"precision": world.precision})})
-
-
-def _first_line(wanted: Config, world: World) -> str:
-    each, held = wanted.train.batch_size // world.size, plan.held(wanted, world.size)
-    chunks = "" if held == each else f", in chunks of {held}"
-    threads = f" with {counted(torch.get_num_threads(), 'thread')}" if world.device.type == "cpu" else ""
-    return (
-        f"{counted(world.size, 'process', 'processes')} on {world.device.type}{threads}, precision {world.precision} "
-        f"(from {world.precision_from}), global batch {wanted.train.batch_size} = {world.size} × {each}{chunks}"
-    )
-
-
-def _say_what_is_odd(job: _Job) -> None:
-    say, wanted = job.console, job.config
-    say.say(
-        f"{len(job.train)} training and {len(job.val)} validation pairs, {job.plan.steps} steps of "
-        f"{wanted.train.batch_size}: each pair is seen {job.plan.times_seen:.1f} times"
-    )
-    if wanted.model.lora and job.adapter:
-        lora = wanted.model.lora
-        say.say(f"LoRA rank {lora.rank}, scaling {lora.alpha / lora.rank:g} (alpha ÷ rank)")
-    if job.tokens.truncated:
-        share = job.tokens.truncated / len(job.tokens)
-        say.warn(f"{share:.1%} of the training captions are longer than {job.opened.context} tokens and lose their end")
-    for k in wanted.validation.ks:
-        if k > len(job.val):
-            say.warn(f"k = {k} is more than the {len(job.val)} validation pairs: hit@{k} is 1")
-    if wanted.train.warmup_steps >= job.plan.steps:
-        say.warn(f"{wanted.train.warmup_steps} warm-up steps of {job.plan.steps}: the peak learning rate is not passed")
-
-
 def _versions() -> str:
     names = ("cytoclip", "torch", "transformers", "accelerate", "peft")
     return "# " + ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names) + "\n"
 
 
 @contextmanager
-def _journal(job: _Job, done: int) -> Iterator[journal.Journal | None]:
+def _journal(job: Job, done: int) -> Iterator[journal.Journal | None]:
     """The run's journal in the first process; None in the others."""
     if not job.world.first:
         yield None

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from cytoclip import checkpoint, device, loss, model
+from cytoclip import adapters, checkpoint, device, loss, model
 from cytoclip.config import Model
 from cytoclip.device import World
 from cytoclip.pairs import Identity
@@ -35,7 +35,7 @@ def encoder_of(base: Path, towers: tuple[str, str], dropout: float = 0.0) -> mod
     torch.manual_seed(0)
     wanted = {"image_tower": towers[0], "text_tower": towers[1]}
     lora = {"lora": {"dropout": dropout}} if "lora" in towers else {}
-    model.set_moving(encoder, Model.model_validate(wanted | lora))
+    adapters.set_moving(encoder, Model.model_validate(wanted | lora))
     encoder.double().train()
     for name, parameter in encoder.moving().items():
         if ".lora_B." in name:  # zero at the start, which would leave lora_A without a gradient

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from cytoclip import checkpoint, loss, model
+from cytoclip import adapters, checkpoint, loss, model
 from cytoclip.config import Model
 from cytoclip.device import World
 from cytoclip.pairs import Identity, right_answers
@@ -98,7 +98,7 @@ def test_every_parameter_s_gradient_is_the_textbook_s(name: str, towers: tuple[s
     encoder = checkpoint.open_model(str(base)).encoder
     encoder.to_floats = lambda pixels: pixels
     torch.manual_seed(0)
-    model.set_moving(encoder, Model.model_validate({"image_tower": towers[0], "text_tower": towers[1]}))
+    adapters.set_moving(encoder, Model.model_validate({"image_tower": towers[0], "text_tower": towers[1]}))
     encoder.double()
     for parameter_name, parameter in encoder.moving().items():
         if ".lora_B." in parameter_name:  # zero at the start, which would leave lora_A without a gradient
