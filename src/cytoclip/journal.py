@@ -84,10 +84,10 @@ class Stopwatch:
         return reading
 
 
-def note(row: Mapping[str, float], curves: Mapping[str, float], chance_loss: float) -> str:
-    """The training line: loss beside ln(batch), hit@1 in the batch, speed, waiting."""
+def note(row: Mapping[str, float], curves: Mapping[str, float], chance_loss: float, name: str) -> str:
+    """The training line: loss beside that of knowing nothing, hit@1 in the batch, speed, waiting."""
     return (
-        f"loss {row['loss']:.3f} (ln B {chance_loss:.3f}), hit@1 in batch {curves['hit_at_1']:.2f}, "
+        f"loss {row['loss']:.3f} ({name} {chance_loss:.3f}), hit@1 in batch {curves['hit_at_1']:.2f}, "
         f"lr {row['lr']:.2e}, {curves['pairs_per_second']:.0f} pairs/s, "
         f"{curves['waiting_for_data']:.0%} waiting for data"
         + (f", {curves['memory_gb']:.1f} GB" if "memory_gb" in curves else "")

@@ -71,6 +71,10 @@ class Objective:
     def anchored(self) -> bool:
         return self.anchor_embeddings > 0 or self.anchor_similarities > 0
 
+    @property
+    def chance_name(self) -> str:
+        return "ln(batch)" if self.kind == "infonce" else "knowing nothing"
+
     def chance_loss(self, batch_size: int) -> float:
         """The loss, without the anchor's part, of a model that knows nothing: equal scores for all, at the best bias.
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
-import math
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,15 +28,15 @@ from cytoclip import (
     report,
     signals,
 )
-from cytoclip.batches import Batch, Pictures, Share
+from cytoclip.batches import Batch, Share
 from cytoclip.checkpoint import RunFolder
 from cytoclip.config import Config
 from cytoclip.console import Console, duration
 from cytoclip.errors import ExitCode, Stopped, UserError
 from cytoclip.evaluate import Question
 from cytoclip.jobs import Job
-from cytoclip.loss import contrastive_step
-from cytoclip.pairs import Identity, identities
+from cytoclip.loss import Logits, contrastive_step
+from cytoclip.pairs import Identity
 from cytoclip.plan import Plan
 from cytoclip.report import Scores
 
@@ -75,9 +74,9 @@ def fit(wanted: Config, console: Console) -> RunResult:
         For anything that the user can mend; before the first step wherever it can be known by then.
     """
     world = device.start(wanted.train.device, wanted.train.precision)
-    wanted = jobs.settled(wanted, world)
-    plan.check_batch(wanted, world.size)
     run = RunFolder(Path(wanted.output))
+    wanted = jobs.settled(wanted, world, run)
+    plan.check_batch(wanted, world.size)
     with claim.claimed(run, wanted, world, console):
         done = world.once(lambda: _finished(run))
         if done:
@@ -86,7 +85,7 @@ def fit(wanted: Config, console: Console) -> RunResult:
         console.say(jobs.first_line(wanted, world))
         job = jobs.prepare(wanted, run, world, console)
         world.once(lambda: plan.check_disk(job.plan, run.path))
-        world.once(lambda: files.write_text(run.config, _versions() + config.dump(wanted)))
+        world.once(lambda: files.write_text(run.config, _versions() + config.dump(job.config)))
         progress = _start_or_resume(job)
         _train(job, progress)
         return _finish(job, progress)
@@ -95,12 +94,12 @@ def fit(wanted: Config, console: Console) -> RunResult:
 def dry_run(wanted: Config, console: Console) -> Plan:
     """Everything that `fit` checks and counts before its first step, and nothing written."""
     world = device.start(wanted.train.device, wanted.train.precision)
-    wanted = jobs.settled(wanted, world)
-    plan.check_batch(wanted, world.size)
     run = RunFolder(Path(wanted.output))
+    wanted = jobs.settled(wanted, world, run)
+    plan.check_batch(wanted, world.size)
     world.once(lambda: claim.refuse_other_run(run, wanted))
     console.say(jobs.first_line(wanted, world))
-    planned = jobs.prepare(wanted, run, world, console).plan
+    planned = jobs.prepare(wanted, run, world, console, storing=False).plan
     world.once(lambda: plan.check_disk(planned, run.path))
     return planned
 
@@ -144,31 +143,31 @@ def _start_or_resume(job: Job) -> _Progress:
 def _train(job: Job, progress: _Progress) -> None:
     steps = job.plan.steps
     share = Share(job.order, progress.step, steps, job.world.rank, job.world.size)
-    pictures = Pictures(job.train.images, job.opened.pixels)
-    source = iter(batches.loader(pictures, job.tokens, share, job.reading.workers, job.world.device))
-    everyone = identities(job.train).map(lambda ids: torch.from_numpy(ids).to(job.world.device))
+    source = iter(batches.loader(job.pictures, job.texts, share, job.reading.workers, job.world.device))
+    chance = job.objective.chance_loss(job.config.train.batch_size), job.objective.chance_name
     watch, began = journal.Stopwatch(), time.perf_counter() - progress.seconds
     with ExitStack() as stack:
         book = stack.enter_context(_journal(job, progress.step))
         bar = stack.enter_context(job.console.progress("training", steps, start=progress.step))
         asked_to_stop = stack.enter_context(signals.heard())
         losses: list[float] | None = []  # since the warm-up; None once their alarm has rung
-        for rows in job.order.steps(progress.step, steps):
+        for rows, _ in job.order.draws(progress.step, steps):
             asked = time.perf_counter()
             batch = batches.next_batch(source)
             watch.waited(asked)
-            if progress.step == 0:
-                held = batch.pixels[: plan.held(job.config, job.world.size)]  # the whole batch as floats need not fit
+            if progress.step == 0 and batch.images.ndim == 4:
+                held = batch.images[: plan.held(job.config, job.world.size)]  # the whole batch as floats need not fit
                 _ring(job, alarms.no_contrast(job.opened.encoder.to_floats(held)))
-            row, curves = _step(job, progress.step, batch, everyone.take(torch.from_numpy(rows).to(job.world.device)))
+            identity = job.identity.take(torch.from_numpy(rows).to(job.world.device))
+            row, curves = _step(job, progress.step, batch, identity)
             progress.step += 1
             curves |= watch.read(job.config.train.batch_size)
             if losses is not None and progress.step > job.config.train.warmup_steps:
-                losses.append(row["loss"])
-                losses = None if _ring(job, alarms.flat_loss(losses, job.config.train.batch_size)) else losses
+                losses.append(row["loss"] - curves.get("anchor", 0.0))
+                losses = None if _ring(job, alarms.flat_loss(losses, *chance)) else losses
             if book:
                 book.step(row, curves)
-            bar.advance(note=journal.note(row, curves, math.log(job.config.train.batch_size)))
+            bar.advance(note=journal.note(row, curves, *chance))
             save = _due(progress.step, job.config.checkpoint.every, steps)
             if _due(progress.step, job.config.validation.every, steps):
                 save |= _note_validation(job, progress, book)  # best/ and the state that made it belong together
@@ -191,18 +190,24 @@ def _step(job: Job, step: int, batch: Batch, identity: Identity) -> tuple[dict[s
     job.optimizer.zero_grad()
     chunks = batch.chunks(plan.held(job.config, world.size))
     factor = job.scaler.get_scale() if job.scaler.is_enabled() else 1.0
-    result = contrastive_step(encoder, encoder.logit_scale, chunks, identity, world, wanted.positives, factor)
+    logits = Logits(encoder.logit_scale, encoder.logit_bias)
+    result = contrastive_step(encoder, logits, chunks, identity, world, job.objective, factor, job.start)
     world.sum_gradients(moving.values())
     job.scaler.unscale_(job.optimizer)
     norm = optim.clip(moving, wanted.max_grad_norm)
-    values = torch.stack([result.loss, norm, encoder.logit_scale.detach(), result.hit_at_1]).tolist()
+    scale = encoder.logit_scale.detach().reshape(())
+    values = torch.stack([result.loss, norm, scale, result.hit_at_1, result.anchor]).tolist()
     skips = job.scaler.is_enabled() and factor >= 1  # fp16 tries again at half the scale
     optim.refuse_non_finite(step + 1, values[0], 0.0 if skips else values[1])
     job.scaler.step(job.optimizer)
     job.scaler.update()
     encoder.clamp_scale()
+    if job.averages:
+        job.averages.update()
     row = {"step": step + 1, "loss": values[0], "lr": rate, "logit_scale": values[2], "gradient_norm": values[1]}
-    curves = {"hit_at_1": values[3], "chance_loss": math.log(wanted.batch_size)}
+    curves = {"hit_at_1": values[3], "chance_loss": job.objective.chance_loss(wanted.batch_size)}
+    if job.objective.anchored:
+        curves["anchor"] = values[4]
     if world.device.type == "cuda":
         curves["memory_gb"] = torch.cuda.max_memory_allocated(world.device) / 1e9
     return row, curves
@@ -217,7 +222,7 @@ def _note_validation(job: Job, progress: _Progress, book: journal.Journal | None
     better = not progress.best or report.selection_score(progress.last) > report.selection_score(progress.best)
     if better:
         progress.best, progress.best_step = progress.last, progress.step
-        job.world.once(lambda: checkpoint.save_model(job.run.best, job.opened, job.adapter, job.config.model))
+        _save_model(job, job.run.best)
     job.console.say(f"step {progress.step}: {line}{', the best so far' if better else ''}")
     _ring(job, alarms.at_chance(progress.last))
     return better
@@ -231,7 +236,18 @@ def _ring(job: Job, alarm: str | None) -> bool:
 
 def _validate(job: Job) -> Scores:
     question = Question(job.config.validation.ks)
-    return evaluate.rank(job.opened, job.val, job.reading, question, job.world, job.console)
+    with _averaged(job):
+        return evaluate.rank(job.opened, job.val, job.reading, question, job.world, job.console)
+
+
+def _save_model(job: Job, folder: Path) -> None:
+    with _averaged(job):
+        job.world.once(lambda: checkpoint.save_model(folder, job.opened, job.adapter, job.config.model))
+
+
+def _averaged(job: Job) -> AbstractContextManager[None]:
+    """The weights that are validated and saved: their moving average, where there is one."""
+    return job.averages.applied() if job.averages else nullcontext()
 
 
 def _save(job: Job, progress: _Progress, book: journal.Journal | None) -> None:
@@ -254,11 +270,8 @@ def _finish(job: Job, progress: _Progress) -> RunResult:
         "device": job.world.device.type,
     }
 
-    def save() -> None:
-        checkpoint.save_model(job.run.model, job.opened, job.adapter, job.config.model)
-        files.write_json(job.run.results, written)  # last: it is what makes the run finished
-
-    job.world.once(save)
+    _save_model(job, job.run.model)
+    job.world.once(lambda: files.write_json(job.run.results, written))  # last: it is what makes the run finished
     job.console.say(f"finished {steps} steps in {duration(progress.seconds)}")
     return result
 
