@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from cytoclip import adapters, checkpoint, files, plan, train
+from cytoclip.batches import Order
 from cytoclip.checkpoint import RunFolder
 from cytoclip.config import Config
 from cytoclip.console import Console
@@ -23,7 +24,8 @@ Experiment = Callable[..., Config]
 def planned(wanted: Config, pairs: int = 48, processes: int = 1) -> Plan:
     opened = checkpoint.open_model(wanted.model.name)
     adapters.set_moving(opened.encoder, wanted.model)
-    return plan.plan(wanted, opened, pairs, World(torch.device("cpu"), 0, processes))
+    order = Order(pairs, wanted.train.batch_size, 0)
+    return plan.plan(wanted, opened, order, World(torch.device("cpu"), 0, processes))
 
 
 def test_steps_are_what_is_written(experiment: Experiment) -> None:

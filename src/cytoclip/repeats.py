@@ -90,8 +90,8 @@ def _entropy(right: NDArray[np.generic], candidates: NDArray[np.generic], smooth
 
 def line(repeats: Repeats, batch_size: int, objective: Objective) -> str:
     """What the log says of them, beside the loss of a model that knows nothing."""
-    chance = objective.chance_loss(batch_size)
+    ways = f"{objective.positives}; {objective.chance_name}: {objective.chance_loss(batch_size):.3f}"
     return (
         f"about {repeats.pairs:.1f} of the {batch_size} pairs of a batch share a caption, picture or group: "
-        f"the loss cannot fall below {abs(repeats.floor):.4f} ({objective.positives}; knowing nothing: {chance:.3f})"
+        f"the loss cannot fall below {abs(repeats.floor):.4f} ({ways})"
     )
