@@ -89,7 +89,7 @@ def plan(config: Config, opened: Opened, pairs: int, world: World) -> Plan:
         times_seen=steps * batch / pairs,
         sizes=sizes,
         memory=total * _FLOAT + moving * (_FLOAT + _ADAM) + activations,
-        disk=2 * state + 3 * saved,  # a new one is written beside the old one before that goes
+        disk=(config.checkpoint.keep_last + 1) * state + 3 * saved,  # a new one is written before the oldest goes
     )
 
 
