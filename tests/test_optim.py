@@ -11,7 +11,6 @@ import torch
 
 from cytoclip import adapters, checkpoint, optim
 from cytoclip.config import Model, Train
-from cytoclip.errors import ExitCode, UserError
 
 
 def moving(base: Path, **wanted: Any) -> dict[str, torch.nn.Parameter]:
@@ -133,15 +132,3 @@ def test_no_limit_measures_and_changes_nothing() -> None:
 def test_a_gradient_that_is_not_finite_shows_in_the_norm(bad: float) -> None:
     """So that one look at two numbers is enough to refuse the step."""
     assert not math.isfinite(optim.clip(with_gradients([1.0, bad], [1.0, 1.0]), 1.0).item())
-
-
-@pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)])
-def test_a_step_that_is_not_finite_is_refused(loss: float, norm: float) -> None:
-    with pytest.raises(UserError, match=f"step 7: the loss is {loss} and the gradient's norm {norm}") as caught:
-        optim.refuse_non_finite(7, loss, norm)
-    assert caught.value.code is ExitCode.DIVERGED
-    assert "train.learning_rate" in caught.value.hint
-
-
-def test_a_finite_step_is_not_refused() -> None:
-    assert optim.refuse_non_finite(1, 1e30, 0.0) is None  # type: ignore[func-returns-value]

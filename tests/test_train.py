@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 from cytoclip import config, train
 from cytoclip.config import Config
 from cytoclip.console import Console
+from cytoclip.state import MANIFEST, MORE, TENSORS
 from tests.conftest import weights
 
 QUIET = Console(quiet=True)
@@ -65,7 +66,7 @@ def test_the_run_folder_holds_what_is_documented(done: tuple[Config, train.RunRe
     model = {"config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"}
     assert names == {
         "config.yaml", "results.json", "losses.jsonl", "train.log", ".lock", "tensorboard/events.out.tfevents",
-        "checkpoints/step-4/state.safetensors", "checkpoints/step-4/state.json",
+        *(f"checkpoints/step-{step}/{name}" for step in (2, 4) for name in (TENSORS, MORE, MANIFEST)),
         *(f"{place}/{name}" for place in ("model", "best") for name in model),
     }  # fmt: skip
 

@@ -1,26 +1,23 @@
-"""The run folder: where things are in it, models that others can open, and the state that a run resumes from.
+"""The run folder: where things are in it, and models that others can open.
 
 run/config.yaml  results.json  losses.jsonl  train.log  tensorboard/
 run/model/                     the last weights: a Hugging Face folder, or a peft adapter
 run/best/                      the same at the best validation
-run/checkpoints/step-N/        state.safetensors (what moves, AdamW's moments, random states), state.json
+run/checkpoints/step-N/        what a run resumes from (state.py)
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from cytoclip import adapters, files, images, model
 from cytoclip.config import Model
-from cytoclip.device import RandomState, World
 from cytoclip.errors import ExitCode, UserError
 from cytoclip.images import PixelSpec
 from cytoclip.model import DualEncoder
@@ -42,11 +39,6 @@ class RunFolder:
     log = property(lambda self: self.path / "train.log")
     lock = property(lambda self: self.path / ".lock")
     checkpoints = property(lambda self: self.path / "checkpoints")
-
-    def states(self) -> list[tuple[int, Path]]:
-        """(step, folder) of every whole checkpoint, the oldest first."""
-        found = [(int(m[1]), p) for p in self.checkpoints.glob("step-*") if (m := re.fullmatch(r"step-(\d+)", p.name))]
-        return sorted(found)
 
 
 @dataclass(frozen=True)
@@ -157,58 +149,9 @@ def save_model(folder: Path, opened: Opened, adapter: PeftModel | None, wanted: 
         opened.image_processor.save_pretrained(str(new))
 
 
-def save_state(
-    run: RunFolder, step: int, encoder: DualEncoder, optimizer: Any, world: World, more: dict[str, Any]
-) -> None:
-    """Write `checkpoints/step-N` and then drop the older ones. Called in all processes; the first one writes.
-
-    Parameters
-    ----------
-    step
-        How many steps are done.
-    more
-        What else the run must remember, as JSON.
-    """
-    tensors = _random_states(world)
-    if not world.first:
-        return
-    for name, parameter in encoder.moving().items():
-        tensors[f"param.{name}"] = parameter.detach().cpu()
-        tensors |= {f"optim.{key}.{name}": value.cpu() for key, value in optimizer.state[parameter].items()}
-    with files.whole_folder(run.checkpoints / f"step-{step}") as new:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, new / "state.safetensors")
-        files.write_json(new / "state.json", {"step": step, **more})
-    for folder in run.checkpoints.iterdir():  # the older ones, and what a crash left of one
-        if folder.name != f"step-{step}":
-            files.remove(folder)
-
-
-def load_state(folder: Path, encoder: DualEncoder, optimizer: Any, world: World) -> dict[str, Any]:
-    """Put weights, moments and random states back, and return what `save_state` was told to remember."""
-    try:
-        tensors = load_file(folder / "state.safetensors")
-        more: dict[str, Any] = files.read_json(folder / "state.json")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(
-            f"the checkpoint {folder} cannot be read: {error}", "delete that folder to start over", ExitCode.RUN
-        ) from None
-    moving = encoder.moving()
-    saved = {name.removeprefix("param.") for name in tensors if name.startswith("param.")}
-    if saved != set(moving):
-        raise UserError(
-            f"the checkpoint {folder} holds other parameters than this model trains",
-            "delete that folder to start over, or name another output",
-            ExitCode.RUN,
-        )
-    with torch.no_grad():
-        for name, parameter in moving.items():
-            parameter.copy_(tensors[f"param.{name}"])
-            optimizer.state[parameter] = {
-                key: _moment(parameter, key, tensors[f"optim.{key}.{name}"])
-                for key in ("step", "exp_avg", "exp_avg_sq")
-            }
-    _set_random_states(tensors, world)
-    return more
+def weights_digest(folder: Path) -> str:
+    """SHA-256 of the weights in a model folder; of nothing where there is none."""
+    return " ".join(files.sha256(file) for file in sorted(folder.glob("*.safetensors")))
 
 
 def _opened(read: model.Checkpoint, clip: Any, place: str, plain: bool) -> Opened:
@@ -221,23 +164,3 @@ def _opened(read: model.Checkpoint, clip: Any, place: str, plain: bool) -> Opene
         )
     encoder = DualEncoder(clip, lambda pixels_B3HW: images.to_floats(pixels_B3HW, pixels))
     return Opened(encoder, read.tokenizer, read.image_processor, pixels, read.context, place, plain)
-
-
-def _moment(parameter: torch.Tensor, key: str, value: torch.Tensor) -> torch.Tensor:
-    """Where AdamW wants it: the step counter beside the parameter only for the fused kernel on CUDA."""
-    here = key == "step" and parameter.device.type != "cuda"
-    return value.clone() if here else value.to(parameter.device, copy=True)
-
-
-def _random_states(world: World) -> dict[str, torch.Tensor]:
-    states = {kind: state for kind, state in vars(RandomState.of(world.device)).items() if state is not None}
-    gathered = {kind: world.gather(state[None].to(world.device)).cpu() for kind, state in states.items()}
-    return {f"random.{kind}.{rank}": row for kind, rows in gathered.items() for rank, row in enumerate(rows)}
-
-
-def _set_random_states(tensors: dict[str, torch.Tensor], world: World) -> None:
-    """Each process gets its own back; one that was not there before draws from a state of its own."""
-    torch.manual_seed(world.rank)
-    cpu, cuda = tensors.get(f"random.cpu.{world.rank}"), tensors.get(f"random.cuda.{world.rank}")
-    if cpu is not None:
-        RandomState(cpu, cuda).restore(world.device)

@@ -90,6 +90,14 @@ class World:
         dist.all_gather(parts, rows_nD.detach().contiguous())
         return torch.cat(parts)
 
+    def listed(self, own: list[T]) -> list[T]:
+        """The objects of all processes, in the order of the ranks; for what is small and rare."""
+        if self.size == 1:
+            return own
+        parts: list[list[T]] = [[] for _ in range(self.size)]
+        dist.all_gather_object(parts, own)
+        return [each for part in parts for each in part]
+
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over all processes, in place."""
         if self.size > 1:

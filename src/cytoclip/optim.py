@@ -8,7 +8,6 @@ from collections.abc import Mapping
 import torch
 
 from cytoclip.config import Train
-from cytoclip.errors import ExitCode, UserError
 
 
 def build(moving: Mapping[str, torch.nn.Parameter], wanted: Train) -> torch.optim.AdamW:
@@ -50,13 +49,3 @@ def clip(moving: Mapping[str, torch.nn.Parameter], limit: float | None) -> torch
     if limit is not None:
         torch.nn.utils.clip_grads_with_norm_(list(moving.values()), limit, norm)
     return norm
-
-
-def refuse_non_finite(step: int, loss: float, norm: float) -> None:
-    """Raise before the optimizer moves: one bad step would make every weight NaN."""
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise UserError(
-            f"step {step}: the loss is {loss} and the gradient's norm {norm}; nothing was updated",
-            "lower train.learning_rate, or set train.precision=bf16 or no; the last checkpoint is whole",
-            ExitCode.DIVERGED,
-        )

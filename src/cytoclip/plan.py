@@ -85,7 +85,7 @@ def plan(config: Config, opened: Opened, order: Order, world: World) -> Plan:
         times_seen=steps * order.own / order.pairs,
         sizes=sizes,
         memory=total * _FLOAT + moving * (_FLOAT + _ADAM) + copies * _FLOAT + activations,
-        disk=2 * state + 3 * saved,  # a new one is written beside the old one before that goes
+        disk=(config.checkpoint.keep_last + 1) * state + 3 * saved,  # a new one is written before the oldest goes
     )
 
 

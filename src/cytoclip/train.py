@@ -19,6 +19,7 @@ from cytoclip import (
     claim,
     config,
     device,
+    diverged,
     evaluate,
     files,
     jobs,
@@ -27,6 +28,7 @@ from cytoclip import (
     plan,
     report,
     signals,
+    state,
 )
 from cytoclip.batches import Batch, Share
 from cytoclip.checkpoint import RunFolder
@@ -78,15 +80,16 @@ def fit(wanted: Config, console: Console) -> RunResult:
     wanted = jobs.settled(wanted, world, run)
     plan.check_batch(wanted, world.size)
     with claim.claimed(run, wanted, world, console):
-        done = world.once(lambda: _finished(run))
+        done = world.once(lambda: _finished(run, wanted))
         if done:
             console.say(f"{run.path} is finished: {done.steps} steps; delete it or name another output to train anew")
             return done
         console.say(jobs.first_line(wanted, world))
+        behind = world.once(lambda: _behind(run, console))
         job = jobs.prepare(wanted, run, world, console)
         world.once(lambda: plan.check_disk(job.plan, run.path))
-        world.once(lambda: files.write_text(run.config, _versions() + config.dump(job.config)))
-        progress = _start_or_resume(job)
+        world.once(lambda: _begin(run, job.config))
+        progress = _resume(job, *behind) if behind else _start(job)
         _train(job, progress)
         return _finish(job, progress)
 
@@ -113,20 +116,59 @@ class _Progress:
     last: Scores = field(default_factory=dict)
     best: Scores = field(default_factory=dict)
     best_step: int = 0
+    best_weights: str = ""
     seconds: float = 0.0
     scaler: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
 
 
-def _start_or_resume(job: Job) -> _Progress:
-    states = job.world.once(job.run.states)
-    if not states:
-        progress = _Progress(inputs=job.inputs)
-        progress.before = progress.last = _validate(job)
-        job.console.say(f"before: {report.one_line(progress.before, job.config.validation.ks)}")
-        return progress
-    step, folder = states[-1]
-    kept = checkpoint.load_state(folder, job.opened.encoder, job.optimizer, job.world)
+def _finished(run: RunFolder, wanted: Config) -> RunResult | None:
+    """What a finished run measured; None for one that is not, or is asked for more steps than it did."""
+    if not run.results.is_file() or claim.is_longer(run, wanted):
+        return None
+    try:
+        found = files.read_json(run.results)
+    except ValueError as error:
+        raise UserError(
+            f"{run.results} is damaged: {error}", "delete it to score the run again", ExitCode.RUN
+        ) from None
+    return RunResult(run.path, found["steps"], found["best_step"], found["before"], found["last"], found["best"])
+
+
+def _behind(run: RunFolder, console: Console) -> tuple[int, Path] | None:
+    """(step, folder) of the checkpoint to go on from; None where the run begins."""
+    found = state.newest(run.checkpoints, console.warn)
+    if found is None and run.results.is_file():
+        raise UserError(
+            f"{run.path} is finished and has no checkpoints left to go on from",
+            "name another output; model.name may be that run's folder",
+            ExitCode.RUN,
+        )
+    return found
+
+
+def _begin(run: RunFolder, wanted: Config) -> None:
+    """In this order, so that a crash between the two leaves a run that is not finished, not one of another length."""
+    run.results.unlink(missing_ok=True)
+    files.write_text(run.config, _versions() + config.dump(wanted))
+
+
+def _start(job: Job) -> _Progress:
+    progress = _Progress(inputs=job.inputs)
+    progress.before = progress.last = _validate(job)
+    job.console.say(f"before: {report.one_line(progress.before, job.config.validation.ks)}")
+    return progress
+
+
+def _resume(job: Job, step: int, folder: Path) -> _Progress:
+    """Go on from a checkpoint; what comes out is what the run would have come to without the stop.
+
+    The one exception: a run that was asked for more steps has also been validated at its old last step, and that may
+    be its best one. Losses and weights are those of a run that was asked for all its steps at once.
+    """
+    kept, averages = state.load_state(folder, job.opened.encoder, job.optimizer, job.world)
+    if job.averages:
+        job.averages.load(averages)
     progress = _Progress(**kept)
     other = [name for name, digest in job.inputs.items() if progress.inputs.get(name) != digest]
     if other:
@@ -136,8 +178,17 @@ def _start_or_resume(job: Job) -> _Progress:
             ExitCode.RUN,
         )
     job.scaler.load_state_dict(progress.scaler)
+    if step < job.plan.steps and progress.best_weights != job.world.once(lambda: _best_weights(job.run)):
+        # best/ is of a later step than this checkpoint, and so better than all before that step: what is best from
+        # here on leads to the same end, and until then best/ and its scores belong together again.
+        progress.best, progress.best_step, progress.best_weights = {}, 0, ""
     job.console.say(f"resuming {job.run.path} after step {step}")
     return progress
+
+
+def _best_weights(run: RunFolder) -> str:
+    files.recover(run.best)
+    return checkpoint.weights_digest(run.best)
 
 
 def _train(job: Job, progress: _Progress) -> None:
@@ -194,11 +245,13 @@ def _step(job: Job, step: int, batch: Batch, identity: Identity) -> tuple[dict[s
     result = contrastive_step(encoder, logits, chunks, identity, world, job.objective, factor, job.start)
     world.sum_gradients(moving.values())
     job.scaler.unscale_(job.optimizer)
-    norm = optim.clip(moving, wanted.max_grad_norm)
+    clipped = optim.clip(moving, wanted.max_grad_norm)
     scale = encoder.logit_scale.detach().reshape(())
-    values = torch.stack([result.loss, norm, scale, result.hit_at_1, result.anchor]).tolist()
+    values = torch.stack([result.loss, clipped, scale, result.hit_at_1, result.anchor]).tolist()
     skips = job.scaler.is_enabled() and factor >= 1  # fp16 tries again at half the scale
-    optim.refuse_non_finite(step + 1, values[0], 0.0 if skips else values[1])
+    names = [job.train.names[row] for row in batch.indices]
+    norm = 0.0 if skips else values[1]
+    diverged.refuse_non_finite(step + 1, values[0], norm, encoder, chunks, names, world)
     job.scaler.step(job.optimizer)
     job.scaler.update()
     encoder.clamp_scale()
@@ -223,6 +276,7 @@ def _note_validation(job: Job, progress: _Progress, book: journal.Journal | None
     if better:
         progress.best, progress.best_step = progress.last, progress.step
         _save_model(job, job.run.best)
+        progress.best_weights = job.world.once(lambda: _best_weights(job.run))
     job.console.say(f"step {progress.step}: {line}{', the best so far' if better else ''}")
     _ring(job, alarms.at_chance(progress.last))
     return better
@@ -255,7 +309,11 @@ def _save(job: Job, progress: _Progress, book: journal.Journal | None) -> None:
         book.sync()
     progress.scaler = job.scaler.state_dict()
     remembered = {k: v for k, v in asdict(progress).items() if k != "step"}
-    checkpoint.save_state(job.run, progress.step, job.opened.encoder, job.optimizer, job.world, remembered)
+    averages = job.averages.state() if job.averages else None
+    keep = job.config.checkpoint.keep_last
+    state.save_state(
+        job.run.checkpoints, progress.step, job.opened.encoder, job.optimizer, job.world, remembered, averages, keep
+    )
 
 
 def _finish(job: Job, progress: _Progress) -> RunResult:
@@ -274,18 +332,6 @@ def _finish(job: Job, progress: _Progress) -> RunResult:
     job.world.once(lambda: files.write_json(job.run.results, written))  # last: it is what makes the run finished
     job.console.say(f"finished {steps} steps in {duration(progress.seconds)}")
     return result
-
-
-def _finished(run: RunFolder) -> RunResult | None:
-    if not run.results.is_file():
-        return None
-    try:
-        found = files.read_json(run.results)
-    except ValueError as error:
-        raise UserError(
-            f"{run.results} is damaged: {error}", "delete it to score the run again", ExitCode.RUN
-        ) from None
-    return RunResult(run.path, found["steps"], found["best_step"], found["before"], found["last"], found["best"])
 
 
 def _versions() -> str:
