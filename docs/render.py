@@ -8,9 +8,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from cytoclip.config import reference
+from cytoclip import config, families
 
-PAGES = {Path(__file__).parent / "reference" / "config.md": reference}
+REFERENCE = Path(__file__).parent / "reference"
+PAGES = {REFERENCE / "config.md": config.reference, REFERENCE / "families.md": families.page}
 
 
 def main(check: bool) -> int:

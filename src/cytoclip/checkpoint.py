@@ -8,10 +8,11 @@ run/checkpoints/step-N/        what a run resumes from (state.py)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -62,8 +63,20 @@ class Opened:
     plain: bool
 
 
-def open_model(name: str) -> Opened:
-    """Open a hub id, a Hugging Face folder, a peft adapter folder of ours, or a run folder (its best weights)."""
+def open_model(name: str, context_length: int | None = None) -> Opened:
+    """Open a hub id, a Hugging Face folder, a peft adapter folder of ours, or a run folder (its best weights).
+
+    With `context_length` the text tower of a CLIP is made to read that many tokens.
+    """
+    opened = _open(name)
+    if context_length is None or context_length == opened.context:
+        return opened
+    read = model.Checkpoint(opened.encoder.clip, opened.tokenizer, opened.image_processor)
+    model.stretch_context(read, context_length, opened.name)
+    return replace(opened, context=read.context, plain=False)  # an adapter beside the base would lose the stretch
+
+
+def _open(name: str) -> Opened:
     place = locate(name)
     folder = Path(place)
     adapter = folder / "adapter_config.json"
@@ -85,7 +98,7 @@ def open_model(name: str) -> Opened:
         ) from None
     read = model.read(base)
     clip: Any = adapters.read_adapter(folder, read.clip)
-    expected = adapters.beside_adapter(clip, model.FAMILIES[clip.config.model_type])
+    expected = adapters.beside_adapter(clip, read.family)
     if {n: t.shape for n, t in beside.items()} != {n: t.shape for n, t in expected.items()}:
         raise UserError(
             f"{folder / BESIDE} does not fit {base}: it holds {', '.join(sorted(beside))}",
@@ -156,11 +169,37 @@ def weights_digest(folder: Path) -> str:
 
 def _opened(read: model.Checkpoint, clip: Any, place: str, plain: bool) -> Opened:
     pixels = PixelSpec.from_processor(read.image_processor)
-    if pixels.size != (read.image_size, read.image_size):
+    if read.family.fixed_size and pixels.size != (read.image_size, read.image_size):
         raise UserError(
             f"{place}: its image processor makes {pixels.size} pixels but its image tower reads {read.image_size}",
             "set size and crop_size in preprocessor_config.json to the model's image_size",
             ExitCode.MODEL,
         )
-    encoder = DualEncoder(clip, lambda pixels_B3HW: images.to_floats(pixels_B3HW, pixels))
+    pad = read.tokenizer.pad_token_id
+    encoder = DualEncoder(
+        clip, lambda pixels_B3HW: images.to_floats(pixels_B3HW, pixels), 0 if pad is None else pad, pixels.size
+    )
+    if not read.family.fixed_size:
+        _try_blank_pair(encoder, read.tokenizer, place)
     return Opened(encoder, read.tokenizer, read.image_processor, pixels, read.context, place, plain)
+
+
+@torch.no_grad()
+def _try_blank_pair(encoder: DualEncoder, tokenizer: Any, place: str) -> None:
+    """Any two towers may have been joined: what does not give one vector a picture and a caption is refused here."""
+    was_training = encoder.training
+    encoder.eval()
+    try:
+        pixels = torch.zeros(1, 3, *encoder.image_size, dtype=torch.uint8)
+        embedded = encoder(pixels, torch.tensor([tokenizer("a")["input_ids"]]))
+        problem = "" if all(side.shape == (1, encoder.width) for side in embedded) else "its towers do not pool"
+    except Exception as error:  # whatever the two models say to it
+        problem = " ".join(str(error).split())[:160] or type(error).__name__
+    finally:
+        encoder.train(was_training)
+    if problem:
+        raise UserError(
+            f"{place}: one blank picture of {encoder.image_size} pixels and one caption do not pass: {problem}",
+            "join towers of transformers that have a pooler_output, with an image processor of a size that they take",
+            ExitCode.MODEL,
+        )

@@ -18,6 +18,7 @@ from cytoclip import (
     checkpoint,
     config,
     evaluate,
+    families,
     features,
     journal,
     model,
@@ -84,6 +85,7 @@ def prepare(wanted: Config, run: RunFolder, world: World, console: Console, stor
     journal.check_trackers(wanted.track.to)
     read = world.once(lambda: _read_splits(wanted))
     opened = checkpoint.open_model(wanted.model.name, wanted.model.context_length)
+    families.refuse_unsupported(opened.encoder.family, wanted.model, wanted.train)
     objective = _objective(wanted, opened)
     began_from = model.fingerprint(opened.encoder.clip)
     start = copy.deepcopy(opened.encoder).to(world.device).eval().requires_grad_(False) if objective.anchored else None
@@ -154,7 +156,7 @@ class _Inputs:
 def _inputs(wanted: Config, opened: Opened, train: Pairs, val: Pairs, place: features.Place, storing: bool) -> _Inputs:
     encoder, each = opened.encoder, plan.held(wanted, place.world.size)
     workers = place.world.loaders(wanted.data.workers)
-    tokens = captions.tokenise(opened.tokenizer, train.captions, opened.context)
+    tokens = captions.tokenise(opened.tokenizer, train.captions, opened.context, encoder.family)
     reading = evaluate.reading(opened, val, each, workers)
     dropped = wanted.train.patch_dropout
     dropout = PatchDropout(encoder.patches, dropped, wanted.train.seed) if dropped else None

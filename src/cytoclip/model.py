@@ -1,6 +1,6 @@
-"""The dual encoder: two towers, two projections, one logit scale; what moves in it, and its weights as plain CLIP.
+"""The dual encoder: two towers, two projections, one logit scale; a checkpoint opened, its context stretched.
 
-Letters: B pairs, H×W pixels, L tokens, D embedding.
+Letters: B pairs, H×W pixels, L tokens, P patches, K kept ones, D embedding.
 """
 
 from __future__ import annotations
@@ -16,35 +16,16 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from cytoclip.errors import ExitCode, UserError, first_few
+from cytoclip.families import FAMILIES, REFUSED, Family
 
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
 CLIP_SCALE_CEILING = math.log(100)  # of the logit scale: CLIP, arXiv 2103.00020, section 2.5
-
-
-@dataclass(frozen=True)
-class Family:
-    """Where the parts of one kind of checkpoint are, by the name of the submodule."""
-
-    image_tower: str
-    text_tower: str
-    projections: tuple[str, str]
-    lora_leaves: tuple[str, ...]  # the q, k and v projections
-    opens: Any  # the transformers class
-
-
-FAMILIES = {
-    "clip": Family(
-        image_tower="vision_model",
-        text_tower="text_model",
-        projections=("visual_projection", "text_projection"),
-        lora_leaves=("q_proj", "k_proj", "v_proj"),
-        opens=CLIPModel,
-    )
-}
+KEPT_POSITIONS = 20  # of the text tower, when the context is stretched: Long-CLIP, arXiv 2403.15378, section 3.2
 
 
 class DualEncoder(nn.Module):
@@ -56,38 +37,127 @@ class DualEncoder(nn.Module):
         The transformers model; its weights stay where they are, and under LoRA its layers are replaced in place.
     to_floats
         From uint8 pixels (B, 3, H, W) to what the image tower reads, on whatever device they are.
+    pad
+        Token id that fills shorter rows: what a masked text tower does not attend to.
+    image_size
+        (H, W) of the pictures; None: what the checkpoint's configuration says.
     """
 
-    def __init__(self, clip: Any, to_floats: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def __init__(
+        self,
+        clip: Any,
+        to_floats: Callable[[torch.Tensor], torch.Tensor],
+        pad: int = 0,
+        image_size: tuple[int, int] | None = None,
+    ) -> None:
         super().__init__()
         self.clip = clip
         self.family = FAMILIES[clip.config.model_type]
-        self.to_floats = to_floats
+        self.to_floats, self.pad = to_floats, pad
+        self.image_size: tuple[int, int] = image_size or (clip.config.vision_config.image_size,) * 2
         # A checkpoint above CLIP's ceiling is not crushed down to it (TAO, open_clip #1076).
-        self.scale_ceiling = max(CLIP_SCALE_CEILING, float(clip.logit_scale.detach()))
+        self.scale_ceiling = max(CLIP_SCALE_CEILING, float(clip.logit_scale.detach().reshape(())))
+        self._keep_BK: torch.Tensor | None = None
+        embeddings = getattr(self.image_tower, "embeddings", None)
+        if isinstance(embeddings, nn.Module):
+            embeddings.register_forward_hook(self._drop_patches)
+
+    @property
+    def image_tower(self) -> nn.Module:
+        tower: nn.Module = getattr(self.clip, self.family.image_tower)
+        return tower
+
+    @property
+    def text_tower(self) -> nn.Module:
+        tower: nn.Module = getattr(self.clip, self.family.text_tower)
+        return tower
 
     @property
     def logit_scale(self) -> nn.Parameter:
-        """The logarithm of the factor on the cosines; 0-dimensional."""
+        """The logarithm of the factor on the cosines; one element."""
         scale: nn.Parameter = self.clip.logit_scale
         return scale
 
     @property
+    def logit_bias(self) -> nn.Parameter | None:
+        """What is added to the logits; one element, None where the family has none."""
+        bias: nn.Parameter | None = getattr(self.clip, "logit_bias", None)
+        return bias
+
+    @property
     def width(self) -> int:
         """D, the dimensions of an embedding."""
-        return int(self.clip.config.projection_dim)
+        if self.family.projections:
+            return int(self.clip.config.projection_dim)
+        return int(self.clip.config.vision_config.hidden_size)
 
-    def images(self, pixels_B3HW: torch.Tensor) -> torch.Tensor:
-        """uint8 pixels → unit embeddings (B, D), float32 or wider whatever the towers compute in."""
-        output = self.clip.get_image_features(pixel_values=self.to_floats(pixels_B3HW).to(self._dtype))
-        return _unit(output.pooler_output)  # in transformers 5 this is the projected feature
+    @property
+    def patches(self) -> int:
+        """P, the patches of a picture; 0 where the image tower has none that could be dropped."""
+        side = getattr(self.clip.config.vision_config, "patch_size", None)
+        if not isinstance(side, int) or not isinstance(getattr(self.image_tower, "embeddings", None), nn.Module):
+            return 0
+        return (self.image_size[0] // side) * (self.image_size[1] // side)
 
-    def texts(self, tokens_BL: torch.Tensor) -> torch.Tensor:
-        """Token ids → unit embeddings (B, D), float32 or wider whatever the towers compute in."""
-        return _unit(self.clip.get_text_features(input_ids=tokens_BL).pooler_output)
+    def image_features(self, pixels_B3HW: torch.Tensor, keep_BK: torch.Tensor | None = None) -> torch.Tensor:
+        """uint8 pixels → pooled features before the projection (B, width of the tower).
 
-    def forward(self, pixels_B3HW: torch.Tensor, tokens_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.images(pixels_B3HW), self.texts(tokens_BL)
+        Parameters
+        ----------
+        keep_BK
+            int64: the patches that the tower sees (patch dropout, FLIP, arXiv 2212.00794); None: all.
+        """
+        self._keep_BK = keep_BK
+        try:
+            output = self.image_tower(pixel_values=self.to_floats(pixels_B3HW).to(self._dtype))
+        finally:
+            self._keep_BK = None
+        features: torch.Tensor = output.pooler_output
+        return features
+
+    def text_features(self, tokens_BL: torch.Tensor) -> torch.Tensor:
+        """Token ids → pooled features before the projection (B, width of the tower)."""
+        mask = {"attention_mask": (tokens_BL != self.pad).long()} if self.family.masks else {}
+        output = self.text_tower(input_ids=tokens_BL, **mask)
+        features: torch.Tensor = output.pooler_output
+        if self.clip.config.model_type == "chinese_clip":  # the first token as it is, without BERT's pooler
+            features = output.last_hidden_state[:, 0]
+        return features
+
+    def images(self, images: torch.Tensor, keep_BK: torch.Tensor | None = None) -> torch.Tensor:
+        """uint8 pixels (B, 3, H, W), or a frozen tower's stored features (B, width) → unit embeddings (B, D).
+
+        They are float32 or wider whatever the towers compute in.
+        """
+        features = images.to(self._dtype) if images.ndim == 2 else self.image_features(images, keep_BK)
+        return _unit(self._projected(features, 0))
+
+    def texts(self, texts: torch.Tensor) -> torch.Tensor:
+        """Token ids (B, L), or a frozen tower's stored features (B, width) → unit embeddings (B, D)."""
+        features = texts.to(self._dtype) if texts.is_floating_point() else self.text_features(texts)
+        return _unit(self._projected(features, 1))
+
+    def forward(
+        self, images: torch.Tensor, texts: torch.Tensor, keep_BK: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.images(images, keep_BK), self.texts(texts)
+
+    def train(self, mode: bool = True) -> DualEncoder:
+        """As of any module, but what does not move has no dropout, and BatchNorm keeps its statistics.
+
+        A BatchNorm that learns from a chunk makes its pairs depend on each other, and the loss on the chunks.
+        """
+        super().train(mode)
+        for tower in (self.image_tower, self.text_tower):
+            if not any(parameter.requires_grad for parameter in tower.parameters()):
+                tower.eval()
+        for module in self._batch_norms():
+            module.eval()
+        return self
+
+    def frozen_statistics(self) -> int:
+        """How many BatchNorm layers the towers have: their statistics stay those of the checkpoint."""
+        return len(self._batch_norms())
 
     def clamp_scale(self) -> None:
         """Hold the logit scale at or below its ceiling; called after each optimizer step."""
@@ -117,6 +187,80 @@ class DualEncoder(nn.Module):
         dtype: torch.dtype = self.clip.dtype
         return dtype
 
+    def _projected(self, features: torch.Tensor, side: int) -> torch.Tensor:
+        if not self.family.projections:
+            return features
+        projected: torch.Tensor = getattr(self.clip, self.family.projections[side])(features)
+        return projected
+
+    def _drop_patches(self, _: nn.Module, __: Any, output_BTh: torch.Tensor) -> torch.Tensor | None:
+        """A hook behind the patch embeddings: keeps what comes before the patches (a class token) and `keep_BK`."""
+        if self._keep_BK is None:
+            return None
+        before = output_BTh.shape[1] - self.patches
+        kept_BK = self._keep_BK + before
+        first_B = torch.arange(before, device=kept_BK.device).expand(len(kept_BK), before)
+        return output_BTh.take_along_dim(torch.cat([first_B, kept_BK], dim=1)[..., None], dim=1)
+
+    def _batch_norms(self) -> list[nn.Module]:
+        return [module for module in self.modules() if isinstance(module, _BatchNorm)]
+
+
+def layers(tower: nn.Module) -> nn.ModuleList:
+    """The transformer layers of a tower, the one next to its input first; empty where it has none."""
+    count = getattr(tower.config, "num_hidden_layers", None)
+    lists = [module for module in tower.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
+    return lists[0] if lists else nn.ModuleList()
+
+
+def checkpoint_gradients(encoder: DualEncoder) -> None:
+    """Keep each layer's input only, and compute the rest again in the backward pass."""
+    for tower in (encoder.image_tower, encoder.text_tower):
+        if not getattr(tower, "supports_gradient_checkpointing", False):
+            raise UserError(
+                f"train.gradient_checkpointing: {type(tower).__name__} of transformers does not support it",
+                "delete train.gradient_checkpointing, and lower train.micro_batch_size instead",
+                ExitCode.MODEL,
+            )
+        model: Any = tower
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def compile_towers(encoder: DualEncoder) -> None:
+    """Compile both towers where they are, for any number of pairs and tokens; names of weights stay."""
+    for tower in (encoder.image_tower, encoder.text_tower):
+        tower.compile(dynamic=True)
+
+
+def stretch_context(opened: Checkpoint, length: int, name: str) -> None:
+    """Let CLIP's text tower read `length` tokens: the first 20 positions are kept, the rest interpolated linearly.
+
+    Position 20 and the last one stay where they are at either end (Long-CLIP, arXiv 2403.15378, stretches alike). The
+    configuration and the tokenizer follow, so what is saved opens with plain transformers at its new length.
+
+    Raises
+    ------
+    UserError
+        For a length below the checkpoint's own.
+    """
+    text = opened.clip.config.text_config
+    if length < text.max_position_embeddings:
+        raise UserError(
+            f"model.context_length: {length} is less than the {text.max_position_embeddings} tokens that {name} reads",
+            "delete model.context_length, or set it above that; 248 is Long-CLIP's",
+            ExitCode.MODEL,
+        )
+    embeddings = opened.clip.text_model.embeddings
+    old_Lh = embeddings.position_embedding.weight.detach()
+    rest_1hL = old_Lh[KEPT_POSITIONS:].T[None]
+    stretched = functional.interpolate(rest_1hL, length - KEPT_POSITIONS, mode="linear", align_corners=True)
+    new = nn.Embedding(length, old_Lh.shape[1], dtype=old_Lh.dtype)
+    new.weight.data.copy_(torch.cat([old_Lh[:KEPT_POSITIONS], stretched[0].T]))
+    embeddings.position_embedding = new
+    embeddings.position_ids = torch.arange(length).expand((1, -1))
+    text.max_position_embeddings = length
+    opened.tokenizer.model_max_length = length
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -127,9 +271,18 @@ class Checkpoint:
     image_processor: Any
 
     @property
+    def family(self) -> Family:
+        return FAMILIES[self.clip.config.model_type]
+
+    @property
     def context(self) -> int:
         """Tokens that the text tower reads at most."""
-        return int(self.clip.config.text_config.max_position_embeddings)
+        text = self.clip.config.text_config
+        most = int(text.max_position_embeddings)
+        if self.family.masks:  # a tower on its own: its tokenizer may say less, and RoBERTa numbers from behind its pad
+            most -= int(text.pad_token_id) + 1 if "roberta" in text.model_type else 0
+            most = min(most, int(self.tokenizer.model_max_length))
+        return most
 
     @property
     def image_size(self) -> int:
@@ -151,6 +304,8 @@ def read(name: str) -> Checkpoint:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise not_opened(name, error) from None
+    if config.model_type in REFUSED:
+        raise UserError(f"{name} cannot be trained", f"it {REFUSED[config.model_type]}", ExitCode.MODEL)
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise UserError(
@@ -165,20 +320,21 @@ def read(name: str) -> Checkpoint:
         )
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         processor = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise not_opened(name, error) from None
     missing = sorted(report["missing_keys"])
     if missing:
         raise UserError(
             f"{name} lacks {len(missing)} weights of a whole CLIP: {first_few(missing)}",
-            "name a checkpoint with both towers and both projections",
+            "name a checkpoint with both towers and their projections",
             ExitCode.MODEL,
         )
     if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in _TOKENIZER_FILES):
         raise UserError(  # transformers 5 makes an empty one up
             f"{name} has no tokenizer", f"put its files there: one of {', '.join(_TOKENIZER_FILES)}", ExitCode.MODEL
         )
-    _check_end_token(name, clip, tokenizer)
+    if family.pools == "end":
+        _check_end_token(name, clip, tokenizer)
     return Checkpoint(clip, tokenizer, processor)
 
 

@@ -160,8 +160,8 @@ def bytes_per_pair(config: Config, opened: Opened) -> int:
     wide = 2 if config.train.precision == "no" else 1
     settings = opened.encoder.clip.config
     vision, text = settings.vision_config, settings.text_config
-    patches = (vision.image_size // vision.patch_size) ** 2 + 1
-    towers: list[tuple[str, Any, int]] = [
+    patches = opened.encoder.patches * (1 - config.train.patch_dropout) + 1
+    towers: list[tuple[str, Any, float]] = [
         (config.model.image_tower, vision, patches),
         (config.model.text_tower, text, opened.context),
     ]
