@@ -10,14 +10,15 @@ import torch
 from cytoclip.device import World
 from cytoclip.errors import ExitCode, UserError, first_few
 
-Chunk = tuple[torch.Tensor, torch.Tensor]
+Chunk = tuple[torch.Tensor, ...]
+Encoder = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 def refuse_non_finite(
     step: int,
     loss: float,
     norm: float,
-    encoder: Callable[[torch.Tensor, torch.Tensor], Chunk],
+    encoder: Encoder,
     chunks: Sequence[Chunk],
     names: Sequence[str],
     world: World,
@@ -34,9 +35,9 @@ def refuse_non_finite(
     loss, norm
         Of the global batch.
     encoder
-        From (pixels, tokens) to two embeddings (pairs, D).
+        From the tensors of a chunk to two embeddings (pairs, D).
     chunks, names
-        Pixels, tokens and picture names of this process's b pairs.
+        This process's b pairs, as the encoder's arguments, and the names of their pictures.
 
     Raises
     ------
@@ -45,9 +46,7 @@ def refuse_non_finite(
     """
     if math.isfinite(loss) and math.isfinite(norm):
         return
-    finite_b = _are_finite(encoder, chunks, world)
-    own = list(zip(names, finite_b.tolist(), strict=True))
-    pairs = world.listed(own)
+    pairs = world.listed(list(zip(names, _are_finite(encoder, chunks, world).tolist(), strict=True)))
     broken = [name for name, finite in pairs if not finite]
     if not broken:
         whose = f"every embedding of the batch is finite ({first_few([name for name, _ in pairs])})"
@@ -65,13 +64,11 @@ def refuse_non_finite(
 
 
 @torch.no_grad()
-def _are_finite(
-    encoder: Callable[[torch.Tensor, torch.Tensor], Chunk], chunks: Sequence[Chunk], world: World
-) -> torch.Tensor:
+def _are_finite(encoder: Encoder, chunks: Sequence[Chunk], world: World) -> torch.Tensor:
     """Whether both embeddings of each pair are finite: bool (b,)."""
     found = []
-    for pixels, tokens in chunks:
+    for chunk in chunks:
         with world.autocast():
-            image_cD, text_cD = encoder(pixels.to(world.device), tokens.to(world.device))
+            image_cD, text_cD = encoder(*(part.to(world.device) for part in chunk))
         found.append(image_cD.isfinite().all(dim=1) & text_cD.isfinite().all(dim=1))
     return torch.cat(found)
