@@ -94,9 +94,9 @@ def test_lora_moves_adapters_projections_and_the_logit_scale(base: Path) -> None
 def test_lora_scaling_is_alpha_over_rank(base: Path) -> None:
     """Trap 12: alpha 8 with rank 8 is a scaling of 1; alpha 1 would be 0.125."""
     opened, _ = moved(base, image_tower="lora", lora={"rank": 8, "alpha": 8.0})
-    assert {s for _, layer in model._lora_layers(opened.encoder.clip) for s in layer.scaling.values()} == {1.0}
+    assert {s for _, layer in adapters._lora_layers(opened.encoder.clip) for s in layer.scaling.values()} == {1.0}
     opened, _ = moved(base, image_tower="lora", lora={"rank": 8, "alpha": 1.0})
-    assert {s for _, layer in model._lora_layers(opened.encoder.clip) for s in layer.scaling.values()} == {0.125}
+    assert {s for _, layer in adapters._lora_layers(opened.encoder.clip) for s in layer.scaling.values()} == {0.125}
 
 
 def test_a_target_that_matches_nothing_in_one_tower_is_an_error_with_the_leaves(base: Path) -> None:

@@ -90,7 +90,8 @@ def prepare(wanted: Config, run: RunFolder, world: World, console: Console, stor
     began_from = model.fingerprint(opened.encoder.clip)
     start = copy.deepcopy(opened.encoder).to(world.device).eval().requires_grad_(False) if objective.anchored else None
     torch.manual_seed(wanted.train.seed)  # new weights are the same in every process
-    adapter = adapters.set_moving(opened.encoder, wanted.model)
+    adapter = adapters.set_moving(opened.encoder, wanted.model, bias=objective.kind == "sigmoid")
+    _switch(wanted, opened, console)
     order = _order(wanted, read)
     planned = plan.plan(wanted, opened, order, world)
     splits = world.once(lambda: {n: batches.scanned(pairs, folder, console) for n, (folder, pairs) in read.items()})
@@ -203,6 +204,20 @@ def _objective(wanted: Config, opened: Opened) -> Objective:
         )
     pulls = (anchor.embeddings, anchor.similarities) if anchor else (0.0, 0.0)
     return Objective(kind, train.positives, train.label_smoothing, *pulls)
+
+
+def _switch(wanted: Config, opened: Opened, console: Console) -> None:
+    if wanted.train.gradient_checkpointing:
+        model.checkpoint_gradients(opened.encoder)
+    if wanted.train.compile:
+        model.compile_towers(opened.encoder)
+        console.say("train.compile: the first steps compile the towers, which takes minutes")
+    found = opened.encoder.frozen_statistics()
+    if found:
+        console.say(
+            f"{counted(found, 'BatchNorm layer')}: statistics stay those of the checkpoint, or the pairs of a chunk "
+            "would depend on each other"
+        )
 
 
 def _with_chunks(wanted: Config, opened: Opened, planned: Plan, world: World, console: Console) -> Config:

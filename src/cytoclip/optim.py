@@ -3,24 +3,98 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
 from cytoclip.config import Train
+from cytoclip.errors import UserError
+from cytoclip.model import DualEncoder, layers
 
 
-def build(moving: Mapping[str, torch.nn.Parameter], wanted: Train) -> torch.optim.AdamW:
-    """AdamW, fused where the device has it; weight decay on matrices only.
+def build(encoder: DualEncoder, wanted: Train) -> torch.optim.AdamW:
+    """AdamW over what moves, fused where the device has it, in groups of one peak rate and one decay.
 
-    Biases, norms, class embeddings and the logit scale (all below two dimensions) are not decayed: decay would pull
-    gains and the temperature toward zero, which is no prior for either.
+    Biases, norms, class embeddings, the logit scale and bias (all below two dimensions) are not decayed: decay would
+    pull gains and the temperature toward zero, which is no prior for either. Each group holds its "factor" on
+    `learning_rate`: that of its tower or the projections, times `layer_decay` for every layer between it and the
+    tower's output.
     """
-    matrices = [parameter for parameter in moving.values() if parameter.ndim >= 2]
-    rest = [parameter for parameter in moving.values() if parameter.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": wanted.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    _refuse_idle(encoder, wanted)
+    factors = rate_factors(encoder, wanted)
+    groups: dict[tuple[bool, float], list[torch.nn.Parameter]] = {}
+    moving = encoder.moving()
+    for name, parameter in moving.items():
+        groups.setdefault((parameter.ndim < 2, -factors[name]), []).append(parameter)
     fused = all(parameter.device.type in ("cuda", "cpu") for parameter in moving.values())
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=wanted.learning_rate, fused=fused)
+    return torch.optim.AdamW(
+        [
+            {"params": groups[small, less], "weight_decay": 0.0 if small else wanted.weight_decay, "factor": -less}
+            for small, less in sorted(groups)  # matrices first, high rates first
+        ],
+        lr=wanted.learning_rate,
+        fused=fused,
+    )
+
+
+def set_rates(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give each group its share of the step's learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["factor"]
+
+
+def rate_factors(encoder: DualEncoder, wanted: Train) -> dict[str, float]:
+    """Of each moving parameter: its peak rate as a multiple of `learning_rate`.
+
+    In a tower of n layers, layer i (from 0) has `layer_decay` to the power n − 1 − i, the embeddings below it n, and
+    what comes after the last layer 0 (BEiT, arXiv 2106.08254, and CLIP's fine-tuning since).
+    """
+    family = encoder.family
+    rates = {
+        family.image_tower: wanted.image_learning_rate,
+        family.text_tower: wanted.text_learning_rate,
+        **dict.fromkeys(family.projections, wanted.projection_learning_rate),
+    }
+    depths = {id(p): d for tower in (encoder.image_tower, encoder.text_tower) for p, d in _depths(tower)}
+    return {
+        name: (rates.get(name.partition(".")[0]) or wanted.learning_rate)
+        / wanted.learning_rate
+        * wanted.layer_decay ** depths.get(id(parameter), 0)
+        for name, parameter in encoder.moving().items()
+    }
+
+
+def _depths(tower: torch.nn.Module) -> Iterator[tuple[torch.nn.Parameter, int]]:
+    """Each parameter of a tower, and how many layers stand between it and what comes after the last one."""
+    stacked = layers(tower)
+    for index, layer in enumerate(stacked):
+        yield from ((parameter, len(stacked) - 1 - index) for parameter in layer.parameters())
+    embeddings = getattr(tower, "embeddings", None)
+    if isinstance(embeddings, torch.nn.Module):
+        yield from ((parameter, len(stacked)) for parameter in embeddings.parameters())
+
+
+def _refuse_idle(encoder: DualEncoder, wanted: Train) -> None:
+    """Raise for a learning rate of something that does not move."""
+    places = {
+        "image_learning_rate": (encoder.family.image_tower,),
+        "text_learning_rate": (encoder.family.text_tower,),
+        "projection_learning_rate": encoder.family.projections,
+    }
+    moving = {name.partition(".")[0] for name in encoder.moving()}
+    for option, parts in places.items():
+        if getattr(wanted, option) is not None and not moving & set(parts):
+            why = "is frozen" if parts else f"does not stand apart from the towers of {encoder.family.title}"
+            raise UserError(
+                f"train.{option}: nothing has that rate: {' and '.join(parts) or 'a projection'} {why}",
+                f"delete train.{option}",
+            )
+    towers = {encoder.family.image_tower, encoder.family.text_tower}
+    if wanted.layer_decay < 1 and not moving & towers:
+        raise UserError(
+            f"train.layer_decay: {wanted.layer_decay} is of the layers of towers, and both are frozen",
+            "delete train.layer_decay",
+        )
 
 
 def learning_rate(step: int, steps: int, wanted: Train) -> float:
