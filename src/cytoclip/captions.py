@@ -104,15 +104,15 @@ def tokenise(tokenizer: Any, captions: Sequence[str], context: int, family: Fami
 def _refuse_unreadable(
     tokenizer: Any, captions: Sequence[str], rows: list[list[int]], pad: int, family: Family
 ) -> None:
-    end, first = tokenizer.eos_token_id, tokenizer.cls_token_id
-
     def wrong(fits: Callable[[list[int]], bool]) -> list[str]:
         return [caption for caption, ids in zip(captions, rows, strict=True) if not fits(ids)]
 
     if family.pools == "end":
+        end = tokenizer.eos_token_id
         found = wrong(lambda ids: ids.count(end) == 1 and ids[-1] == end)
         what = "without exactly one end token, at the end", f"{tokenizer.eos_token} out of the captions"
     elif family.pools == "first":
+        first = tokenizer.cls_token_id
         found = wrong(lambda ids: bool(ids) and (first is None or ids[0] == first) and pad not in ids)
         what = "without its first token, or with padding in it", f"{tokenizer.pad_token} out of the captions"
     else:

@@ -9,15 +9,17 @@ import torch
 
 from cytoclip.device import World
 from cytoclip.errors import ExitCode, UserError, first_few
-from cytoclip.objectives import Embeddings
+
+Chunk = tuple[torch.Tensor, ...]
+Encoder = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 def refuse_non_finite(
     step: int,
     loss: float,
     norm: float,
-    encoder: Callable[..., Embeddings],
-    chunks: Sequence[Sequence[torch.Tensor]],
+    encoder: Encoder,
+    chunks: Sequence[Chunk],
     names: Sequence[str],
     world: World,
 ) -> None:
@@ -35,7 +37,7 @@ def refuse_non_finite(
     encoder
         From the tensors of a chunk to two embeddings (pairs, D).
     chunks, names
-        This process's b pairs as the encoder's arguments, and the names of their pictures.
+        This process's b pairs, as the encoder's arguments, and the names of their pictures.
 
     Raises
     ------
@@ -44,9 +46,7 @@ def refuse_non_finite(
     """
     if math.isfinite(loss) and math.isfinite(norm):
         return
-    finite_b = _are_finite(encoder, chunks, world)
-    own = list(zip(names, finite_b.tolist(), strict=True))
-    pairs = world.listed(own)
+    pairs = world.listed(list(zip(names, _are_finite(encoder, chunks, world).tolist(), strict=True)))
     broken = [name for name, finite in pairs if not finite]
     if not broken:
         whose = f"every embedding of the batch is finite ({first_few([name for name, _ in pairs])})"
@@ -64,9 +64,7 @@ def refuse_non_finite(
 
 
 @torch.no_grad()
-def _are_finite(
-    encoder: Callable[..., Embeddings], chunks: Sequence[Sequence[torch.Tensor]], world: World
-) -> torch.Tensor:
+def _are_finite(encoder: Encoder, chunks: Sequence[Chunk], world: World) -> torch.Tensor:
     """Whether both embeddings of each pair are finite: bool (b,)."""
     found = []
     for chunk in chunks:

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -117,6 +118,7 @@ def check_trackers(names: Sequence[str]) -> None:
 def _tracker(name: str, folder: Path, done: int) -> GeneralTracker:
     try:
         if name == "tensorboard":  # purge_step hides what a crash left behind the checkpoint
+            _wait_for_a_later_name(folder / name)
             made = TensorBoardTracker("tensorboard", str(folder), purge_step=done + 1)
         elif name == "mlflow":
             made = LOGGER_TYPE_TO_CLASS[name](experiment_name="cytoclip", run_name=folder.name)
@@ -126,6 +128,18 @@ def _tracker(name: str, folder: Path, done: int) -> GeneralTracker:
     except Exception as error:  # each service has errors of its own, such as not being logged in
         raise _no_tracker(name, str(error)) from error
     return made
+
+
+def _wait_for_a_later_name(folder: Path) -> None:
+    """Readers take files of events by name, which begins with the second: a new one must come after those there.
+
+    Else a run that was begun again within a second has its steps hidden by what it replaces.
+    """
+    began = [
+        int(m[1]) for path in folder.glob("events.*") if (m := re.match(r"events\.out\.tfevents\.(\d+)", path.name))
+    ]
+    while began and int(time.time()) == max(began):
+        time.sleep(0.02)
 
 
 def _no_tracker(name: str, why: str) -> UserError:

@@ -214,16 +214,19 @@ def layers(tower: nn.Module) -> nn.ModuleList:
 
 
 def checkpoint_gradients(encoder: DualEncoder) -> None:
-    """Keep each layer's input only, and compute the rest again in the backward pass."""
+    """Keep each layer's input only, and compute the rest again in the backward pass; of the towers that move."""
     for tower in (encoder.image_tower, encoder.text_tower):
+        if not any(parameter.requires_grad for parameter in tower.parameters()):
+            continue
         if not getattr(tower, "supports_gradient_checkpointing", False):
             raise UserError(
                 f"train.gradient_checkpointing: {type(tower).__name__} of transformers does not support it",
                 "delete train.gradient_checkpointing, and lower train.micro_batch_size instead",
                 ExitCode.MODEL,
             )
-        model: Any = tower
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers is renaming it
+        switch: Any = getattr(tower, "activation_checkpointing_enable", tower.gradient_checkpointing_enable)
+        switch({"use_reentrant": False})
 
 
 def compile_towers(encoder: DualEncoder) -> None:

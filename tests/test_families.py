@@ -1,0 +1,329 @@
+"""Every family reads captions and pictures as transformers reads them, and what it does not support is refused."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional
+from transformers import AutoConfig, AutoTokenizer, CLIPModel
+
+from cytoclip import captions, checkpoint, config, families, images, model
+from cytoclip.checkpoint import Opened
+from cytoclip.errors import UserError
+from tests import tiny
+
+CAPTIONS = [
+    "A round cell, with blue nucleus (on the left).",
+    "two cells on a clean background; small vacuoles beside a purple cytoplasm and a dark, clumped, lobed nucleus",
+    "cell",
+    "Many small cells with a round nucleus",
+]
+KINDS = ("clip", *tiny.MADE)
+
+
+@pytest.fixture(scope="session")
+def bases(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder with a tiny checkpoint of each family."""
+    found = {"clip": base}
+    for name, make in tiny.MADE.items():
+        found[name] = tmp_path_factory.mktemp(name.replace(" ", "-"))
+        make(found[name], CAPTIONS * 4)
+    return found
+
+
+def opened(bases: dict[str, Path], kind: str) -> Opened:
+    found = checkpoint.open_model(str(bases[kind]))
+    found.encoder.eval()
+    return found
+
+
+def tokens_of(found: Opened, some: list[str] | None = None) -> captions.Tokens:
+    return captions.tokenise(found.tokenizer, some or CAPTIONS, found.context, found.encoder.family)
+
+
+def pixels_of(count: int = 4) -> torch.Tensor:
+    generator = np.random.default_rng(0)
+    return torch.from_numpy(generator.integers(0, 256, (count, 3, tiny.SIDE, tiny.SIDE), dtype=np.uint8))
+
+
+def test_there_are_four_families_and_five_checkpoints() -> None:
+    assert len(families.FAMILIES) == 4
+    assert len(KINDS) == 5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_features_are_those_of_transformers_with_its_own_tokenizer_and_processor(
+    kind: str, bases: dict[str, Path]
+) -> None:
+    """Traps 14, 15, 16, 18, 36: padding, pooling, truncation and canonicalisation."""
+    found = opened(bases, kind)
+    fixed = found.encoder.family.pads == "context"
+    lowered = [caption.lower() if found.encoder.family.lower else caption for caption in CAPTIONS]
+    theirs = found.tokenizer(
+        lowered, padding="max_length" if fixed else True, truncation=True, max_length=found.context, return_tensors="pt"
+    )
+    expected = found.encoder.clip.get_text_features(
+        **{key: value for key, value in theirs.items() if not fixed or key == "input_ids"}
+    ).pooler_output
+    mine = found.encoder.texts(tokens_of(found).batch(range(4)))
+    assert torch.allclose(mine, functional.normalize(expected, dim=1), atol=1e-6)
+    assert not torch.allclose(mine[0], mine[3], atol=1e-3)
+
+    picture = Image.fromarray(pixels_of()[0].permute(1, 2, 0).numpy()).resize((50, 41))
+    values = found.image_processor(images=picture, return_tensors="pt")["pixel_values"]
+    expected = found.encoder.clip.get_image_features(pixel_values=values).pooler_output
+    mine = found.encoder.images(torch.from_numpy(images.prepare(picture, found.pixels))[None])
+    assert torch.allclose(mine, functional.normalize(expected, dim=1), atol=1e-6)
+    assert mine.shape == (1, found.encoder.width)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_caption_is_embedded_the_same_beside_any_other(kind: str, bases: dict[str, Path]) -> None:
+    found = opened(bases, kind)
+    tokens = tokens_of(found)
+    together = found.encoder.texts(tokens.batch(range(4)))
+    alone = torch.cat([found.encoder.texts(tokens.batch([i])) for i in range(4)])
+    assert torch.allclose(together, alone, atol=1e-6)
+    widths = {tokens.batch([i]).shape[1] for i in range(4)}
+    assert widths == ({found.context} if found.encoder.family.pads == "context" else set(tokens.lengths().tolist()))
+    assert len(widths) == (1 if found.encoder.family.pads == "context" else 4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_the_last_word_of_a_caption_counts(kind: str, bases: dict[str, Path]) -> None:
+    """Trap 39: a feature that is pooled before the caption ends passes parity and is worth nothing."""
+    found = opened(bases, kind)
+    one, two = found.encoder.texts(tokens_of(found, ["a round cell", "a round nucleus"]).batch([0, 1]))
+    assert not torch.allclose(one, two, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["siglip", "siglip2"])
+def test_siglip_s_captions_are_canonicalised(kind: str, bases: dict[str, Path]) -> None:
+    """Trap 18. Both were trained on lower-cased text; SigLIP's own tokenizer takes punctuation out as well."""
+    found = opened(bases, kind)
+    same = ["two cells on it", "Two Cells on it"] + (["Two cells, on it!"] if kind == "siglip" else [])
+    rows = tokens_of(found, same).batch(range(len(same)))
+    assert all(torch.equal(row, rows[0]) for row in rows)
+    assert found.encoder.logit_bias is not None
+    assert found.encoder.family.objective == "sigmoid"
+
+
+def test_the_scale_of_siglip_is_not_crushed(bases: dict[str, Path]) -> None:
+    """Trap 34."""
+    encoder = opened(bases, "siglip").encoder
+    encoder.clamp_scale()
+    assert float(encoder.logit_scale.detach()) == pytest.approx(4.77)
+
+
+def test_padding_in_a_caption_is_refused_where_it_is_masked(bases: dict[str, Path]) -> None:
+    with pytest.raises(UserError, match=r"with padding in it: .*a \[PAD\] cell"):
+        tokens_of(opened(bases, "chinese_clip"), ["a cell", "a [PAD] cell"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stored_features_stand_in_for_their_tower(kind: str, bases: dict[str, Path]) -> None:
+    found = opened(bases, kind)
+    pixels, tokens = pixels_of(), tokens_of(found).batch(range(4))
+    with torch.no_grad():
+        stored = found.encoder.image_features(pixels), found.encoder.text_features(tokens)
+        for one, two in zip(found.encoder(*stored), found.encoder(pixels, tokens), strict=True):
+            assert torch.equal(one, two)
+    assert {features.ndim for features in stored} == {2}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_dropped_patches_are_as_if_they_were_not_there(kind: str, bases: dict[str, Path]) -> None:
+    """Each row against a tower whose embeddings were cut by hand; all patches kept is no dropout."""
+    encoder = opened(bases, kind).encoder
+    pixels, keep = pixels_of(), torch.tensor([[0, 3], [1, 2], [0, 1], [2, 3]])
+    assert encoder.patches == 4
+    whole = encoder.images(pixels)
+    assert torch.equal(encoder.images(pixels, torch.arange(4).expand(4, 4)), whole)
+    dropped = encoder.images(pixels, keep)
+    assert not torch.allclose(dropped, whole, atol=1e-3)
+    assert torch.equal(encoder.images(pixels), whole), "nothing is left behind"
+    before = 0 if kind.startswith("siglip") else 1  # the class token
+    for row in range(4):
+        kept = [*range(before), *(before + patch for patch in keep[row].tolist())]
+        by_hand = copy.deepcopy(encoder)
+        by_hand.image_tower.embeddings.register_forward_hook(lambda _, __, out, kept=kept: out[:, kept])
+        assert torch.allclose(by_hand.images(pixels[row : row + 1])[0], dropped[row], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpointed_gradients_are_the_same(kind: str, bases: dict[str, Path]) -> None:
+    found = opened(bases, kind)
+    inputs = pixels_of(), tokens_of(found).batch(range(4))
+    gradients = []
+    for checkpointed in (False, True):
+        encoder = opened(bases, kind).encoder
+        if checkpointed:
+            model.checkpoint_gradients(encoder)
+        encoder.train()
+        torch.manual_seed(1)
+        runs = 0
+
+        def count(*_: Any) -> None:
+            nonlocal runs
+            runs += 1
+
+        first = next(m for m in model.layers(encoder.image_tower)[0].modules() if isinstance(m, nn.Linear))
+        first.register_forward_hook(count)
+        (encoder(*inputs)[0] * torch.arange(encoder.width)).sum().backward()
+        assert runs == (2 if checkpointed else 1)
+        gradients.append({n: p.grad for n, p in encoder.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert len(gradients[0]) > 20
+    assert all(torch.allclose(gradients[1][n], g, atol=1e-6) for n, g in gradients[0].items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_are_those_of_the_tower(kind: str, bases: dict[str, Path]) -> None:
+    encoder = opened(bases, kind).encoder
+    for tower in (encoder.image_tower, encoder.text_tower):
+        assert len(model.layers(tower)) == tiny.LAYERS
+        assert sum(p.numel() for p in model.layers(tower).parameters()) > 0
+
+
+def test_compiled_towers_embed_the_same_and_keep_their_names(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = checkpoint.open_model(str(base))
+    names = set(found.encoder.state_dict())
+    inputs = pixels_of(), tokens_of(found).batch(range(4))
+    expected = found.encoder(*inputs)
+    asked = []
+
+    def compiling(tower: nn.Module, **how: Any) -> None:
+        asked.append((type(tower).__name__, how))
+
+    monkeypatch.setattr(nn.Module, "compile", compiling)
+    model.compile_towers(found.encoder)
+    assert asked == [("CLIPVisionModel", {"dynamic": True}), ("CLIPTextModel", {"dynamic": True})]
+    monkeypatch.undo()
+    for tower in (found.encoder.image_tower, found.encoder.text_tower):
+        tower.compile(backend="eager", dynamic=True)
+    assert set(found.encoder.state_dict()) == names
+    for one, two in zip(found.encoder(*inputs), expected, strict=True):
+        assert torch.allclose(one, two, atol=1e-6)
+
+
+@pytest.mark.slow  # a C++ compiler, a minute
+def test_inductor_embeds_the_same(base: Path) -> None:
+    found = checkpoint.open_model(str(base))
+    inputs = pixels_of(), tokens_of(found).batch(range(4))
+    expected = found.encoder(*inputs)
+    model.compile_towers(found.encoder)
+    for one, two in zip(found.encoder(*inputs), expected, strict=True):
+        assert torch.allclose(one, two, atol=1e-5)
+
+
+def test_a_frozen_tower_has_no_dropout_and_batch_norm_learns_no_statistics(bases: dict[str, Path]) -> None:
+    """Trap 41, and a frozen BERT, which has dropout by default."""
+    encoder = opened(bases, "two towers").encoder
+    dropouts = [module for module in encoder.text_tower.modules() if isinstance(module, nn.Dropout)]
+    assert dropouts
+    encoder.train()
+    assert all(module.training for module in dropouts)
+    encoder.text_tower.requires_grad_(False)
+    encoder.image_tower.layernorm = nn.Sequential(encoder.image_tower.layernorm)
+    encoder.image_tower.norm = nn.BatchNorm1d(3)
+    encoder.train()
+    assert not any(module.training for module in dropouts)
+    assert encoder.image_tower.training
+    assert not encoder.image_tower.norm.training
+    assert encoder.frozen_statistics() == 1
+
+
+# model.context_length
+
+
+def test_a_stretched_context_keeps_twenty_positions_and_interpolates_the_rest(base: Path) -> None:
+    short, long = checkpoint.open_model(str(base)), checkpoint.open_model(str(base), 248)
+    old, new = (one.encoder.clip.text_model.embeddings.position_embedding.weight.detach() for one in (short, long))
+    assert (len(old), len(new)) == (77, 248)
+    for position in range(248):
+        at = position if position < 20 else 20 + (position - 20) * 56 / 227
+        below, above = int(at), min(int(at) + 1, 76)
+        expected = old[below] + (at - below) * (old[above] - old[below])
+        assert torch.allclose(new[position], expected, atol=1e-5), position
+    some = ["a round cell", "two cells"]
+    with torch.no_grad():
+        one, two = (found.encoder.eval().texts(tokens_of(found, some).batch([0, 1])) for found in (short, long))
+    assert torch.allclose(one, two, atol=1e-6), "captions of up to 20 tokens say what they said"
+
+
+def test_a_stretched_checkpoint_opens_with_plain_transformers(base: Path, tmp_path: Path) -> None:
+    found = checkpoint.open_model(str(base), 248)
+    wanted = config.Model(image_tower="lora", text_tower="lora", lora=config.Lora())
+    assert not checkpoint.is_adapter_only(wanted, found), "an adapter beside the base would lose the stretch"
+    checkpoint.save_model(tmp_path / "m", found, None, config.Model())
+    caption = " ".join(["cell"] * 300)
+    tokenizer, plain = AutoTokenizer.from_pretrained(tmp_path / "m"), CLIPModel.from_pretrained(tmp_path / "m")
+    ids = tokenizer([caption], truncation=True, return_tensors="pt")["input_ids"]
+    assert ids.shape == (1, 248)
+    with torch.no_grad():
+        theirs = functional.normalize(plain.eval().get_text_features(input_ids=ids).pooler_output, dim=1)
+        mine = found.encoder.eval().texts(tokens_of(found, [caption]).batch([0]))
+    assert torch.allclose(mine, theirs, atol=1e-6)
+    assert tokens_of(found, [caption]).truncated == 1
+    assert checkpoint.open_model(str(tmp_path / "m"), 248).context == 248
+
+
+def test_a_shorter_context_is_refused(base: Path) -> None:
+    with pytest.raises(UserError, match="50 is less than the 77 tokens"):
+        checkpoint.open_model(str(base), 50)
+
+
+# what is refused
+
+
+@pytest.mark.parametrize(
+    ("kind", "sections", "said"),
+    [
+        ("siglip", {"model": {"context_length": 248}}, "always filled up"),
+        ("chinese_clip", {"model": {"context_length": 248}}, "hundreds of tokens"),
+        ("vision-text-dual-encoder", {"model": {"context_length": 248}}, "that model's own"),
+        ("siglip", {"model": {"projections": "frozen"}}, "no projections apart"),
+        ("siglip", {"model": {"image_tower": "frozen", "text_tower": "frozen"}}, "only the logit scale"),
+        ("clip", {"model": {"image_tower": "frozen"}, "train": {"patch_dropout": 0.5}}, "image_tower is frozen"),
+        (
+            "clip",
+            {"model": {"image_tower": "frozen", "text_tower": "frozen"}, "train": {"gradient_checkpointing": True}},
+            "both are frozen",
+        ),
+    ],
+)
+def test_what_has_no_effect_is_refused_with_the_reason(kind: str, sections: dict[str, Any], said: str) -> None:
+    wanted = config.parse({"data": {"root": "x"}, "output": "x", **sections}, "the test")
+    with pytest.raises(UserError, match=said):
+        families.refuse_unsupported(families.FAMILIES[kind], wanted.model, wanted.train)
+
+
+@pytest.mark.parametrize(("kind", "tower"), list(itertools.product(families.FAMILIES, ("full", "lora", "frozen"))))
+def test_what_is_supported_is_not_refused(kind: str, tower: str) -> None:
+    wanted = config.parse({"data": {"root": "x"}, "output": "x", "model": {"text_tower": tower}}, "the test")
+    families.refuse_unsupported(families.FAMILIES[kind], wanted.model, wanted.train)
+
+
+def test_naflex_is_refused_by_name(tmp_path: Path) -> None:
+    AutoConfig.for_model("siglip2").save_pretrained(tmp_path)
+    with pytest.raises(UserError) as refused:
+        checkpoint.open_model(str(tmp_path))
+    assert "NaFlex" in refused.value.hint
+
+
+def test_towers_that_give_no_vector_are_refused(bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model.DualEncoder, "text_features", lambda *_: (_ for _ in ()).throw(ValueError("no pooler")))
+    with pytest.raises(UserError, match="do not pass: no pooler"):
+        checkpoint.open_model(str(bases["two towers"]))
