@@ -52,6 +52,11 @@ def set_moving(encoder: DualEncoder, wanted: Model, bias: bool = True) -> PeftMo
     return adapter
 
 
+def scaling(lora: Lora) -> float:
+    """What the adapters' output is multiplied with: alpha ÷ rank, with rsLoRA (arXiv 2312.03732) alpha ÷ √rank."""
+    return lora.alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank)
+
+
 def merged_state(clip: nn.Module) -> dict[str, torch.Tensor]:
     """The weights under the names of a plain CLIP, LoRA added to what it adapts; `clip` itself is not touched.
 
@@ -96,11 +101,6 @@ def read_adapter(folder: Path, clip: nn.Module) -> nn.Module:
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise not_opened(str(folder), error) from None
     return merged
-
-
-def scaling(lora: Lora) -> float:
-    """What the adapter's output is multiplied by: alpha ÷ rank, or alpha ÷ √rank (rsLoRA, arXiv 2312.03732)."""
-    return lora.alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank)
 
 
 def _adapt(encoder: DualEncoder, towers: list[str], lora: Lora) -> PeftModel:

@@ -91,6 +91,7 @@ def prepare(wanted: Config, run: RunFolder, world: World, console: Console, stor
     start = copy.deepcopy(opened.encoder).to(world.device).eval().requires_grad_(False) if objective.anchored else None
     torch.manual_seed(wanted.train.seed)  # new weights are the same in every process
     adapter = adapters.set_moving(opened.encoder, wanted.model, bias=objective.kind == "sigmoid")
+    optim.refuse_idle(opened.encoder, wanted.train)
     _switch(wanted, opened, console)
     order = _order(wanted, read)
     planned = plan.plan(wanted, opened, order, world)
@@ -258,7 +259,9 @@ def _say_what_is_odd(job: Job, truncated: int) -> None:
     say.say(repeats.line(repeats.typical(shown, job.objective), order.batch_size, job.objective))
     if wanted.model.lora and job.adapter:
         lora = wanted.model.lora
-        say.say(f"LoRA rank {lora.rank}, scaling {adapters.scaling(lora):g}")
+        over = "√rank" if lora.rslora else "rank"
+        kind = "DoRA" if lora.dora else "LoRA"
+        say.say(f"{kind} rank {lora.rank}, scaling {adapters.scaling(lora):g} (alpha ÷ {over})")
     if truncated:
         share = truncated / len(job.train)
         say.warn(f"{share:.1%} of the training captions are longer than {job.opened.context} tokens and lose their end")
