@@ -142,7 +142,9 @@ class _Watch:
 def _meet(world: World) -> dist.TCPStore:
     """A store of its own, which the first process hosts on a free port."""
     within = timedelta(seconds=max(SILENT * 2 / 3, 1))
-    store = dist.TCPStore("localhost", 0, is_master=True, timeout=within, wait_for_workers=False) if world.first else None
+    store = (
+        dist.TCPStore("localhost", 0, is_master=True, timeout=within, wait_for_workers=False) if world.first else None
+    )
     port = world.once(lambda: store.port if store else 0)
     if store:
         return store
