@@ -85,7 +85,8 @@ def prepare(wanted: Config, run: RunFolder, world: World, console: Console, stor
     journal.check_trackers(wanted.track.to)
     read = world.once(lambda: _read_splits(wanted))
     opened = checkpoint.open_model(wanted.model.name, wanted.model.context_length)
-    families.refuse_unsupported(opened.encoder.family, wanted.model, wanted.train)
+    image_tower = opened.encoder.clip.config.vision_config.model_type
+    families.refuse_unsupported(opened.encoder.family, image_tower, wanted.model, wanted.train)
     objective = _objective(wanted, opened)
     began_from = model.fingerprint(opened.encoder.clip)
     start = copy.deepcopy(opened.encoder).to(world.device).eval().requires_grad_(False) if objective.anchored else None
