@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
-import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in its __all__
 
 from cytoclip.console import fail
 from cytoclip.device import World
@@ -23,7 +23,7 @@ from cytoclip.errors import ExitCode, Stopped, UserError
 
 BEAT = 5.0  # seconds between two signs of life
 SILENT = 45.0  # seconds without one after which a process counts as dead
-_DONE = b"done"
+_DONE = "done"
 # What gloo and torch's store say of a connection whose other end went away.
 _LOST = ("closed by peer", "reset by peer", "broken pipe", "connection refused", "failed to recv", "failed to send")
 
@@ -119,7 +119,7 @@ class _Watch:
 
     def _ask(self, said: dict[str, bytes]) -> None:
         for rank, says in zip(self._others, self._store.multi_get(self._others), strict=True):
-            if says == _DONE:
+            if says == _DONE.encode():
                 self._done.add(rank)
             if says != said.get(rank):
                 self._seen[rank] = time.monotonic()
@@ -139,18 +139,16 @@ class _Watch:
                 os._exit(int(ExitCode.SYSTEM))
 
 
-def _meet(world: World) -> dist.TCPStore:
+def _meet(world: World) -> TCPStore:
     """A store of its own, which the first process hosts on a free port."""
     within = timedelta(seconds=max(SILENT * 2 / 3, 1))
-    store = (
-        dist.TCPStore("localhost", 0, is_master=True, timeout=within, wait_for_workers=False) if world.first else None
-    )
+    store = TCPStore("localhost", 0, is_master=True, timeout=within, wait_for_workers=False) if world.first else None
     port = world.once(lambda: store.port if store else 0)
     if store:
         return store
     host = os.environ.get("MASTER_ADDR", "localhost")
     try:
-        return dist.TCPStore(host, port, is_master=False, timeout=within)
+        return TCPStore(host, port, is_master=False, timeout=within)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise UserError(
