@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Iterator
@@ -39,6 +40,11 @@ def set_moving(encoder: DualEncoder, wanted: Model) -> PeftModel | None:
             getattr(clip, projection).requires_grad_(True)
     clip.logit_scale.requires_grad_(True)  # peft freezes it, and modules_to_save cannot name a bare parameter
     return adapter
+
+
+def scaling(lora: Lora) -> float:
+    """What the adapters' output is multiplied with: alpha ÷ rank, with rsLoRA (arXiv 2312.03732) alpha ÷ √rank."""
+    return lora.alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank)
 
 
 def merged_state(clip: nn.Module) -> dict[str, torch.Tensor]:

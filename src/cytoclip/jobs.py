@@ -91,6 +91,7 @@ def prepare(wanted: Config, run: RunFolder, world: World, console: Console, stor
     start = copy.deepcopy(opened.encoder).to(world.device).eval().requires_grad_(False) if objective.anchored else None
     torch.manual_seed(wanted.train.seed)  # new weights are the same in every process
     adapter = adapters.set_moving(opened.encoder, wanted.model)
+    optim.refuse_idle(opened.encoder, wanted.train)
     order = _order(wanted, read)
     planned = plan.plan(wanted, opened, order, world)
     splits = world.once(lambda: {n: batches.scanned(pairs, folder, console) for n, (folder, pairs) in read.items()})

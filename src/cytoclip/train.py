@@ -236,8 +236,7 @@ def _step(job: Job, step: int, batch: Batch, identity: Identity) -> tuple[dict[s
     encoder, world, wanted = job.opened.encoder, job.world, job.config.train
     moving = encoder.moving()
     rate = optim.learning_rate(step, job.plan.steps, wanted)
-    for group in job.optimizer.param_groups:
-        group["lr"] = rate
+    optim.set_rates(job.optimizer, rate)
     job.optimizer.zero_grad()
     chunks = batch.chunks(plan.held(job.config, world.size))
     factor = job.scaler.get_scale() if job.scaler.is_enabled() else 1.0
