@@ -90,7 +90,7 @@ def prepare(wanted: Config, run: RunFolder, world: World, console: Console, stor
     began_from = model.fingerprint(opened.encoder.clip)
     start = copy.deepcopy(opened.encoder).to(world.device).eval().requires_grad_(False) if objective.anchored else None
     torch.manual_seed(wanted.train.seed)  # new weights are the same in every process
-    adapter = adapters.set_moving(opened.encoder, wanted.model)
+    adapter = adapters.set_moving(opened.encoder, wanted.model, bias=objective.kind == "sigmoid")
     optim.refuse_idle(opened.encoder, wanted.train)
     order = _order(wanted, read)
     planned = plan.plan(wanted, opened, order, world)
