@@ -18,6 +18,7 @@ import torch
 from cytoclip import cells, demo, train
 from cytoclip.config import Config, parse
 from cytoclip.console import Console
+from tests import tiny
 
 torch.set_num_threads(2)
 
@@ -47,6 +48,16 @@ def base(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     entries = json.loads((root / "train" / "img_text_pair.json").read_text())
     demo.write_base(folder, [entry["caption"] for entry in entries], TINY, seed=0)
     return folder
+
+
+@pytest.fixture(scope="session")
+def bases(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder with a tiny checkpoint of each family."""
+    found = {"clip": base}
+    for name, make in tiny.MADE.items():
+        found[name] = tmp_path_factory.mktemp(name.replace(" ", "-"))
+        make(found[name], tiny.CAPTIONS * 4)
+    return found
 
 
 @pytest.fixture

@@ -20,23 +20,8 @@ from cytoclip.checkpoint import Opened
 from cytoclip.errors import UserError
 from tests import tiny
 
-CAPTIONS = [
-    "A round cell, with blue nucleus (on the left).",
-    "two cells on a clean background; small vacuoles beside a purple cytoplasm and a dark, clumped, lobed nucleus",
-    "cell",
-    "Many small cells with a round nucleus",
-]
+CAPTIONS = tiny.CAPTIONS
 KINDS = ("clip", *tiny.MADE)
-
-
-@pytest.fixture(scope="session")
-def bases(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A folder with a tiny checkpoint of each family."""
-    found = {"clip": base}
-    for name, make in tiny.MADE.items():
-        found[name] = tmp_path_factory.mktemp(name.replace(" ", "-"))
-        make(found[name], CAPTIONS * 4)
-    return found
 
 
 def opened(bases: dict[str, Path], kind: str) -> Opened:

@@ -26,6 +26,12 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+CAPTIONS = [
+    "A round cell, with blue nucleus (on the left).",
+    "two cells on a clean background; small vacuoles beside a purple cytoplasm and a dark, clumped, lobed nucleus",
+    "cell",
+    "Many small cells with a round nucleus",
+]
 SIDE, PATCH, WIDTH, LAYERS = 32, 16, 32, 2
 _SIZES = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": 2}
 _VISION = {**_SIZES, "image_size": SIDE, "patch_size": PATCH}
