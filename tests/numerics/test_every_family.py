@@ -111,10 +111,10 @@ def test_adapters_and_magnitudes_are_float32_on_a_base_of_half_precision(
 
 
 @pytest.mark.parametrize("kind", ["siglip", "two towers"])
-def test_a_run_with_averages_rates_and_adapters_that_grows_ends_as_the_long_one(
+def test_a_run_with_averages_and_adapters_that_grows_ends_as_the_long_one(
     kind: str, bases: dict[str, Path], experiment: Callable[..., Config], tmp_path: Path
 ) -> None:
-    """Averages, factors of the rate and adapters come back from a checkpoint; what is saved is the average."""
+    """Averages and adapters come back from a checkpoint; what is saved is the average."""
 
     def run(folder: str, steps: int, ema: float | None) -> dict[str, torch.Tensor]:
         lora = {**ALL_OF_LORA, "dropout": 0.1, "last_layers": 1}
