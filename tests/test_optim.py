@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,22 @@ import torch
 
 from cytoclip import adapters, checkpoint, optim
 from cytoclip.config import Model, Train
+from cytoclip.errors import UserError
+from cytoclip.model import DualEncoder
 
 
-def moving(base: Path, **wanted: Any) -> dict[str, torch.nn.Parameter]:
+def moving(base: Path, **wanted: Any) -> DualEncoder:
     encoder = checkpoint.open_model(str(base)).encoder
     adapters.set_moving(encoder, Model.model_validate(wanted))
-    return encoder.moving()
+    return encoder
 
 
 def test_only_matrices_are_decayed(base: Path) -> None:
     """Trap 10: decay pulls norms and the temperature toward zero."""
-    parameters = moving(base)
+    encoder = moving(base)
+    parameters = encoder.moving()
     names = {id(parameter): name for name, parameter in parameters.items()}
-    decayed, rest = optim.build(parameters, Train(weight_decay=0.2)).param_groups
+    decayed, rest = optim.build(encoder, Train(weight_decay=0.2)).param_groups
     assert (decayed["weight_decay"], rest["weight_decay"]) == (0.2, 0.0)
     decayed_names, rest_names = ({names[id(p)] for p in group["params"]} for group in (decayed, rest))
     assert "logit_scale" in rest_names
@@ -45,15 +49,56 @@ def test_the_options_reach_the_optimizer(base: Path) -> None:
 
 
 def test_lora_adapters_are_decayed_and_the_scale_is_not(base: Path) -> None:
-    parameters = moving(base, image_tower="lora", text_tower="lora")
-    decayed, rest = optim.build(parameters, Train()).param_groups
+    encoder = moving(base, image_tower="lora", text_tower="lora")
+    parameters = encoder.moving()
+    decayed, rest = optim.build(encoder, Train()).param_groups
     assert [id(p) for p in rest["params"]] == [id(parameters["logit_scale"])]
     assert len(decayed["params"]) == len(parameters) - 1
 
 
-def test_one_kind_of_parameter_makes_one_group() -> None:
-    """An empty group would be saved, and would not load where torch refuses it."""
-    assert len(optim.build({"w": torch.nn.Parameter(torch.ones(2, 2))}, Train()).param_groups) == 1
+def test_each_part_and_layer_has_its_rate(base: Path) -> None:
+    """By hand: 2 layers a tower, decay 0.5, twice the rate in the image tower, 100 times it in projections."""
+    wanted = Train(learning_rate=1e-5, image_learning_rate=2e-5, projection_learning_rate=1e-3, layer_decay=0.5)
+    encoder = moving(base)
+    found = optim.factors(encoder, wanted)
+    assert found.keys() == encoder.moving().keys()
+    expected = {}
+    for name in found:
+        tower = 2.0 if name.startswith("vision_model") else 100.0 if "projection" in name else 1.0
+        layer = re.search(r"layers\.(\d)", name)
+        before = "embeddings" in name or "pre_layrnorm" in name
+        power = 1 - int(layer[1]) if layer else 2 if before else 0
+        expected[name] = tower * 0.5**power
+    assert found == pytest.approx(expected)
+    assert {round(value, 6) for value in found.values()} == {0.25, 0.5, 1.0, 2.0, 100.0}
+    assert found["logit_scale"] == 1
+    assert found["text_model.final_layer_norm.weight"] == 1
+    optimizer = optim.build(encoder, wanted)
+    optim.set_rates(optimizer, 3e-6)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert all(rates[id(p)] == pytest.approx(3e-6 * expected[name]) for name, p in encoder.moving().items())
+
+
+def test_adapters_have_the_rate_of_their_layer(base: Path) -> None:
+    found = optim.factors(moving(base, image_tower="lora", text_tower="lora"), Train(layer_decay=0.5))
+    rates = {(name.split(".layers.")[0].split(".")[0], name.split(".layers.")[1][0]): f
+             for name, f in found.items() if "lora_" in name}  # fmt: skip
+    assert rates == {(tower, layer): {"0": 0.5, "1": 1.0}[layer] for tower in ("vision_model", "text_model")
+                     for layer in "01"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "train", "said"),
+    [
+        ({"image_tower": "frozen"}, {"image_learning_rate": 1e-4}, "image tower does not move"),
+        ({"text_tower": "frozen"}, {"text_learning_rate": 1e-4}, "text tower does not move"),
+        ({"projections": "frozen"}, {"projection_learning_rate": 1e-4}, "projections do not move"),
+        ({"image_tower": "frozen", "text_tower": "frozen"}, {"layer_decay": 0.5}, "neither tower moves"),
+    ],
+)
+def test_a_rate_of_what_does_not_move_is_refused(model: Any, train: Any, said: str, base: Path) -> None:
+    with pytest.raises(UserError, match=said):
+        optim.refuse_idle(moving(base, **model), Train(**train))
 
 
 def slow_learning_rate(step: int, steps: int, wanted: Train) -> float:

@@ -24,6 +24,7 @@ from cytoclip import (
     files,
     jobs,
     journal,
+    liveness,
     optim,
     plan,
     report,
@@ -79,7 +80,7 @@ def fit(wanted: Config, console: Console) -> RunResult:
     run = RunFolder(Path(wanted.output))
     wanted = jobs.settled(wanted, world, run)
     plan.check_batch(wanted, world.size)
-    with claim.claimed(run, wanted, world, console):
+    with liveness.watched(world), claim.claimed(run, wanted, world, console):
         done = world.once(lambda: _finished(run, wanted))
         if done:
             console.say(f"{run.path} is finished: {done.steps} steps; delete it or name another output to train anew")
