@@ -205,21 +205,24 @@ def test_adapters_are_float32_on_a_half_precision_base(base: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*VARIANTS, "full"])
 def test_frozen_is_byte_identical_after_steps_of_adamw_and_adapters_moved(
     kind: str, variant: str, bases: dict[str, Path]
 ) -> None:
     """Trap 33: neither decay nor a buffer moves what is frozen."""
-    encoder = moved(bases[kind], image_tower="frozen", text_tower="lora", lora=VARIANTS[variant]).encoder
+    text = {"text_tower": "lora", "lora": VARIANTS[variant]} if variant in VARIANTS else {}
+    encoder = moved(bases[kind], image_tower="frozen", **text).encoder
     clip, moving = encoder.clip, encoder.moving()
     before = {name: tensor.clone() for name, tensor in (*clip.named_parameters(), *clip.named_buffers())}
     train_a_little(encoder)
     after = dict((*clip.named_parameters(), *clip.named_buffers()))
     assert after.keys() == before.keys()
-    assert len(before.keys() - moving.keys()) > 40
+    assert len(before.keys() - moving.keys()) > 30
     for name in before.keys() - moving.keys():
         assert torch.equal(after[name], before[name]), name
     for name in moving:
+        if "k_proj.bias" in name or "key.bias" in name or "pooler" in name:
+            continue  # no gradient: softmax does not see the one, Chinese-CLIP does not use the other
         assert not torch.equal(after[name], before[name]), name
 
 
@@ -240,13 +243,12 @@ def test_merged_weights_are_pefts_own_and_the_training_weights_stay(base: Path, 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("towers", [("lora", "lora"), ("full", "lora")], ids="-".join)
+@pytest.mark.parametrize(("variant", "image"), [*((name, "lora") for name in VARIANTS), ("dora", "full")])
 def test_every_family_is_saved_and_loaded_alike(
-    kind: str, variant: str, towers: tuple[str, str], bases: dict[str, Path], tmp_path: Path
+    kind: str, variant: str, image: str, bases: dict[str, Path], tmp_path: Path
 ) -> None:
-    """The first is an adapter beside its base, the second whole merged weights."""
-    wanted = Model.model_validate({"image_tower": towers[0], "text_tower": towers[1], "lora": VARIANTS[variant]})
+    """With a full tower whole merged weights, else an adapter beside its base."""
+    wanted = Model.model_validate({"image_tower": image, "text_tower": "lora", "lora": VARIANTS[variant]})
     opened = checkpoint.open_model(str(bases[kind]))
     adapter = adapters.set_moving(opened.encoder, wanted)
     with torch.no_grad():
@@ -256,7 +258,7 @@ def test_every_family_is_saved_and_loaded_alike(
         expected = embedded(opened.encoder)
         checkpoint.save_model(tmp_path / "model", opened, adapter, wanted)
         loaded = checkpoint.open_model(str(tmp_path / "model")).encoder.eval()
-        assert (tmp_path / "model" / "adapter_config.json").is_file() == (towers == ("lora", "lora"))
+        assert (tmp_path / "model" / "adapter_config.json").is_file() == (image == "lora")
         assert torch.allclose(embedded(loaded), expected, atol=1e-5)
         assert not torch.allclose(start, expected, atol=1e-3)
         assert torch.equal(loaded.logit_scale, opened.encoder.logit_scale)

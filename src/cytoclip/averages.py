@@ -70,7 +70,8 @@ class Averages:
         UserError
             For the averages of other parameters.
         """
-        other = sorted(self._averages.keys() ^ state.keys())
+        own, given = ({name: t.shape for name, t in some.items()} for some in (self._averages, state))
+        other = sorted(name for name in own | given if own.get(name) != given.get(name))
         if other:
             raise UserError(
                 f"the checkpoint's moving averages (train.ema) are of other parameters: {first_few(other)}",
