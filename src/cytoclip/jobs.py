@@ -25,6 +25,7 @@ from cytoclip import (
     optim,
     plan,
     repeats,
+    shard,
     sources,
 )
 from cytoclip.averages import Averages
@@ -103,6 +104,10 @@ def prepare(wanted: Config, run: RunFolder, world: World, console: Console, stor
     train = joined([pairs for name, pairs in splits.items() if name not in ("val", "test")])
     inputs = _inputs(wanted, opened, train, splits["val"], features.Place(run.path, world, console), storing)
     encoder = opened.encoder
+    if wanted.train.shard:
+        shard.share_out(encoder, world, console)
+    optimizer = optim.build(encoder, wanted.train)
+    shard.split_groups(optimizer)
     job = Job(
         config=wanted,
         run=run,
@@ -113,7 +118,7 @@ def prepare(wanted: Config, run: RunFolder, world: World, console: Console, stor
         adapter=adapter,
         objective=objective,
         start=start,
-        optimizer=optim.build(encoder, wanted.train),
+        optimizer=optimizer,
         averages=Averages(encoder.moving(), wanted.train.ema) if wanted.train.ema else None,
         scaler=_scaler(world, wanted.train.precision),
         train=train,

@@ -28,6 +28,7 @@ from cytoclip import (
     optim,
     plan,
     report,
+    shard,
     signals,
     state,
 )
@@ -295,7 +296,7 @@ def _validate(job: Job) -> Scores:
 
 
 def _save_model(job: Job, folder: Path) -> None:
-    with _averaged(job):
+    with _averaged(job), shard.whole(job.opened.encoder, job.world):
         job.world.once(lambda: checkpoint.save_model(folder, job.opened, job.adapter, job.config.model))
 
 
