@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import nn
@@ -69,7 +70,7 @@ def whole(encoder: nn.Module, world: World) -> Iterator[None]:
     for module in encoder.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if isinstance(parameter, DTensor):
-                full = parameter.detach().full_tensor()
+                full = cast(DTensor, parameter.detach()).full_tensor()
                 if world.first:
                     kept.append((module, name, parameter))
                     module.register_parameter(name, nn.Parameter(full.cpu(), parameter.requires_grad))
