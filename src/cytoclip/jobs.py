@@ -244,7 +244,8 @@ def _say_what_is_odd(job: Job, truncated: int) -> None:
     say.say(repeats.line(repeats.typical(shown, job.objective), order.batch_size, job.objective))
     if wanted.model.lora and job.adapter:
         lora = wanted.model.lora
-        say.say(f"LoRA rank {lora.rank}, scaling {adapters.scaling(lora):g}")
+        divisor = "√rank" if lora.rslora else "rank"
+        say.say(f"LoRA rank {lora.rank}, scaling {adapters.scaling(lora):g} (alpha ÷ {divisor})")
     if truncated:
         share = truncated / len(job.train)
         say.warn(f"{share:.1%} of the training captions are longer than {job.opened.context} tokens and lose their end")
