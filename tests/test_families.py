@@ -238,9 +238,9 @@ def test_a_stretched_context_keeps_twenty_positions_and_interpolates_the_rest(ba
     old, new = (one.encoder.clip.text_model.embeddings.position_embedding.weight.detach() for one in (short, long))
     assert (len(old), len(new)) == (77, 248)
     for position in range(248):
-        at = position if position < 20 else 20 + (position - 20) * 56 / 227
-        below, above = int(at), min(int(at) + 1, 76)
-        expected = old[below] + (at - below) * (old[above] - old[below])
+        at = position if position < 20 else 20 + (position - 20) / 4
+        below = min(int(at), 75)  # the last three stand on the line through the last two
+        expected = old[below] + (at - below) * (old[below + 1] - old[below])
         assert torch.allclose(new[position], expected, atol=1e-5), position
     some = ["a round cell", "two cells"]
     with torch.no_grad():
@@ -281,7 +281,7 @@ def test_a_shorter_context_is_refused(base: Path) -> None:
         ("vision-text-dual-encoder", {"model": {"context_length": 248}}, "that model's own"),
         ("siglip", {"model": {"projections": "frozen"}}, "no projections apart"),
         ("siglip", {"model": {"image_tower": "frozen", "text_tower": "frozen"}}, "only the logit scale"),
-        ("clip", {"model": {"image_tower": "frozen"}, "train": {"patch_dropout": 0.5}}, "image_tower is frozen"),
+        ("vision-text-dual-encoder", {"train": {"patch_dropout": 0.5}}, "'swin' image tower needs all its patches"),
         (
             "clip",
             {"model": {"image_tower": "frozen", "text_tower": "frozen"}, "train": {"gradient_checkpointing": True}},
@@ -292,13 +292,20 @@ def test_a_shorter_context_is_refused(base: Path) -> None:
 def test_what_has_no_effect_is_refused_with_the_reason(kind: str, sections: dict[str, Any], said: str) -> None:
     wanted = config.parse({"data": {"root": "x"}, "output": "x", **sections}, "the test")
     with pytest.raises(UserError, match=said):
-        families.refuse_unsupported(families.FAMILIES[kind], wanted.model, wanted.train)
+        families.refuse_unsupported(families.FAMILIES[kind], "swin", wanted.model, wanted.train)
 
 
 @pytest.mark.parametrize(("kind", "tower"), list(itertools.product(families.FAMILIES, ("full", "lora", "frozen"))))
 def test_what_is_supported_is_not_refused(kind: str, tower: str) -> None:
     wanted = config.parse({"data": {"root": "x"}, "output": "x", "model": {"text_tower": tower}}, "the test")
-    families.refuse_unsupported(families.FAMILIES[kind], wanted.model, wanted.train)
+    families.refuse_unsupported(families.FAMILIES[kind], "swin", wanted.model, wanted.train)
+
+
+def test_patch_dropout_is_for_towers_that_move() -> None:
+    sections = {"model": {"image_tower": "frozen"}, "train": {"patch_dropout": 0.5}}
+    wanted = config.parse({"data": {"root": "x"}, "output": "x", **sections}, "the test")
+    with pytest.raises(UserError, match="image_tower is frozen"):
+        families.refuse_unsupported(families.FAMILIES["clip"], "clip_vision_model", wanted.model, wanted.train)
 
 
 def test_naflex_is_refused_by_name(tmp_path: Path) -> None:

@@ -204,9 +204,9 @@ def test_the_logit_scale_is_clamped_after_each_step(
     contrast, steps = train.contrastive_step, train._step
     seen: list[float] = []
 
-    def push_up(encoder: Any, scale: torch.nn.Parameter, *rest: Any) -> Any:
-        result = contrast(encoder, scale, *rest)
-        scale.grad = torch.tensor(-1.0)
+    def push_up(encoder: Any, logits: Any, *rest: Any) -> Any:
+        result = contrast(encoder, logits, *rest)
+        logits.scale.grad = torch.tensor(-1.0)
         return result
 
     def step_and_look(job: Any, *rest: Any) -> Any:

@@ -42,7 +42,8 @@ class Averages:
     @torch.no_grad()
     def update(self) -> None:
         """Called after each optimizer step; elementwise, so each process does it for its own shards."""
-        torch._foreach_lerp_(list(self._averages.values()), list(self._moving.values()), 1 - self._decay)
+        averages, weights = ([_own(each) for each in side.values()] for side in (self._averages, self._moving))
+        torch._foreach_lerp_(averages, weights, 1 - self._decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -88,6 +89,12 @@ class Averages:
             kept = parameter.detach().clone()
             parameter.copy_(average)
             average.copy_(kept)
+
+
+def _own(tensor: Any) -> torch.Tensor:
+    """This process's part: sharded and whole tensors do not go into one call."""
+    part: torch.Tensor = tensor.to_local() if hasattr(tensor, "device_mesh") else tensor
+    return part
 
 
 def _placed(whole: torch.Tensor, like: Any) -> torch.Tensor:

@@ -235,11 +235,11 @@ class Rows(Dataset[tuple[int, "NDArray[np.float32]", None]]):
         return len(self.of)
 
     def __getitem__(self, draw: Draw) -> tuple[int, NDArray[np.float32], None]:
-        return draw[0], self.table[self.of[draw[0]]], None
+        return draw[0], np.array(self.table[self.of[draw[0]]]), None  # a copy: the table may be mapped read-only
 
     def batch(self, indices: NDArray[np.int64]) -> torch.Tensor:
         """The rows of the pairs at `indices`: float32 (B, width)."""
-        return torch.from_numpy(self.table[self.of[indices]])
+        return torch.from_numpy(np.array(self.table[self.of[indices]]))
 
 
 def loader(

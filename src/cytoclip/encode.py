@@ -43,7 +43,7 @@ class Reading:
     text_rows: Rows | None = None
 
 
-@torch.inference_mode()
+@torch.no_grad()  # no inference_mode: what a sharded tower gathers first in it could never train
 def encode(
     encoder: DualEncoder, pairs: Pairs, reading: Reading, world: World, console: Console
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,8 +81,11 @@ def different(keys: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]
 
 
 def _share(rows: NDArray[np.int64], world: World) -> NDArray[np.int64]:
+    """As many rows for every process, past the end the last one again: a sharded tower is gathered in each forward
+    pass, which all processes must then do equally often.
+    """
     each = math.ceil(len(rows) / world.size)
-    return rows[world.rank * each : (world.rank + 1) * each]
+    return rows[np.minimum(np.arange(world.rank * each, (world.rank + 1) * each), len(rows) - 1)]
 
 
 def _stored(
@@ -137,10 +140,6 @@ def _cut(count: int, reading: Reading) -> list[list[int]]:
 
 
 def _collected(parts: list[torch.Tensor], total: int, width: int, world: World) -> torch.Tensor:
-    """All processes' rows (total, D) from this one's parts; the shares are equal but for the last ones."""
-    each = math.ceil(total / world.size)
-    padded = torch.zeros(each, width, device=world.device)
-    if parts:
-        own = torch.cat(parts).float()
-        padded[: len(own)] = own
-    return world.gather(padded)[:total]
+    """All processes' rows (total, D) from this one's parts; what stood in past the end falls off."""
+    own = torch.cat(parts).float() if parts else torch.zeros(0, width, device=world.device)
+    return world.gather(own)[:total]

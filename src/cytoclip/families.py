@@ -124,8 +124,33 @@ REFUSED = {
 }
 
 
-def refuse_unsupported(family: Family, model: Model, train: Train) -> None:
-    """Raise `UserError`, with the reason, for options that this kind of checkpoint has no use for."""
+# Image towers whose `embeddings` give a class token or registers, if any, and then one token a patch, with positions
+# added, and which never ask later where a token was: there, patches can be left out.
+PATCH_TOWERS = {
+    "clip_vision_model": "CLIP",
+    "chinese_clip_vision_model": "Chinese-CLIP",
+    "siglip_vision_model": "SigLIP",
+    "vit": "ViT",
+    "deit": "DeiT",
+    "dinov2": "DINOv2",
+    "dinov2_with_registers": "DINOv2 with registers",
+}
+
+
+def refuse_unsupported(family: Family, image_tower: str, model: Model, train: Train) -> None:
+    """Raise `UserError`, with the reason, for options that this kind of checkpoint has no use for.
+
+    Parameters
+    ----------
+    image_tower
+        The `model_type` of the image tower's configuration.
+    """
+    if train.patch_dropout and image_tower not in PATCH_TOWERS:
+        raise UserError(
+            f"train.patch_dropout: {train.patch_dropout}, but a {image_tower!r} image tower needs all its patches, "
+            "in their places",
+            f"delete train.patch_dropout, or use an image tower of {', '.join(PATCH_TOWERS.values())}",
+        )
     if model.context_length is not None and family.no_stretch:
         raise UserError(
             f"model.context_length: {model.context_length} is refused for {family.title}: {family.no_stretch}",
@@ -184,6 +209,8 @@ def page() -> str:
             "checkpointing, layer decay, averages, anchors and chunks of any size work with all of them; the sigmoid",
             "objective where there is a logit bias (SigLIP). LoRA adapts the q, k and v layers under whatever names a",
             "tower gives them. What has no effect is refused before the first step.",
+            "",
+            f"Image towers whose patches can be dropped: {', '.join(PATCH_TOWERS.values())}.",
             "",
             "Not read: " + "; ".join(f"`{kind}` {why}" for kind, why in REFUSED.items()) + ".",
             "",

@@ -25,6 +25,7 @@ from cytoclip import (
     optim,
     plan,
     repeats,
+    shard,
     sources,
 )
 from cytoclip.averages import Averages
@@ -85,13 +86,15 @@ def prepare(wanted: Config, run: RunFolder, world: World, console: Console, stor
     journal.check_trackers(wanted.track.to)
     read = world.once(lambda: _read_splits(wanted))
     opened = checkpoint.open_model(wanted.model.name, wanted.model.context_length)
-    families.refuse_unsupported(opened.encoder.family, wanted.model, wanted.train)
+    image_tower = opened.encoder.clip.config.vision_config.model_type
+    families.refuse_unsupported(opened.encoder.family, image_tower, wanted.model, wanted.train)
     objective = _objective(wanted, opened)
     began_from = model.fingerprint(opened.encoder.clip)
     start = copy.deepcopy(opened.encoder).to(world.device).eval().requires_grad_(False) if objective.anchored else None
     torch.manual_seed(wanted.train.seed)  # new weights are the same in every process
     adapter = adapters.set_moving(opened.encoder, wanted.model, bias=objective.kind == "sigmoid")
     optim.refuse_idle(opened.encoder, wanted.train)
+    _switch(wanted, opened, console)
     order = _order(wanted, read)
     planned = plan.plan(wanted, opened, order, world)
     splits = world.once(lambda: {n: batches.scanned(pairs, folder, console) for n, (folder, pairs) in read.items()})
@@ -101,6 +104,10 @@ def prepare(wanted: Config, run: RunFolder, world: World, console: Console, stor
     train = joined([pairs for name, pairs in splits.items() if name not in ("val", "test")])
     inputs = _inputs(wanted, opened, train, splits["val"], features.Place(run.path, world, console), storing)
     encoder = opened.encoder
+    if wanted.train.shard:
+        shard.share_out(encoder, world, console)
+    optimizer = optim.build(encoder, wanted.train)
+    shard.split_groups(optimizer)
     job = Job(
         config=wanted,
         run=run,
@@ -111,7 +118,7 @@ def prepare(wanted: Config, run: RunFolder, world: World, console: Console, stor
         adapter=adapter,
         objective=objective,
         start=start,
-        optimizer=optim.build(encoder, wanted.train),
+        optimizer=optimizer,
         averages=Averages(encoder.moving(), wanted.train.ema) if wanted.train.ema else None,
         scaler=_scaler(world, wanted.train.precision),
         train=train,
@@ -206,6 +213,20 @@ def _objective(wanted: Config, opened: Opened) -> Objective:
     return Objective(kind, train.positives, train.label_smoothing, *pulls)
 
 
+def _switch(wanted: Config, opened: Opened, console: Console) -> None:
+    if wanted.train.gradient_checkpointing:
+        model.checkpoint_gradients(opened.encoder)
+    if wanted.train.compile:
+        model.compile_towers(opened.encoder)
+        console.say("train.compile: the first steps compile the towers, which takes minutes")
+    found = opened.encoder.frozen_statistics()
+    if found:
+        console.say(
+            f"{counted(found, 'BatchNorm layer')}: statistics stay those of the checkpoint, or the pairs of a chunk "
+            "would depend on each other"
+        )
+
+
 def _with_chunks(wanted: Config, opened: Opened, planned: Plan, world: World, console: Console) -> Config:
     """The configuration with the chunk that `auto` stands for; the smallest that any process found."""
     share = wanted.train.batch_size // world.size
@@ -244,8 +265,9 @@ def _say_what_is_odd(job: Job, truncated: int) -> None:
     say.say(repeats.line(repeats.typical(shown, job.objective), order.batch_size, job.objective))
     if wanted.model.lora and job.adapter:
         lora = wanted.model.lora
-        divisor = "√rank" if lora.rslora else "rank"
-        say.say(f"LoRA rank {lora.rank}, scaling {adapters.scaling(lora):g} (alpha ÷ {divisor})")
+        over = "√rank" if lora.rslora else "rank"
+        kind = "DoRA" if lora.dora else "LoRA"
+        say.say(f"{kind} rank {lora.rank}, scaling {adapters.scaling(lora):g} (alpha ÷ {over})")
     if truncated:
         share = truncated / len(job.train)
         say.warn(f"{share:.1%} of the training captions are longer than {job.opened.context} tokens and lose their end")

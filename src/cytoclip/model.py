@@ -236,10 +236,12 @@ def compile_towers(encoder: DualEncoder) -> None:
 
 
 def stretch_context(opened: Checkpoint, length: int, name: str) -> None:
-    """Let CLIP's text tower read `length` tokens: the first 20 positions are kept, the rest interpolated linearly.
+    """Let CLIP's text tower read `length` tokens.
 
-    Position 20 and the last one stay where they are at either end (Long-CLIP, arXiv 2403.15378, stretches alike). The
-    configuration and the tokenizer follow, so what is saved opens with plain transformers at its new length.
+    The first 20 position embeddings are kept. The i-th after them is read, between neighbours, at the place
+    i · (n − 20) ÷ (length − 20) of the old ones, and at the very end on the line through the last two: for 77 → 248
+    what Long-CLIP does (arXiv 2403.15378, section 3.2). The configuration and the tokenizer follow, so what is saved
+    opens with plain transformers at its new length.
 
     Raises
     ------
@@ -255,13 +257,9 @@ def stretch_context(opened: Checkpoint, length: int, name: str) -> None:
         )
     embeddings = opened.clip.text_model.embeddings
     old_Lh = embeddings.position_embedding.weight.detach()
-    rest_1hL = old_Lh[KEPT_POSITIONS:].T[None]
-    stretched = functional.interpolate(rest_1hL, length - KEPT_POSITIONS, mode="linear", align_corners=True)
-    new = nn.Embedding(length, old_Lh.shape[1], dtype=old_Lh.dtype)
-    new.weight.data.copy_(torch.cat([old_Lh[:KEPT_POSITIONS], stretched[0].T]))
-    embeddings.position_embedding = new
-    embeddings.position_ids = torch.arange(length).expand((1, -1))
-    text.max_position_embeddings = length
+    embeddings.position_embedding = nn.Embedding(length, old_Lh.shape[1], _weight=_stretched(old_Lh, length))
+    embeddings.position_ids = torch.arange(length)[None]
+    text.max_position_embeddings = opened.clip.text_model.config.max_position_embeddings = length
     opened.tokenizer.model_max_length = length
 
 
@@ -339,6 +337,14 @@ def read(name: str) -> Checkpoint:
     if family.pools == "end":
         _check_end_token(name, clip, tokenizer)
     return Checkpoint(clip, tokenizer, processor)
+
+
+def _stretched(old_Lh: torch.Tensor, length: int) -> torch.Tensor:
+    rest_Lh = old_Lh[KEPT_POSITIONS:]
+    place = torch.arange(length - KEPT_POSITIONS, dtype=torch.float64) * len(rest_Lh) / (length - KEPT_POSITIONS)
+    below = place.long().clamp(max=len(rest_Lh) - 2)
+    part = (place - below)[:, None].to(old_Lh.dtype)
+    return torch.cat([old_Lh[:KEPT_POSITIONS], rest_Lh[below] + part * (rest_Lh[below + 1] - rest_Lh[below])])
 
 
 def fingerprint(clip: nn.Module) -> str:

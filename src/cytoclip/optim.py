@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from cytoclip.config import Train
 from cytoclip.errors import ExitCode, UserError
@@ -118,11 +120,23 @@ def learning_rate(step: int, steps: int, wanted: Train) -> float:
 
 
 def clip(moving: Mapping[str, nn.Parameter], limit: float | None) -> torch.Tensor:
-    """Scale all gradients down to the norm `limit`; the norm before that, 0-dim."""
+    """Scale all gradients down to the norm `limit`; the norm before that, 0-dim.
+
+    Of sharded gradients (`train.shard`) and whole ones alike: the norm is that of all together, in all processes.
+    """
     gradients = [parameter.grad for parameter in moving.values() if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
+    if not sharded:
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if limit is not None:
+            torch.nn.utils.clip_grads_with_norm_(list(moving.values()), limit, norm)
+        return norm
+    whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+    shared: Any = torch.nn.utils.get_total_norm(sharded)
+    norm = torch.nn.utils.get_total_norm([shared.full_tensor(), *whole])
     if limit is not None:
-        torch.nn.utils.clip_grads_with_norm_(list(moving.values()), limit, norm)
+        factor = (limit / (norm + 1e-6)).clamp(max=1.0)  # as clip_grads_with_norm_ does
+        torch._foreach_mul_([gradient.to_local() for gradient in sharded] + whole, factor)
     return norm
 
 

@@ -24,9 +24,11 @@ from cytoclip import (
     files,
     jobs,
     journal,
+    liveness,
     optim,
     plan,
     report,
+    shard,
     signals,
     state,
 )
@@ -79,7 +81,7 @@ def fit(wanted: Config, console: Console) -> RunResult:
     run = RunFolder(Path(wanted.output))
     wanted = jobs.settled(wanted, world, run)
     plan.check_batch(wanted, world.size)
-    with claim.claimed(run, wanted, world, console):
+    with liveness.watched(world), claim.claimed(run, wanted, world, console):
         done = world.once(lambda: _finished(run, wanted))
         if done:
             console.say(f"{run.path} is finished: {done.steps} steps; delete it or name another output to train anew")
@@ -294,7 +296,7 @@ def _validate(job: Job) -> Scores:
 
 
 def _save_model(job: Job, folder: Path) -> None:
-    with _averaged(job):
+    with _averaged(job), shard.whole(job.opened.encoder, job.world):
         job.world.once(lambda: checkpoint.save_model(folder, job.opened, job.adapter, job.config.model))
 
 

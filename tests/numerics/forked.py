@@ -3,9 +3,10 @@
     python -m tests.numerics.forked RUNS.json OUTCOMES.json
 
 A run is {"config": a whole configuration, "processes": how many, "kills": [{"moment", "after", "rank"}, ...]}. Each
-kill is one attempt, in which process `rank` sends itself signal 9 the `after`-th time that it comes to `moment`; a last
-attempt is left alone. Once one process of an attempt is gone the others are killed, as launchers do. An outcome is a list
-of attempts, each {"hit": the moment at which it was killed or "", "codes": exit codes by rank (negative: the signal)}.
+kill is one attempt, in which process `rank` sends itself signal 9 the `after`-th time that it comes to `moment`; a
+last attempt is left alone. Once one process of an attempt is gone the others are killed, as launchers do. An outcome
+is a list of attempts, each {"hit": the moment at which it was killed or "", "codes": exit codes by rank (negative: the
+signal)}.
 """
 
 from __future__ import annotations
