@@ -200,6 +200,41 @@ def test_a_parameter_without_gradient_keeps_none_on_several_processes() -> None:
             assert (process.returncode, out) == (0, "done\n"), said
 
 
+MEETS = """
+import os, sys, time
+from datetime import timedelta
+from cytoclip import device
+from cytoclip.errors import UserError
+if os.environ["RANK"] == "{absent}":
+    sys.exit()
+device.MEETING = timedelta(seconds=4)
+try:
+    world = device.start("cpu", "no")
+    time.sleep(6 * world.rank)
+    world.wait()
+except UserError as error:
+    print(error.code.value, error.message, error.hint)
+"""
+
+
+@pytest.mark.slow  # processes that wait for each other: 10 s each
+@pytest.mark.parametrize("absent", [0, 1])
+def test_a_process_that_does_not_come_is_not_waited_for_long(absent: int) -> None:
+    with started(MEETS.format(absent=absent), []) as group:
+        out, said = group[1 - absent].communicate(timeout=100)
+    assert out.startswith("7 the processes of this run did not meet: "), said
+    assert "MASTER_ADDR" in out
+
+
+@pytest.mark.slow  # processes that wait for each other: 15 s
+def test_one_that_came_may_take_its_time() -> None:
+    """Longer than they had to meet: the first process reads all data while the others wait."""
+    with started(MEETS.format(absent=None), []) as group:
+        for process in group:
+            out, said = process.communicate(timeout=100)
+            assert (process.returncode, out) == (0, ""), said
+
+
 @pytest.mark.parametrize(("precision", "dtype"), [("no", torch.float32), ("bf16", torch.bfloat16)])
 def test_autocast_is_the_precision(precision: str, dtype: torch.dtype) -> None:
     with World(torch.device("cpu"), precision=precision).autocast():
