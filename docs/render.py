@@ -8,9 +8,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from cytoclip.config import reference
+from cytoclip import config, families
 
-PAGES = {Path(__file__).parent / "reference" / "config.md": reference}
+_REFERENCE = Path(__file__).parent / "reference"
+PAGES = {_REFERENCE / "config.md": config.reference, _REFERENCE / "families.md": families.reference}
 
 
 def main(check: bool) -> int:

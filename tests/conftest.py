@@ -18,6 +18,7 @@ import torch
 from cytoclip import cells, demo, train
 from cytoclip.config import Config, parse
 from cytoclip.console import Console
+from tests import families
 
 torch.set_num_threads(2)
 
@@ -47,6 +48,20 @@ def base(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     entries = json.loads((root / "train" / "img_text_pair.json").read_text())
     demo.write_base(folder, [entry["caption"] for entry in entries], TINY, seed=0)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A Hugging Face folder of the family called so in `tests/families.py`, made when it is first asked for."""
+    folder = tmp_path_factory.mktemp("families")
+    entries = json.loads((root / "train" / "img_text_pair.json").read_text())
+
+    def made(name: str) -> Path:
+        if not (folder / name).is_dir():
+            families.write(name, folder / name, [entry["caption"] for entry in entries])
+        return folder / name
+
+    return made
 
 
 @pytest.fixture

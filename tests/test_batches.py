@@ -79,7 +79,9 @@ def test_the_shares_of_all_processes_are_the_global_batch_in_order(size: int, fi
 def pictures_and_tokens(root: Path, base: Path) -> tuple[Pictures, captions.Tokens]:
     pairs = batches.open_split(root / "train", QUIET)
     opened = checkpoint.open_model(str(base))
-    return Pictures(pairs.images, opened.pixels), captions.tokenise(opened.tokenizer, pairs.captions, opened.context)
+    return Pictures(pairs.images, opened.pixels), captions.tokenise(
+        opened.tokenizer, pairs.captions, opened.context, opened.encoder.family
+    )
 
 
 def read_all(pictures: Pictures, tokens: captions.Tokens | None, share: Share, workers: int) -> list[Batch]:
@@ -212,7 +214,9 @@ def test_pixels_are_those_of_images_prepare(root: Path, base: Path) -> None:
 def test_chunks_are_views_cut_to_their_own_longest_caption(root: Path, base: Path) -> None:
     opened = checkpoint.open_model(str(base))
     pairs = batches.open_split(root / "val", Console(quiet=True))
-    tokens = captions.tokenise(opened.tokenizer, ["cell", "a cell", "two round cells", "cell"], opened.context)
+    tokens = captions.tokenise(
+        opened.tokenizer, ["cell", "a cell", "two round cells", "cell"], opened.context, opened.encoder.family
+    )
     share = [[0, 1, 2, 3]]
     (batch,) = batches.loader(Pictures(pairs.images, opened.pixels), tokens, share, 0, torch.device("cpu"))
     chunks = batch.chunks(3)

@@ -27,7 +27,7 @@ def moved(base: Path, **wanted: Any) -> tuple[checkpoint.Opened, dict[str, torch
 
 def test_text_features_are_transformers_own_for_full_truncated_and_one_word_captions(base: Path) -> None:
     opened = checkpoint.open_model(str(base))
-    tokens = captions.tokenise(opened.tokenizer, CAPTIONS, opened.context)
+    tokens = captions.tokenise(opened.tokenizer, CAPTIONS, opened.context, opened.encoder.family)
     assert tokens.truncated == 1
     plain = CLIPModel.from_pretrained(base).eval()
     reference = AutoTokenizer.from_pretrained(base)(
@@ -59,7 +59,9 @@ def test_the_last_word_of_a_caption_changes_its_feature(base: Path, count: int) 
     kept = min(count, 70)
     one, other = (["cell"] * count for _ in range(2))
     other[kept - 1] = "nucleus"
-    tokens = captions.tokenise(opened.tokenizer, [" ".join(one), " ".join(other)], opened.context)
+    tokens = captions.tokenise(
+        opened.tokenizer, [" ".join(one), " ".join(other)], opened.context, opened.encoder.family
+    )
     with torch.no_grad():
         features = opened.encoder.eval().texts(tokens.batch([0, 1]))
     assert (features[0] - features[1]).abs().max() > 1e-4
@@ -94,9 +96,9 @@ def test_lora_moves_adapters_projections_and_the_logit_scale(base: Path) -> None
 def test_lora_scaling_is_alpha_over_rank(base: Path) -> None:
     """Trap 12: alpha 8 with rank 8 is a scaling of 1; alpha 1 would be 0.125."""
     opened, _ = moved(base, image_tower="lora", lora={"rank": 8, "alpha": 8.0})
-    assert {s for _, layer in model._lora_layers(opened.encoder.clip) for s in layer.scaling.values()} == {1.0}
+    assert {s for _, layer in adapters._lora_layers(opened.encoder.clip) for s in layer.scaling.values()} == {1.0}
     opened, _ = moved(base, image_tower="lora", lora={"rank": 8, "alpha": 1.0})
-    assert {s for _, layer in model._lora_layers(opened.encoder.clip) for s in layer.scaling.values()} == {0.125}
+    assert {s for _, layer in adapters._lora_layers(opened.encoder.clip) for s in layer.scaling.values()} == {0.125}
 
 
 def test_a_target_that_matches_nothing_in_one_tower_is_an_error_with_the_leaves(base: Path) -> None:

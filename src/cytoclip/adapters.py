@@ -17,7 +17,8 @@ from torch import nn
 
 from cytoclip.config import Lora, Model
 from cytoclip.errors import ExitCode, UserError, first_few
-from cytoclip.model import DualEncoder, Family, not_opened
+from cytoclip.families import Family
+from cytoclip.model import DualEncoder, not_opened
 
 
 def set_moving(encoder: DualEncoder, wanted: Model) -> PeftModel | None:

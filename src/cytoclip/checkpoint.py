@@ -9,7 +9,8 @@ run/checkpoints/step-N/        state.safetensors (what moves, AdamW's moments, r
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from cytoclip import adapters, files, images, model
+from cytoclip import adapters, files, images, model, towers
 from cytoclip.config import Model
 from cytoclip.device import RandomState, World
 from cytoclip.errors import ExitCode, UserError
@@ -58,7 +59,11 @@ class Opened:
     name
         The hub id or absolute folder that it came from.
     plain
-        Whether plain transformers opens `name`: only then can an adapter name it as its base.
+        Whether plain transformers opens `name` as it is here: only then can an adapter name it as its base.
+    context
+        Tokens of a caption at most.
+    stretched
+        Whether `model.context_length` made that more than the checkpoint's own.
     """
 
     encoder: DualEncoder
@@ -68,16 +73,29 @@ class Opened:
     context: int
     name: str
     plain: bool
+    stretched: bool = False
 
 
-def open_model(name: str) -> Opened:
-    """Open a hub id, a Hugging Face folder, a peft adapter folder of ours, or a run folder (its best weights)."""
+def open_model(name: str, context_length: int | None = None) -> Opened:
+    """Open a hub id, a Hugging Face folder, a peft adapter folder of ours, or a run folder (its best weights).
+
+    Parameters
+    ----------
+    context_length
+        Tokens that the text tower shall read, above the checkpoint's own; see `towers.stretch_context`.
+
+    Raises
+    ------
+    UserError
+        For what cannot be opened, or not be made longer.
+    """
     place = locate(name)
     folder = Path(place)
     adapter = folder / "adapter_config.json"
     if not adapter.is_file():
         read = model.read(place)
-        return _opened(read, read.clip, place, plain=run_of(name) is None)  # a run's weights may change under its name
+        plain = run_of(name) is None  # a run's weights may change under its name
+        return _opened(read, place, plain, context_length)
     if not (folder / "adapter_model.safetensors").is_file() or not (folder / BESIDE).is_file():
         raise UserError(
             f"{folder} has an adapter but not both of adapter_model.safetensors and {BESIDE}",
@@ -93,7 +111,7 @@ def open_model(name: str) -> Opened:
         ) from None
     read = model.read(base)
     clip: Any = adapters.read_adapter(folder, read.clip)
-    expected = adapters.beside_adapter(clip, model.FAMILIES[clip.config.model_type])
+    expected = adapters.beside_adapter(clip, read.family)
     if {n: t.shape for n, t in beside.items()} != {n: t.shape for n, t in expected.items()}:
         raise UserError(
             f"{folder / BESIDE} does not fit {base}: it holds {', '.join(sorted(beside))}",
@@ -101,7 +119,7 @@ def open_model(name: str) -> Opened:
             ExitCode.MODEL,
         )
     clip.load_state_dict(beside, strict=False)
-    return _opened(read, clip, place, plain=False)
+    return _opened(replace(read, clip=clip), place, False, context_length)
 
 
 def locate(name: str) -> str:
@@ -211,16 +229,28 @@ def load_state(folder: Path, encoder: DualEncoder, optimizer: Any, world: World)
     return more
 
 
-def _opened(read: model.Checkpoint, clip: Any, place: str, plain: bool) -> Opened:
+def _opened(read: model.Checkpoint, place: str, plain: bool, context_length: int | None) -> Opened:
     pixels = PixelSpec.from_processor(read.image_processor)
-    if pixels.size != (read.image_size, read.image_size):
+    if read.image_size and pixels.size != (read.image_size, read.image_size):
         raise UserError(
             f"{place}: its image processor makes {pixels.size} pixels but its image tower reads {read.image_size}",
             "set size and crop_size in preprocessor_config.json to the model's image_size",
             ExitCode.MODEL,
         )
-    encoder = DualEncoder(clip, lambda pixels_B3HW: images.to_floats(pixels_B3HW, pixels))
-    return Opened(encoder, read.tokenizer, read.image_processor, pixels, read.context, place, plain)
+    stretched = context_length is not None and towers.stretch_context(read, context_length)
+    encoder = DualEncoder(read.clip, partial(images.to_floats, spec=pixels), pixels.size, read.tokenizer.pad_token_id)
+    tokens_1L = torch.tensor(read.tokenizer(["a"], truncation=True, max_length=read.context)["input_ids"])
+    towers.check_pair(place, encoder, tokens_1L, pixels.size)
+    return Opened(
+        encoder=encoder,
+        tokenizer=read.tokenizer,
+        image_processor=read.image_processor,
+        pixels=pixels,
+        context=read.context,
+        name=place,
+        plain=plain and not stretched,
+        stretched=stretched,
+    )
 
 
 def _moment(parameter: torch.Tensor, key: str, value: torch.Tensor) -> torch.Tensor:

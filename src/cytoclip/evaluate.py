@@ -42,7 +42,7 @@ def rank(opened: Opened, pairs: Pairs, reading: Reading, question: Question, wor
 
 def reading(opened: Opened, pairs: Pairs, batch_size: int, workers: int) -> Reading:
     """How `opened` reads the captions and pictures of a split."""
-    tokens = captions.tokenise(opened.tokenizer, pairs.captions, opened.context)
+    tokens = captions.tokenise(opened.tokenizer, pairs.captions, opened.context, opened.encoder.family)
     return Reading(tokens, opened.pixels, batch_size, workers)
 
 

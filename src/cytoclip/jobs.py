@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
-from cytoclip import adapters, batches, captions, checkpoint, evaluate, journal, model, optim, plan, sources
+from cytoclip import adapters, batches, captions, checkpoint, evaluate, families, journal, model, optim, plan, sources
 from cytoclip.batches import Order
 from cytoclip.captions import Tokens
 from cytoclip.checkpoint import Opened, RunFolder
@@ -45,7 +45,9 @@ class Job:
 def prepare(wanted: Config, run: RunFolder, world: World, console: Console) -> Job:
     journal.check_trackers(wanted.track.to)
     read = world.once(lambda: _read_splits(wanted))
-    opened = checkpoint.open_model(wanted.model.name)
+    opened = checkpoint.open_model(wanted.model.name, wanted.model.context_length)
+    tower = opened.encoder.image_tower.config.model_type
+    families.refuse_unsupported(opened.encoder.family, tower, wanted.model, wanted.train)
     began_from = model.fingerprint(opened.encoder.clip)
     torch.manual_seed(wanted.train.seed)  # new weights are the same in every process
     adapter = adapters.set_moving(opened.encoder, wanted.model)
@@ -53,7 +55,7 @@ def prepare(wanted: Config, run: RunFolder, world: World, console: Console) -> J
     splits = world.once(lambda: {n: batches.scanned(pairs, folder, console) for n, (folder, pairs) in read.items()})
     opened.encoder.to(world.device).train()
     torch.manual_seed(wanted.train.seed + world.rank)  # dropout is not
-    tokens = captions.tokenise(opened.tokenizer, splits["train"].captions, opened.context)
+    tokens = captions.tokenise(opened.tokenizer, splits["train"].captions, opened.context, opened.encoder.family)
     job = Job(
         config=wanted,
         run=run,
@@ -109,6 +111,10 @@ def _say_what_is_odd(job: Job) -> None:
         f"{len(job.train)} training and {len(job.val)} validation pairs, {job.plan.steps} steps of "
         f"{wanted.train.batch_size}: each pair is seen {job.plan.times_seen:.1f} times"
     )
+    if wanted.model.context_length and not job.opened.stretched:
+        say.say(f"model.context_length {wanted.model.context_length} is the checkpoint's own: nothing to stretch")
+    if frozen := model.frozen_statistics(job.opened.encoder):
+        say.say(f"{counted(frozen, 'batch norm')} keep their statistics: they would couple the pairs of a chunk")
     if wanted.model.lora and job.adapter:
         lora = wanted.model.lora
         say.say(f"LoRA rank {lora.rank}, scaling {lora.alpha / lora.rank:g} (alpha ÷ rank)")
