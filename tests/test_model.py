@@ -197,3 +197,55 @@ def test_the_tokenizer_of_the_demo_ends_every_caption_with_its_highest_id() -> N
     assert ids[0] == tokenizer.bos_token_id
     assert ids[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(ids, skip_special_tokens=True).strip() == "a round cell"
+
+
+def test_features_embed_like_the_pixels_and_captions_they_came_from(base: Path) -> None:
+    """What a frozen tower made is kept and given again instead of its input."""
+    opened = checkpoint.open_model(str(base))
+    encoder = opened.encoder.eval()
+    pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    tokens = captions.tokenise(opened.tokenizer, CAPTIONS[:3], opened.context, encoder.family).batch(range(3))
+    with torch.no_grad():
+        expected = encoder(pixels, tokens)
+        image_BF, text_BF = encoder.image_features(pixels), encoder.text_features(tokens)
+        for given in ((image_BF, text_BF), (image_BF, tokens), (pixels, text_BF)):
+            for one, other in zip(encoder(*given), expected, strict=True):
+                assert torch.equal(one, other)
+    assert image_BF.shape == text_BF.shape == (3, 32)
+    assert not torch.allclose(image_BF.norm(dim=1), torch.ones(3), atol=1e-2)
+
+
+@pytest.mark.parametrize("frozen", ["image_tower", "text_tower"])
+def test_a_frozen_tower_stays_without_dropout_in_training(base: Path, frozen: str) -> None:
+    opened, _ = moved(base, **{frozen: "frozen"})
+    encoder = opened.encoder.train()
+    other = {"image_tower": "text_tower", "text_tower": "image_tower"}[frozen]
+    assert not any(module.training for module in getattr(encoder, frozen).modules())
+    assert all(module.training for module in getattr(encoder, other).modules())
+    assert encoder.training
+    encoder.eval()
+    assert not any(module.training for module in encoder.modules())
+
+
+def test_a_lora_tower_trains_with_its_dropout(base: Path) -> None:
+    opened, _ = moved(base, image_tower="lora", text_tower="frozen", lora={"dropout": 0.5})
+    encoder = opened.encoder.train()
+    assert encoder.image_tower.training
+    assert not encoder.text_tower.training
+
+
+def test_batch_norms_keep_their_statistics(base: Path) -> None:
+    """Trap 41: they would couple the pairs of a chunk, so that other chunks would be another objective."""
+    encoder = checkpoint.open_model(str(base)).encoder
+    assert model.frozen_statistics(encoder) == 0
+    norm = torch.nn.BatchNorm1d(32)
+    encoder.image_tower.post_layernorm = torch.nn.Sequential(encoder.image_tower.post_layernorm, norm)
+    norm.running_mean.normal_()
+    before = {name: tensor.clone() for name, tensor in norm.state_dict().items()}
+    pixels = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    whole = encoder.train().images(pixels)
+    assert torch.allclose(torch.cat([encoder.images(pixels[:1]), encoder.images(pixels[1:])]), whole, atol=1e-6)
+    assert all(torch.equal(before[name], tensor) for name, tensor in norm.state_dict().items())
+    assert model.frozen_statistics(encoder) == 1
+    whole.sum().backward()
+    assert norm.weight.grad is not None  # what they scale and shift by still trains

@@ -10,7 +10,7 @@ from pathlib import Path
 
 PROJECT = Path(__file__).parents[2]
 OTHER_NAMES = {"PIL": "pillow", "yaml": "pyyaml"}
-USED_BY_OTHERS = {"tensorboard"}  # imported by accelerate's tracker, which we name
+USED_BY_OTHERS = {"tensorboard", "sentencepiece"}  # by accelerate's tracker, and by the tokenizer of SigLIP
 PART_OF = {"pydantic_core": "pydantic"}  # pydantic pins the one version that fits it
 
 
