@@ -96,34 +96,72 @@ def test_gradient_checkpointing_with_lora_gives_the_adapters_their_gradients(tin
 # ---- torch.compile
 
 
+class Noted:
+    """A backend of torch.compile that runs what it is given as it is: graphs made, and how often they ran."""
+
+    def __init__(self) -> None:
+        torch.compiler.reset()
+        self.graphs = self.runs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, _inputs: list[Any]) -> Callable[..., Any]:
+        self.graphs += 1
+
+        def run(*given: Any) -> Any:
+            self.runs += 1
+            return graph.forward(*given)
+
+        return run
+
+
 @pytest.mark.parametrize("name", ["clip", *(pytest.param(n, marks=pytest.mark.slow) for n in NAMES if n != "clip")])
-def test_compiled_towers_embed_the_same_under_the_same_names(tiny: Tiny, name: str) -> None:
+def test_compiled_layers_embed_the_same_under_the_same_names(tiny: Tiny, name: str) -> None:
     opened = checkpoint.open_model(str(tiny(name)))
-    encoder = opened.encoder.train()
-    names = list(encoder.state_dict())
+    encoder, backend, names = opened.encoder, Noted(), list(opened.encoder.state_dict())
     pixels, tokens = batch(opened)
-    keep = torch.tensor([[0, 2], [1, 3], [3, 0]])
+    asked = [(pixels, tokens), (pixels[:2], tokens[:2]), (pixels, tokens, torch.tensor([[0, 2], [1, 3], [3, 0]]))]
     with torch.no_grad():
-        encoder.eval()
-        expected = [encoder(pixels, tokens), encoder(pixels[:2], tokens[:2]), encoder(pixels, tokens, keep)]
-        graphs: list[torch.fx.GraphModule] = []
-
-        def noted(graph: torch.fx.GraphModule, _inputs: list[Any]) -> Callable[..., Any]:
-            graphs.append(graph)
-            return graph.forward
-
-        towers.compile_towers(encoder, backend=noted)  # type: ignore[arg-type]
-        found = [encoder(pixels, tokens), encoder(pixels[:2], tokens[:2]), encoder(pixels, tokens, keep)]
-        again = encoder(pixels, tokens)  # patches that were left out once are back
-    assert len(graphs) >= 2
+        expected = [encoder(*given) for given in asked]
+        towers.compile_towers(encoder, backend=backend)  # type: ignore[arg-type]
+        found = [encoder(*given) for given in asked]
+    assert backend.runs == 4 * len(asked)  # two layers of each tower
+    assert backend.graphs == 2  # which they share
     assert list(encoder.state_dict()) == names
-    for one, other in zip([*found, again], [*expected, expected[0]], strict=True):
+    for one, other in zip(found, expected, strict=True):
         for side, twin in zip(one, other, strict=True):
             assert torch.allclose(side, twin, atol=1e-6)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_no_layer_goes_on_uncompiled_in_training_and_evaluation(tiny: Tiny, name: str) -> None:
+    """torch gives up after 8 graphs of one function, with a warning; training and evaluation have up to 16."""
+    opened = checkpoint.open_model(str(tiny(name)))
+    encoder, backend = opened.encoder, Noted()
+    towers.checkpoint_gradients(encoder)
+    towers.compile_towers(encoder, backend=backend)  # type: ignore[arg-type]
+    pixels, tokens = batch(opened)
+
+    def work() -> int:
+        before = backend.runs
+        for rows in (slice(3), slice(1)):
+            encoder.train()
+            with torch.no_grad():
+                encoder(pixels[rows], tokens[rows])
+            gradients(encoder, pixels[rows], tokens[rows])
+            encoder.eval()
+            with torch.inference_mode():
+                encoder(pixels[rows], tokens[rows])
+        return backend.runs - before
+
+    assert work() == work() == 2 * 4 * 4  # a layer's forward runs twice for its gradient
+    made = backend.graphs
+    work()
+    assert backend.graphs == made
+
+
+@pytest.mark.slow
 def test_inductor_gives_the_same_gradients(tiny: Tiny) -> None:
+    torch.compiler.reset()
     opened = checkpoint.open_model(str(tiny("clip")))
     encoder = opened.encoder.train()
     expected = gradients(encoder, *batch(opened))

@@ -123,7 +123,7 @@ class DualEncoder(nn.Module):
                 return list(module)
         raise UserError(
             f"the layers of a {settings.model_type!r} tower cannot be told apart",
-            "set train.layer_decay to 1 and model.lora.last_layers to null",
+            "leave train.compile, train.layer_decay and model.lora.last_layers at their defaults",
             ExitCode.MODEL,
         )
 
