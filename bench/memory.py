@@ -39,7 +39,11 @@ def point(base: str, batch: int, chunk: int) -> dict[str, float]:
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins here
     before, began = _status("VmRSS"), time.perf_counter()
     loss.contrastive_step(
-        encoder, encoder.logit_scale, chunks, Identity(each, each, -torch.ones_like(each)), World(torch.device("cpu"))
+        encoder,
+        loss.Logits(encoder.logit_scale),
+        chunks,
+        Identity(each, each, -torch.ones_like(each)),
+        World(torch.device("cpu")),
     )
     return {"batch": batch, "chunk": chunk, "mb": _status("VmHWM") - before, "seconds": time.perf_counter() - began}
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from cytoclip import config, families
 
-_REFERENCE = Path(__file__).parent / "reference"
-PAGES = {_REFERENCE / "config.md": config.reference, _REFERENCE / "families.md": families.reference}
+REFERENCE = Path(__file__).parent / "reference"
+PAGES = {REFERENCE / "config.md": config.reference, REFERENCE / "families.md": families.page}
 
 
 def main(check: bool) -> int:

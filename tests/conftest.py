@@ -18,7 +18,7 @@ import torch
 from cytoclip import cells, demo, train
 from cytoclip.config import Config, parse
 from cytoclip.console import Console
-from tests import families
+from tests import tiny
 
 torch.set_num_threads(2)
 
@@ -51,17 +51,13 @@ def base(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A Hugging Face folder of the family called so in `tests/families.py`, made when it is first asked for."""
-    folder = tmp_path_factory.mktemp("families")
-    entries = json.loads((root / "train" / "img_text_pair.json").read_text())
-
-    def made(name: str) -> Path:
-        if not (folder / name).is_dir():
-            families.write(name, folder / name, [entry["caption"] for entry in entries])
-        return folder / name
-
-    return made
+def bases(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder with a tiny checkpoint of each family."""
+    found = {"clip": base}
+    for name, make in tiny.MADE.items():
+        found[name] = tmp_path_factory.mktemp(name.replace(" ", "-"))
+        make(found[name], tiny.CAPTIONS * 4)
+    return found
 
 
 @pytest.fixture

@@ -19,10 +19,10 @@ Experiment = Callable[..., Config]
 
 def test_a_loss_that_stays_at_ln_batch() -> None:
     stuck = [math.log(64) + 0.01 * (-1) ** i for i in range(100)]
-    assert "stays at ln(batch)" in (alarms.flat_loss(stuck, 64) or "")
-    assert alarms.flat_loss(stuck[:99], 64) is None
-    assert alarms.flat_loss([*stuck, *[3.9] * 50], 64) is None
-    assert alarms.flat_loss([6.0] * 100, 64) is not None, "above ln(batch) is no better"
+    assert "stays at ln(batch)" in (alarms.flat_loss(stuck, math.log(64), "ln(batch)") or "")
+    assert alarms.flat_loss(stuck[:99], math.log(64), "ln(batch)") is None
+    assert alarms.flat_loss([*stuck, *[3.9] * 50], math.log(64), "ln(batch)") is None
+    assert alarms.flat_loss([6.0] * 100, math.log(64), "ln(batch)") is not None, "above ln(batch) is no better"
 
 
 @pytest.mark.parametrize(("hits", "rings"), [((1, 10), True), ((3, 12), True), ((4, 10), False), ((1, 30), False)])

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from cytoclip import batches, captions, checkpoint, images
-from cytoclip.batches import Batch, Order, Pictures, Share
+from cytoclip.batches import Batch, Order, PatchDropout, Pictures, Rows, Share
 from cytoclip.console import Bar, Console
 from cytoclip.errors import ExitCode, UserError
 
@@ -63,7 +63,7 @@ def test_steps_are_rows_one_after_another_from_anywhere() -> None:
     """Resuming in the middle of an epoch, and across its end, is the same as skipping."""
     expected = [ORDER.rows(step).tolist() for step in range(17)]
     for first in (0, 3, 5, 11, 17):
-        assert [rows.tolist() for rows in ORDER.steps(first, 17)] == expected[first:]
+        assert [rows.tolist() for rows, _ in ORDER.draws(first, 17)] == expected[first:]
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -72,16 +72,15 @@ def test_the_shares_of_all_processes_are_the_global_batch_in_order(size: int, fi
     """The loss takes its own rows from that place of the global identity; another order would pair others."""
     shares = [Share(ORDER, first, 13, rank, size) for rank in range(size)]
     assert {len(share) for share in shares} == {13 - first}
-    together = [[row for part in parts for row in part] for parts in zip(*shares, strict=True)]
-    assert together == [ORDER.rows(step).tolist() for step in range(first, 13)]
+    together = [[draw for part in parts for draw in part] for parts in zip(*shares, strict=True)]
+    assert [[row for row, _ in draws] for draws in together] == [ORDER.rows(step).tolist() for step in range(first, 13)]
+    assert [{epoch for _, epoch in draws} for draws in together] == [{step // 5} for step in range(first, 13)]
 
 
 def pictures_and_tokens(root: Path, base: Path) -> tuple[Pictures, captions.Tokens]:
     pairs = batches.open_split(root / "train", QUIET)
     opened = checkpoint.open_model(str(base))
-    return Pictures(pairs.images, opened.pixels), captions.tokenise(
-        opened.tokenizer, pairs.captions, opened.context, opened.encoder.family
-    )
+    return Pictures(pairs.images, opened.pixels), captions.tokenise(opened.tokenizer, pairs.captions, opened.context)
 
 
 def read_all(pictures: Pictures, tokens: captions.Tokens | None, share: Share, workers: int) -> list[Batch]:
@@ -93,24 +92,24 @@ def test_batches_are_the_same_whoever_decodes_them(root: Path, base: Path) -> No
     pictures, tokens = pictures_and_tokens(root, base)
     share = Share(Order(48, 6, seed=3), 5, 11, rank=1, size=2)
     alone, helped = (read_all(pictures, tokens, share, workers) for workers in (0, 2))
-    assert [batch.indices.tolist() for batch in alone] == list(share)
+    assert [batch.indices.tolist() for batch in alone] == [[row for row, _ in draws] for draws in share]
     for one, two in zip(alone, helped, strict=True):
         assert np.array_equal(one.indices, two.indices)
-        assert torch.equal(one.pixels, two.pixels)
-        assert one.tokens is not None
-        assert two.tokens is not None
-        assert torch.equal(one.tokens, two.tokens)
-        assert one.pixels.dtype == torch.uint8
-        for index, pixels, ids in zip(one.indices, one.pixels, one.tokens, strict=True):
-            assert np.array_equal(pixels, pictures[index][1])
+        assert torch.equal(one.images, two.images)
+        assert one.texts is not None
+        assert two.texts is not None
+        assert torch.equal(one.texts, two.texts)
+        assert one.images.dtype == torch.uint8
+        for index, pixels, ids in zip(one.indices, one.images, one.texts, strict=True):
+            assert np.array_equal(pixels, pictures[index, 0][1])
             assert torch.equal(ids[: tokens.lengths()[index]], tokens.batch([index])[0])
 
 
 def test_pictures_alone_have_no_tokens(root: Path, base: Path) -> None:
     pictures, _ = pictures_and_tokens(root, base)
     (batch,) = read_all(pictures, None, Share(Order(48, 6, 0), 0, 1, 0, 1), workers=0)
-    assert batch.tokens is None
-    assert batch.pixels.shape == (6, 3, 32, 32)
+    assert batch.texts is None
+    assert batch.images.shape == (6, 3, 32, 32)
 
 
 def test_the_loader_draws_nothing_from_the_global_random_state(root: Path, base: Path) -> None:
@@ -207,22 +206,86 @@ def test_pixels_are_those_of_images_prepare(root: Path, base: Path) -> None:
     pictures, _ = pictures_and_tokens(root, base)
     spec = checkpoint.open_model(str(base)).pixels
     file = root / "train" / "imgs" / "003.png"
-    assert np.array_equal(pictures[3][1], images.prepare(images.decode(file), spec))
+    assert np.array_equal(pictures[3, 0][1], images.prepare(images.decode(file), spec))
     assert len(pictures) == 48
 
 
 def test_chunks_are_views_cut_to_their_own_longest_caption(root: Path, base: Path) -> None:
     opened = checkpoint.open_model(str(base))
     pairs = batches.open_split(root / "val", Console(quiet=True))
-    tokens = captions.tokenise(
-        opened.tokenizer, ["cell", "a cell", "two round cells", "cell"], opened.context, opened.encoder.family
-    )
-    share = [[0, 1, 2, 3]]
+    tokens = captions.tokenise(opened.tokenizer, ["cell", "a cell", "two round cells", "cell"], opened.context)
+    share = [[(row, 0) for row in range(4)]]
     (batch,) = batches.loader(Pictures(pairs.images, opened.pixels), tokens, share, 0, torch.device("cpu"))
     chunks = batch.chunks(3)
     assert [len(pixels) for pixels, _ in chunks] == [3, 1]
     assert [ids.shape[1] for _, ids in chunks] == [max(tokens.lengths()[:3]), tokens.lengths()[3]]
-    assert torch.equal(torch.cat([pixels for pixels, _ in chunks]), batch.pixels)
+    assert torch.equal(torch.cat([pixels for pixels, _ in chunks]), batch.images)
     for rows, (_, ids) in zip(([0, 1, 2], [3]), chunks, strict=True):
         assert torch.equal(ids, tokens.batch(rows))
-    assert chunks[0][0].data_ptr() == batch.pixels.data_ptr()
+    assert chunks[0][0].data_ptr() == batch.images.data_ptr()
+
+
+MIXED = Order(pairs=23, batch_size=10, seed=7, replay=((9, 3), (40, 2)))  # 5 + 3 + 2 a batch
+
+
+def test_a_replayed_root_has_its_share_of_every_batch_and_epochs_of_its_own() -> None:
+    assert (MIXED.own, MIXED.steps_per_epoch) == (5, 4)
+    seen: dict[int, list[int]] = {}
+    for rows, epochs in MIXED.draws(0, 12):
+        assert [sum(low <= row < high for row in rows) for low, high in ((0, 23), (23, 32), (32, 72))] == [5, 3, 2]
+        assert len(set(rows.tolist())) == 10
+        for row, epoch in zip(rows[5:8].tolist(), epochs[5:8].tolist(), strict=True):
+            seen.setdefault(epoch, []).append(row)
+    assert {epoch: sorted(rows) for epoch, rows in seen.items()} == {key: list(range(23, 32)) for key in range(4)}
+    assert len({tuple(rows) for rows in seen.values()}) == 4, "each epoch in another order"
+    assert [rows.tolist() for rows, _ in MIXED.draws(7, 9)] == [MIXED.rows(step).tolist() for step in (7, 8)]
+
+
+def test_the_training_split_comes_in_the_same_order_with_and_without_a_replay() -> None:
+    alone = Order(pairs=23, batch_size=5, seed=7)
+    assert [MIXED.rows(step)[:5].tolist() for step in range(9)] == [alone.rows(step).tolist() for step in range(9)]
+
+
+def test_weights_are_pairs_for_one_of_the_training_split() -> None:
+    assert batches.replayed(100, [1.0]) == [50]
+    assert batches.replayed(100, [0.25]) == [20]
+    assert batches.replayed(100, [0.5, 0.5]) == [25, 25]
+    assert batches.replayed(8, [0.001]) == [1], "never none at all"
+    assert batches.replayed(8, []) == []
+
+
+def test_dropped_patches_are_a_function_of_seed_epoch_and_pair() -> None:
+    dropout = PatchDropout(patches=16, share=0.5, seed=3)
+    kept = {(pair, epoch): tuple(dropout.keep(pair, epoch).tolist()) for pair in range(6) for epoch in range(3)}
+    assert all(len(set(keep)) == 8 and list(keep) == sorted(keep) for keep in kept.values())
+    assert all(0 <= patch < 16 for keep in kept.values() for patch in keep)
+    assert len(set(kept.values())) == len(kept)
+    assert kept == {key: tuple(PatchDropout(16, 0.5, 3).keep(*key).tolist()) for key in kept}
+    assert tuple(PatchDropout(16, 0.5, 4).keep(0, 0).tolist()) != kept[0, 0]
+    assert len(PatchDropout(16, 0.99, 3).keep(0, 0)) == 1, "never none"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_patches_are_the_same_in_any_share_of_the_batch(workers: int, root: Path, base: Path) -> None:
+    opened = checkpoint.open_model(str(base))
+    pairs = batches.open_split(root / "train", QUIET)
+    tokens = captions.tokenise(opened.tokenizer, pairs.captions, opened.context)
+    pictures = Pictures(pairs.images, opened.pixels, PatchDropout(4, 0.5, 0))
+    order = Order(48, 12, 0)
+    (whole,) = read_all(pictures, tokens, Share(order, 5, 6, 0, 1), workers)
+    halves = [read_all(pictures, tokens, Share(order, 5, 6, rank, 2), workers)[0] for rank in (0, 1)]
+    assert whole.keep is not None
+    assert whole.keep.shape == (12, 2)
+    assert torch.equal(whole.keep, torch.cat([half.keep for half in halves if half.keep is not None]))
+    assert torch.equal(torch.cat([keep for *_, keep in whole.chunks(5)]), whole.keep)
+    assert [len(chunk) for chunk in whole.chunks(5)] == [3, 3, 3]
+
+
+def test_stored_features_stand_in_the_place_of_pictures_and_captions() -> None:
+    table = np.arange(12, dtype=np.float32).reshape(4, 3)
+    rows = Rows(table, np.array([3, 3, 0, 1, 2]))
+    (batch,) = batches.loader(rows, rows, [[(4, 7), (0, 7), (2, 7)]], 2, CPU)
+    assert torch.equal(batch.images, torch.from_numpy(table[[2, 3, 0]]))
+    assert torch.equal(batch.texts, batch.images)
+    assert batch.lengths is None
+    assert [tuple(part.shape) for part in batch.chunks(2)[0]] == [(2, 3), (2, 3)]

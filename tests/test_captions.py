@@ -13,12 +13,10 @@ from transformers import AutoTokenizer
 from cytoclip import captions as module
 from cytoclip.captions import tokenise
 from cytoclip.errors import ExitCode, UserError
-from cytoclip.families import FAMILIES
 
 LONG = "a cell with a round nucleus " * 40
 CAPTIONS = ["a superficial squamous cell", "cell", LONG, "细胞 é …", "  two   spaces "]
 CONTEXT = 77
-CLIP = FAMILIES["clip"]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +27,7 @@ def tokenizer(base: Path) -> Any:
 @pytest.mark.parametrize("context", [77, 16, 3])
 def test_every_row_ends_in_its_one_end_token(tokenizer: Any, context: int) -> None:
     """Trap 14: a row cut by hand loses the end token, and the text tower pools somewhere else."""
-    tokens = tokenise(tokenizer, CAPTIONS, context, CLIP)
+    tokens = tokenise(tokenizer, CAPTIONS, context)
     rows = np.split(tokens.ids, tokens.ends[:-1])
     assert len(rows) == len(tokens) == 5
     for row in rows:
@@ -41,18 +39,18 @@ def test_every_row_ends_in_its_one_end_token(tokenizer: Any, context: int) -> No
 
 
 def test_truncated_captions_are_counted(tokenizer: Any) -> None:
-    assert tokenise(tokenizer, CAPTIONS, CONTEXT, CLIP).truncated == 1
-    assert tokenise(tokenizer, ["cell"], CONTEXT, CLIP).truncated == 0
+    assert tokenise(tokenizer, CAPTIONS, CONTEXT).truncated == 1
+    assert tokenise(tokenizer, ["cell"], CONTEXT).truncated == 0
 
 
 def test_a_caption_that_fits_exactly_is_not_truncated(tokenizer: Any) -> None:
     length = len(tokenizer("a superficial squamous cell")["input_ids"])
-    assert tokenise(tokenizer, ["a superficial squamous cell"], length, CLIP).truncated == 0
-    assert tokenise(tokenizer, ["a superficial squamous cell"], length - 1, CLIP).truncated == 1
+    assert tokenise(tokenizer, ["a superficial squamous cell"], length).truncated == 0
+    assert tokenise(tokenizer, ["a superficial squamous cell"], length - 1).truncated == 1
 
 
 def test_a_batch_is_what_the_tokenizer_pads(tokenizer: Any) -> None:
-    tokens = tokenise(tokenizer, CAPTIONS, CONTEXT, CLIP)
+    tokens = tokenise(tokenizer, CAPTIONS, CONTEXT)
     for indices in ([0, 1, 2, 3, 4], [1], [4, 0, 3], [2, 2], [0]):
         expected = tokenizer(
             [CAPTIONS[i] for i in indices], padding=True, truncation=True, max_length=CONTEXT, return_tensors="pt"
@@ -64,7 +62,7 @@ def test_a_batch_is_what_the_tokenizer_pads(tokenizer: Any) -> None:
 
 def test_a_batch_is_padded_to_its_own_longest_caption(tokenizer: Any) -> None:
     """Padding to the context would cost ten times the arithmetic for short captions."""
-    tokens = tokenise(tokenizer, CAPTIONS, CONTEXT, CLIP)
+    tokens = tokenise(tokenizer, CAPTIONS, CONTEXT)
     assert tokens.batch([0, 1]).shape == (2, tokens.lengths()[0])
     assert tokens.batch([1]).shape == (1, tokens.lengths()[1])
     assert tokens.batch([1, 2]).shape == (2, CONTEXT)
@@ -73,12 +71,12 @@ def test_a_batch_is_padded_to_its_own_longest_caption(tokenizer: Any) -> None:
 
 
 def test_a_batch_takes_numpy_indices(tokenizer: Any) -> None:
-    tokens = tokenise(tokenizer, CAPTIONS, CONTEXT, CLIP)
+    tokens = tokenise(tokenizer, CAPTIONS, CONTEXT)
     assert torch.equal(tokens.batch(np.array([3, 0])), tokens.batch([3, 0]))
 
 
 def test_lengths(tokenizer: Any) -> None:
-    tokens = tokenise(tokenizer, CAPTIONS, CONTEXT, CLIP)
+    tokens = tokenise(tokenizer, CAPTIONS, CONTEXT)
     expected = [min(len(ids), CONTEXT) for ids in tokenizer(CAPTIONS)["input_ids"]]
     assert tokens.lengths().tolist() == expected
     assert tokens.lengths().sum() == len(tokens.ids)
@@ -87,9 +85,9 @@ def test_lengths(tokenizer: Any) -> None:
 
 
 def test_captions_are_tokenised_the_same_in_chunks(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = tokenise(tokenizer, CAPTIONS, CONTEXT, CLIP)
+    whole = tokenise(tokenizer, CAPTIONS, CONTEXT)
     monkeypatch.setattr(module, "_CHUNK", 2)
-    chunked = tokenise(tokenizer, CAPTIONS, CONTEXT, CLIP)
+    chunked = tokenise(tokenizer, CAPTIONS, CONTEXT)
     assert np.array_equal(chunked.ids, whole.ids)
     assert np.array_equal(chunked.ends, whole.ends)
     assert chunked.truncated == whole.truncated == 1
@@ -99,7 +97,7 @@ def test_a_caption_that_holds_the_end_token_is_refused_by_name(tokenizer: Any) -
     """The text tower would pool at the first one and never see the rest."""
     end = tokenizer.eos_token
     with pytest.raises(UserError, match="1 caption without exactly one end token") as caught:
-        tokenise(tokenizer, ["a cell", f"a {end} cell\nand more"], CONTEXT, CLIP)
+        tokenise(tokenizer, ["a cell", f"a {end} cell\nand more"], CONTEXT)
     assert caught.value.code is ExitCode.DATA
     assert f"a {end} cell" in caught.value.message
     assert f"take the text {end} out" in caught.value.hint
@@ -116,7 +114,7 @@ def test_a_tokenizer_that_adds_no_end_token_is_refused(tokenizer: Any) -> None:
             return {"input_ids": [ids[:-1] for ids in tokenizer(some, **how)["input_ids"]]}
 
     with pytest.raises(UserError, match="5 captions") as caught:
-        tokenise(Endless(), CAPTIONS, CONTEXT, CLIP)
+        tokenise(Endless(), CAPTIONS, CONTEXT)
     assert "and 2 more" in caught.value.message
 
 
@@ -127,7 +125,7 @@ def test_a_tokenizer_without_a_pad_token_pads_with_its_end(tokenizer: Any) -> No
         def __call__(self, some: list[str], **how: Any) -> Any:
             return tokenizer(some, **how)
 
-    assert tokenise(Padless(), CAPTIONS, CONTEXT, CLIP).pad == tokenizer.eos_token_id
+    assert tokenise(Padless(), CAPTIONS, CONTEXT).pad == tokenizer.eos_token_id
 
 
 def test_a_tokenizer_with_text_behind_its_end_token_is_refused(tokenizer: Any) -> None:
@@ -140,4 +138,4 @@ def test_a_tokenizer_with_text_behind_its_end_token_is_refused(tokenizer: Any) -
             return {"input_ids": [[*ids, 5] for ids in tokenizer(some, **how)["input_ids"]]}
 
     with pytest.raises(UserError, match="1 caption without"):
-        tokenise(Trailing(), ["a cell"], CONTEXT, CLIP)
+        tokenise(Trailing(), ["a cell"], CONTEXT)

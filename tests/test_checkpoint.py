@@ -21,16 +21,21 @@ from cytoclip.errors import UserError
 
 MODES = ("full", "frozen", "lora")
 COMBINATIONS = list(itertools.product(MODES, MODES))
+ADAPTERS = {"lora": {}, "rslora": {"rslora": True}, "dora": {"dora": True}}
+CASES = [(*towers, kind) for towers in COMBINATIONS for kind in (ADAPTERS if "lora" in towers else ("none",))]
 
 
-def test_there_are_nine_combinations() -> None:
+def test_there_are_nine_combinations_and_three_adapters_of_the_five_with_lora() -> None:
     assert len(COMBINATIONS) == 9
+    assert len(CASES) == 4 + 5 * 3
 
 
-@pytest.mark.parametrize("towers", COMBINATIONS, ids="-".join)
-def test_saved_and_loaded_gives_the_same_logits(towers: tuple[str, str], base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_saved_and_loaded_gives_the_same_logits(case: tuple[str, str, str], base: Path, tmp_path: Path) -> None:
     """Trap 44: peft alone loses the full tower, the projections and the logit scale."""
-    wanted = Model.model_validate({"image_tower": towers[0], "text_tower": towers[1]})
+    *towers, kind = case
+    lora = {"lora": ADAPTERS[kind]} if kind in ADAPTERS else {}
+    wanted = Model.model_validate({"image_tower": towers[0], "text_tower": towers[1], **lora})
     opened = checkpoint.open_model(str(base))
     before = {name: p.detach().clone() for name, p in opened.encoder.clip.named_parameters()}
     adapter = adapters.set_moving(opened.encoder, wanted)
@@ -60,7 +65,7 @@ def test_saved_and_loaded_gives_the_same_logits(towers: tuple[str, str], base: P
 
 
 def _assert_frozen_is_byte_identical(
-    towers: tuple[str, str], before: dict[str, torch.Tensor], opened: checkpoint.Opened
+    towers: list[str], before: dict[str, torch.Tensor], opened: checkpoint.Opened
 ) -> None:
     """Traps 33 and 35; under LoRA the base layer is frozen too."""
     after = {n.replace(".base_layer", ""): p for n, p in opened.encoder.clip.named_parameters()}

@@ -157,9 +157,9 @@ def test_fp16_that_never_takes_a_step_is_caught(experiment: Experiment, monkeypa
     """The scale is halved at each gradient that is not finite; below 1 it was not the scale's fault."""
     steps = train.contrastive_step
 
-    def broken(encoder: Any, scale: Any, *rest: Any) -> Any:
-        result = steps(encoder, scale, *rest)
-        scale.grad = torch.full_like(scale, float("nan"))
+    def broken(encoder: Any, logits: Any, *rest: Any) -> Any:
+        result = steps(encoder, logits, *rest)
+        logits.scale.grad = torch.full_like(logits.scale, float("nan"))
         return result
 
     monkeypatch.setattr(train, "contrastive_step", broken)

@@ -274,3 +274,21 @@ def test_read_json_refuses_what_is_cut(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text('{"a": ')
     with pytest.raises(json.JSONDecodeError):
         files.read_json(tmp_path / "x.json")
+
+
+def test_a_whole_file_stands_at_its_path_or_does_not(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "table.bin"
+
+    def cut() -> None:
+        with files.whole_file(path) as stream:
+            stream.write(b"half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        cut()
+    assert list(path.parent.iterdir()) == []
+    with files.whole_file(path) as stream:
+        stream.write(b"whole")
+        assert not path.exists()
+    assert path.read_bytes() == b"whole"
+    assert [file.name for file in path.parent.iterdir()] == ["table.bin"]

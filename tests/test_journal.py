@@ -171,6 +171,6 @@ def test_a_reading_at_once_does_not_divide_by_zero(clock: Callable[[float], floa
 
 def test_the_training_line_says_what_chance_would_be() -> None:
     """Trap 37: a loss that stays at ln(batch) has learnt nothing."""
-    assert note(row(1), CURVES, 6.238) == (
-        "loss 2.143 (ln B 6.238), hit@1 in batch 0.50, lr 1.00e-05, 120 pairs/s, 25% waiting for data"
+    assert note(row(1), CURVES, 6.238, "ln(batch)") == (
+        "loss 2.143 (ln(batch) 6.238), hit@1 in batch 0.50, lr 1.00e-05, 120 pairs/s, 25% waiting for data"
     )

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from cytoclip.pairs import Identity, Pairs, identities, right_answers, same_caption_key
+from cytoclip.pairs import Identity, Pairs, identities, joined, right_answers, same_caption_key
 
 
 def make_pairs(captions: list[str], **columns: tuple[Any, ...]) -> Pairs:
@@ -162,3 +162,18 @@ def test_import_is_light() -> None:
     code = "import sys, cytoclip.pairs; print([m for m in ('torch', 'pydantic', 'transformers') if m in sys.modules])"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[]"
+
+
+def test_joined_sets_stand_behind_one_another_and_their_groups_stay_apart() -> None:
+    """Two data sets both number their groups from 1; that says nothing about their pictures."""
+    one = make_pairs(["a", "b"], contents=("x", "y"), groups=("1", None), sources=("slide", None))
+    two = make_pairs(["c", "a"], contents=("z", "u"), groups=("1", "1"), sources=("slide", "slide"))
+    both = joined([one, two])
+    assert both.captions == ("a", "b", "c", "a")
+    assert both.groups == ("1", None, "1/1", "1/1")
+    assert both.sources == ("slide", None, "1/slide", "1/slide")
+    assert joined([one]) == one
+    right = right_answers(identities(both), identities(both))
+    assert not right[0, 2]
+    assert right[2, 3]
+    assert right[0, 3], "a caption is the same wherever it stands"

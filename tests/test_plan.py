@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from cytoclip import adapters, checkpoint, files, plan, train
+from cytoclip.batches import Order
 from cytoclip.checkpoint import RunFolder
 from cytoclip.config import Config
 from cytoclip.console import Console
@@ -23,7 +24,8 @@ Experiment = Callable[..., Config]
 def planned(wanted: Config, pairs: int = 48, processes: int = 1) -> Plan:
     opened = checkpoint.open_model(wanted.model.name)
     adapters.set_moving(opened.encoder, wanted.model)
-    return plan.plan(wanted, opened, pairs, World(torch.device("cpu"), 0, processes))
+    order = Order(pairs, wanted.train.batch_size, 0)
+    return plan.plan(wanted, opened, order, World(torch.device("cpu"), 0, processes))
 
 
 def test_steps_are_what_is_written(experiment: Experiment) -> None:
@@ -110,8 +112,9 @@ def test_a_frozen_tower_keeps_no_activations_and_a_larger_batch_keeps_more(exper
     [{}, {"image_tower": "lora", "text_tower": "lora"}, {"image_tower": "lora"}],
     ids=["full", "adapter", "mixed"],
 )
+@pytest.mark.parametrize("keep", [1, 3])
 def test_the_disk_estimate_holds_the_run_folder_at_its_largest(
-    towers: dict[str, str], experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+    towers: dict[str, str], keep: int, experiment: Experiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the weights, which are all that counts in a model of real size: tokenizer and logs are left out here.
 
@@ -119,7 +122,11 @@ def test_the_disk_estimate_holds_the_run_folder_at_its_largest(
     whenever one is complete.
     """
     wanted = experiment(
-        model=towers, train={"steps": 4}, checkpoint={"every": 1}, validate={"every": 1}, track={"to": []}
+        model=towers,
+        train={"steps": 4},
+        checkpoint={"every": 1, "keep_last": keep},
+        validate={"every": 1},
+        track={"to": []},
     )
     sizes: list[int] = []
     syncs = files._sync_tree
@@ -133,9 +140,9 @@ def test_the_disk_estimate_holds_the_run_folder_at_its_largest(
     expected = train.dry_run(wanted, Console(quiet=True)).disk
     train.fit(wanted, Console(quiet=True))
     states = [p.stat().st_size for p in RunFolder(Path(wanted.output)).checkpoints.rglob("state.safetensors")]
-    assert len(states) == 1
+    assert len(states) == keep
     assert len(sizes) == 4 + 4 + 1  # best and state of each step, and the last model
-    assert max(sizes) > max(2 * states[0], sizes[-1])
+    assert max(sizes) > max((keep + 1) * states[0], sizes[-1])
     slack = 40_000  # names and shapes in the headers of files, which matter only in a model this small
     assert max(sizes) <= expected + slack
     assert expected < 3 * max(sizes), "an estimate that refuses disks that would do"

@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 from cytoclip import config, train
 from cytoclip.config import Config
 from cytoclip.console import Console
+from cytoclip.state import MANIFEST, MORE, TENSORS
 from tests.conftest import weights
 
 QUIET = Console(quiet=True)
@@ -65,7 +66,7 @@ def test_the_run_folder_holds_what_is_documented(done: tuple[Config, train.RunRe
     model = {"config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"}
     assert names == {
         "config.yaml", "results.json", "losses.jsonl", "train.log", ".lock", "tensorboard/events.out.tfevents",
-        "checkpoints/step-4/state.safetensors", "checkpoints/step-4/state.json",
+        *(f"checkpoints/step-{step}/{name}" for step in (2, 4) for name in (TENSORS, MORE, MANIFEST)),
         *(f"{place}/{name}" for place in ("model", "best") for name in model),
     }  # fmt: skip
 
@@ -203,9 +204,9 @@ def test_the_logit_scale_is_clamped_after_each_step(
     contrast, steps = train.contrastive_step, train._step
     seen: list[float] = []
 
-    def push_up(encoder: Any, scale: torch.nn.Parameter, *rest: Any) -> Any:
-        result = contrast(encoder, scale, *rest)
-        scale.grad = torch.tensor(-1.0)
+    def push_up(encoder: Any, logits: Any, *rest: Any) -> Any:
+        result = contrast(encoder, logits, *rest)
+        logits.scale.grad = torch.tensor(-1.0)
         return result
 
     def step_and_look(job: Any, *rest: Any) -> Any:

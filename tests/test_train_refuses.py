@@ -14,10 +14,9 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
-from safetensors.numpy import load_file, save_file
 from transformers import BertConfig
 
-from cytoclip import checkpoint, claim, config, files, optim, train
+from cytoclip import claim, config, files, optim, train
 from cytoclip.config import Config, parse
 from cytoclip.console import Console
 from cytoclip.errors import ExitCode, UserError
@@ -56,7 +55,7 @@ def test_what_may_differ_between_two_starts_does_and_the_log_says_resuming(
     run = Path(first.output)
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-2"]
     assert not (run / "results.json").exists()
-    second = experiment(data={"workers": 1}, checkpoint={"every": 3}, track={"to": ["tensorboard"]})
+    second = experiment(data={"workers": 1}, checkpoint={"every": 3, "keep_last": 1}, track={"to": ["tensorboard"]})
     assert config.differences(first, second) == sorted(claim.HARMLESS - {"output"})
     train.fit(second, Console())
     assert f"resuming {run} after step 2" in (run / "train.log").read_text()
@@ -202,7 +201,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_moves(
     assert all(torch.equal(p.detach().nan_to_num(7), v.nan_to_num(7)) for p, v in zip(held, values, strict=True))
     run = Path(wanted.output)
     assert [row["step"] for row in losses(run)] == [1, 2]
-    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-2"]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-1", "step-2"]
     monkeypatch.undo()
     assert train.fit(wanted, QUIET).steps == 4
 
@@ -323,22 +322,3 @@ def test_odd_things_are_said_but_not_refused(
     assert "warning: 9 warm-up steps of 4" in said
     assert "LoRA rank 4, scaling 0.25" in said, "trap 12"
     assert said.count("warning:") == 3
-
-
-def test_a_checkpoint_of_another_model_is_refused(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A state that was tampered with or belongs elsewhere must not be half loaded."""
-    wanted = experiment(checkpoint={"every": 2})
-    stop_after(2, monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        train.fit(wanted, QUIET)
-    monkeypatch.undo()
-    place = checkpoint.RunFolder(Path(wanted.output)).checkpoints / "step-2" / "state.safetensors"
-    tensors = load_file(place)
-    del tensors["param.logit_scale"]
-    save_file(tensors, place)
-    with pytest.raises(UserError, match="other parameters") as caught:
-        train.fit(wanted, QUIET)
-    assert caught.value.code is ExitCode.RUN
-    place.write_bytes(place.read_bytes()[:1000])
-    with pytest.raises(UserError, match="cannot be read"):
-        train.fit(wanted, QUIET)

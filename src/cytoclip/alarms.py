@@ -12,21 +12,23 @@ WINDOW = 50  # steps whose mean loss is looked at
 CONTRAST = 0.1  # standard deviation of normalised pixels below which a batch shows next to nothing
 
 
-def flat_loss(losses: Sequence[float], batch_size: int) -> str | None:
-    """The mean of the last `WINDOW` losses is what a model that knows nothing has: ln(batch), less 0.05.
+def flat_loss(losses: Sequence[float], chance: float, name: str) -> str | None:
+    """The mean of the last `WINDOW` losses is what a model that knows nothing has, less 0.05.
 
     Parameters
     ----------
     losses
         Of the steps so far, after the warm-up; fewer than twice the window are no sign yet.
+    chance, name
+        What knowing nothing costs, and how that is called: `Objective.chance_loss`, ln(batch) for InfoNCE.
     """
     if len(losses) < 2 * WINDOW:
         return None
     mean = sum(losses[-WINDOW:]) / WINDOW
-    if mean < math.log(batch_size) - 0.05:
+    if mean < chance - 0.05:
         return None
     return (
-        f"the loss stays at ln(batch): {mean:.3f} over {WINDOW} steps, ln {batch_size} = {math.log(batch_size):.3f}; "
+        f"the loss stays at {name}: {mean:.3f} over {WINDOW} steps, {name} = {chance:.3f}; "
         "look at the pairs (do captions and pictures belong together?) and at train.learning_rate"
     )
 

@@ -24,26 +24,43 @@ from cytoclip.errors import ExitCode, UserError, first_few
 from cytoclip.images import PixelSpec
 from cytoclip.pairs import Pairs
 
+Draw = tuple[int, int]  # a pair, and the epoch in which it is drawn: what its randomness is a function of
+
 
 @dataclass(frozen=True)
 class Batch:
-    """Pairs `indices`: uint8 pixels (b, 3, H, W), padded token ids (b, L) and their lengths, or pictures alone."""
+    """Pairs `indices` of a process: what its image tower and its text tower read, or pictures alone.
+
+    Parameters
+    ----------
+    images
+        uint8 pixels (b, 3, H, W), or stored features (b, width) of a frozen tower.
+    texts, lengths
+        Padded token ids (b, L) and how many of them a row needs; or stored features (b, width), without lengths.
+    keep
+        int64 (b, K): the patches that the image tower sees, where some are dropped.
+    """
 
     indices: NDArray[np.int64]
-    pixels: torch.Tensor
-    tokens: torch.Tensor | None = None
+    images: torch.Tensor
+    texts: torch.Tensor | None = None
     lengths: NDArray[np.int64] | None = None
+    keep: torch.Tensor | None = None
 
     def pin_memory(self) -> Batch:
         """Called by the loader where the device copies faster from pinned memory."""
-        tokens = None if self.tokens is None else self.tokens.pin_memory()
-        return replace(self, pixels=self.pixels.pin_memory(), tokens=tokens)
+        texts = None if self.texts is None else self.texts.pin_memory()
+        return replace(self, images=self.images.pin_memory(), texts=texts)
 
-    def chunks(self, each: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Views of `each` pairs' pixels and tokens, the last maybe fewer; tokens cut to the longest of the chunk."""
-        assert self.tokens is not None and self.lengths is not None  # noqa: S101, PT018 - of the training loader
-        cuts = [slice(begin, begin + each) for begin in range(0, len(self.indices), each)]
-        return [(self.pixels[cut], self.tokens[cut, : self.lengths[cut].max()]) for cut in cuts]
+    def chunks(self, each: int) -> list[tuple[torch.Tensor, ...]]:
+        """Views of `each` pairs as the encoder's arguments, the last maybe fewer; tokens cut to the chunk's longest."""
+        assert self.texts is not None  # noqa: S101 - of the training loader
+        found = []
+        for begin in range(0, len(self.indices), each):
+            cut = slice(begin, begin + each)
+            texts = self.texts[cut] if self.lengths is None else self.texts[cut, : self.lengths[cut].max()]
+            found.append((self.images[cut], texts, *(() if self.keep is None else (self.keep[cut],))))
+        return found
 
 
 def open_split(folder: Path, console: Console) -> Pairs:
@@ -77,41 +94,71 @@ def scanned(pairs: Pairs, folder: Path, console: Console) -> Pairs:
 
 @dataclass(frozen=True)
 class Order:
-    """Which pairs are in the global batch of which step.
+    """Which pairs are in the global batch of which step, and in which of their epochs.
 
     Each epoch is a fresh permutation, drawn from (seed, epoch) alone, and drops the pairs that do not fill a last
-    batch: a batch never mixes epochs, so no pair meets itself.
+    batch: a batch never mixes epochs, so no pair meets itself. Replayed roots have permutations and epochs of their
+    own, and stand behind the training split in the numbering of the pairs and in every batch.
+
+    Parameters
+    ----------
+    pairs
+        Of the training split.
+    replay
+        (pairs, pairs in each batch) of each replayed root.
     """
 
     pairs: int
     batch_size: int
     seed: int
+    replay: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def own(self) -> int:
+        """Pairs of the training split in each batch."""
+        return self.batch_size - sum(each for _, each in self.replay)
 
     @property
     def steps_per_epoch(self) -> int:
-        return self.pairs // self.batch_size
+        return self.pairs // self.own
 
     def rows(self, step: int) -> NDArray[np.int64]:
         """Indices of the pairs of step `step`, counted from 0: int64 (B,)."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        return self.epoch(epoch)[place * self.batch_size : (place + 1) * self.batch_size]
+        return next(self.draws(step, step + 1))[0]
 
-    def epoch(self, epoch: int) -> NDArray[np.int64]:
-        return np.random.default_rng([self.seed, epoch]).permutation(self.pairs)
+    def draws(self, first: int, last: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """Indices (B,) and epochs (B,) of the pairs of steps `first` up to and without `last`."""
+        parts, begin = [], 0
+        for stream, (pairs, each) in enumerate(((self.pairs, self.own), *self.replay)):
+            parts.append(self._part(stream, begin, pairs, each, range(first, last)))
+            begin += pairs
+        for drawn in zip(*parts, strict=True):
+            rows, epochs = zip(*drawn, strict=True)
+            sizes = [len(some) for some in rows]
+            yield np.concatenate(rows), np.repeat(np.array(epochs, np.int64), sizes)
 
-    def steps(self, first: int, last: int) -> Iterator[NDArray[np.int64]]:
-        """The rows of steps `first` up to and without `last`; each epoch is drawn once."""
+    def _part(
+        self, stream: int, begin: int, pairs: int, each: int, steps: range
+    ) -> Iterator[tuple[NDArray[np.int64], int]]:
+        """Rows and epoch of one root, step by step; each epoch is drawn once."""
         permutation, drawn = np.empty(0, np.int64), -1
-        for step in range(first, last):
-            epoch, place = divmod(step, self.steps_per_epoch)
+        for step in steps:
+            epoch, place = divmod(step, pairs // each)
             if epoch != drawn:
-                permutation, drawn = self.epoch(epoch), epoch
-            yield permutation[place * self.batch_size : (place + 1) * self.batch_size]
+                key = [self.seed, epoch, stream] if stream else [self.seed, epoch]
+                permutation, drawn = np.random.default_rng(key).permutation(pairs) + begin, epoch
+            yield permutation[place * each : (place + 1) * each], epoch
+
+
+def replayed(batch_size: int, weights: Sequence[float]) -> list[int]:
+    """Pairs of each replayed root in a batch: `weight` of it for each one of the training split, at least one."""
+    whole = 1 + sum(weights)
+    return [max(1, round(batch_size * weight / whole)) for weight in weights]
 
 
 @dataclass(frozen=True)
 class Share:
-    """The rows of one process out of each global batch: process r has the r-th of equal slices."""
+    """The (pair, epoch) of one process out of each global batch: process r has the r-th of equal slices."""
 
     order: Order
     first: int
@@ -119,40 +166,95 @@ class Share:
     rank: int
     size: int
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[Draw]]:
         each = self.order.batch_size // self.size
-        for rows in self.order.steps(self.first, self.last):
-            yield rows[self.rank * each : (self.rank + 1) * each].tolist()
+        own = slice(self.rank * each, (self.rank + 1) * each)
+        for rows, epochs in self.order.draws(self.first, self.last):
+            yield list(zip(rows[own].tolist(), epochs[own].tolist(), strict=True))
 
     def __len__(self) -> int:
         return self.last - self.first
 
 
-class Pictures(Dataset[tuple[int, "NDArray[np.uint8] | UserError"]]):
+@dataclass(frozen=True)
+class PatchDropout:
+    """Which patches the image tower sees, as a function of (seed, epoch, pair).
+
+    Parameters
+    ----------
+    patches
+        P, of a whole picture.
+    share
+        Of them, that are dropped (FLIP, arXiv 2212.00794).
+    """
+
+    patches: int
+    share: float
+    seed: int
+
+    def keep(self, pair: int, epoch: int) -> torch.Tensor:
+        """Indices of the patches kept, in their order: int64 (K,), K the same for every pair."""
+        kept = max(1, round(self.patches * (1 - self.share)))
+        drawn = np.random.default_rng([self.seed, epoch, pair, 1]).permutation(self.patches)[:kept]
+        return torch.from_numpy(np.sort(drawn))
+
+
+class Pictures(Dataset[tuple[int, "NDArray[np.uint8] | UserError", "torch.Tensor | None"]]):
     """Decoded pictures at the size of the model; a picture that fails becomes its error, raised by `next_batch`."""
 
-    def __init__(self, files: Sequence[Path], spec: PixelSpec) -> None:
-        self._files, self._spec = files, spec
+    def __init__(self, files: Sequence[Path], spec: PixelSpec, dropout: PatchDropout | None = None) -> None:
+        self._files, self._spec, self._dropout = files, spec, dropout
 
     def __len__(self) -> int:
         return len(self._files)
 
-    def __getitem__(self, index: int) -> tuple[int, NDArray[np.uint8] | UserError]:
+    def __getitem__(self, draw: Draw) -> tuple[int, NDArray[np.uint8] | UserError, torch.Tensor | None]:
+        index, epoch = draw
+        keep = self._dropout.keep(index, epoch) if self._dropout else None
         try:
-            return index, images.prepare(images.decode(self._files[index]), self._spec)
+            return index, images.prepare(images.decode(self._files[index]), self._spec), keep
         except UserError as error:  # the loader would rebuild it from its text alone
-            return index, error
+            return index, error, None
+
+
+class Rows(Dataset[tuple[int, "NDArray[np.float32]", None]]):
+    """Stored features of a frozen tower, one row a pair, in the place of pictures or captions.
+
+    Parameters
+    ----------
+    table
+        float32 (U, width): a row for each different picture or caption; may be memory-mapped.
+    of
+        int64 (N,): the row of each pair.
+    """
+
+    def __init__(self, table: NDArray[np.float32], of: NDArray[np.int64]) -> None:
+        self.table, self.of = table, of
+
+    def __len__(self) -> int:
+        return len(self.of)
+
+    def __getitem__(self, draw: Draw) -> tuple[int, NDArray[np.float32], None]:
+        return draw[0], np.array(self.table[self.of[draw[0]]]), None  # a copy: the table may be mapped read-only
+
+    def batch(self, indices: NDArray[np.int64]) -> torch.Tensor:
+        """The rows of the pairs at `indices`: float32 (B, width)."""
+        return torch.from_numpy(np.array(self.table[self.of[indices]]))
 
 
 def loader(
-    pictures: Pictures, tokens: Tokens | None, batches: Share | list[list[int]], workers: int, device: torch.device
+    pictures: Pictures | Rows,
+    texts: Tokens | Rows | None,
+    batches: Share | list[list[Draw]],
+    workers: int,
+    device: torch.device,
 ) -> DataLoader[Any]:
     """Batches in the order of `batches`, decoded ahead by `workers` processes (0: in this one)."""
     return DataLoader(
         pictures,
         batch_sampler=batches,
-        num_workers=workers,
-        collate_fn=partial(_collate, tokens),
+        num_workers=0 if isinstance(pictures, Rows) else workers,  # nothing is decoded
+        collate_fn=partial(_collate, texts),
         worker_init_fn=signals.in_loader,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # its own: the loader must not draw from the global random state
@@ -171,13 +273,15 @@ def next_batch(source: Iterator[Batch | UserError]) -> Batch:
     return batch
 
 
-def _collate(tokens: Tokens | None, rows: list[tuple[int, NDArray[np.uint8] | UserError]]) -> Batch | UserError:
-    pixels = []
-    for _, picture in rows:
+def _collate(texts: Tokens | Rows | None, rows: list[tuple[int, Any, torch.Tensor | None]]) -> Batch | UserError:
+    pictures = []
+    for _, picture, _ in rows:
         if isinstance(picture, UserError):
             return picture
-        pixels.append(torch.from_numpy(picture))
-    indices = np.array([index for index, _ in rows])
-    if tokens is None:
-        return Batch(indices, torch.stack(pixels))
-    return Batch(indices, torch.stack(pixels), tokens.batch(indices), tokens.lengths(indices))
+        pictures.append(torch.from_numpy(picture))
+    keep = torch.stack([kept for *_, kept in rows if kept is not None]) if rows[0][2] is not None else None
+    batch = Batch(np.array([index for index, *_ in rows]), torch.stack(pictures), keep=keep)
+    if texts is None:
+        return batch
+    lengths = texts.lengths(batch.indices) if isinstance(texts, Tokens) else None
+    return replace(batch, texts=texts.batch(batch.indices), lengths=lengths)

@@ -1,16 +1,14 @@
-"""The run folder: where things are in it, models that others can open, and the state that a run resumes from.
+"""The run folder: where things are in it, and models that others can open.
 
 run/config.yaml  results.json  losses.jsonl  train.log  tensorboard/
 run/model/                     the last weights: a Hugging Face folder, or a peft adapter
 run/best/                      the same at the best validation
-run/checkpoints/step-N/        state.safetensors (what moves, AdamW's moments, random states), state.json
+run/checkpoints/step-N/        what a run resumes from (state.py)
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +17,8 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from cytoclip import adapters, files, images, model, towers
+from cytoclip import adapters, files, images, model
 from cytoclip.config import Model
-from cytoclip.device import RandomState, World
 from cytoclip.errors import ExitCode, UserError
 from cytoclip.images import PixelSpec
 from cytoclip.model import DualEncoder
@@ -44,11 +41,6 @@ class RunFolder:
     lock = property(lambda self: self.path / ".lock")
     checkpoints = property(lambda self: self.path / "checkpoints")
 
-    def states(self) -> list[tuple[int, Path]]:
-        """(step, folder) of every whole checkpoint, the oldest first."""
-        found = [(int(m[1]), p) for p in self.checkpoints.glob("step-*") if (m := re.fullmatch(r"step-(\d+)", p.name))]
-        return sorted(found)
-
 
 @dataclass(frozen=True)
 class Opened:
@@ -59,11 +51,7 @@ class Opened:
     name
         The hub id or absolute folder that it came from.
     plain
-        Whether plain transformers opens `name` as it is here: only then can an adapter name it as its base.
-    context
-        Tokens of a caption at most.
-    stretched
-        Whether `model.context_length` made that more than the checkpoint's own.
+        Whether plain transformers opens `name`: only then can an adapter name it as its base.
     """
 
     encoder: DualEncoder
@@ -73,29 +61,28 @@ class Opened:
     context: int
     name: str
     plain: bool
-    stretched: bool = False
 
 
 def open_model(name: str, context_length: int | None = None) -> Opened:
     """Open a hub id, a Hugging Face folder, a peft adapter folder of ours, or a run folder (its best weights).
 
-    Parameters
-    ----------
-    context_length
-        Tokens that the text tower shall read, above the checkpoint's own; see `towers.stretch_context`.
-
-    Raises
-    ------
-    UserError
-        For what cannot be opened, or not be made longer.
+    With `context_length` the text tower of a CLIP is made to read that many tokens.
     """
+    opened = _open(name)
+    if context_length is None or context_length == opened.context:
+        return opened
+    read = model.Checkpoint(opened.encoder.clip, opened.tokenizer, opened.image_processor)
+    model.stretch_context(read, context_length, opened.name)
+    return replace(opened, context=read.context, plain=False)  # an adapter beside the base would lose the stretch
+
+
+def _open(name: str) -> Opened:
     place = locate(name)
     folder = Path(place)
     adapter = folder / "adapter_config.json"
     if not adapter.is_file():
         read = model.read(place)
-        plain = run_of(name) is None  # a run's weights may change under its name
-        return _opened(read, place, plain, context_length)
+        return _opened(read, read.clip, place, plain=run_of(name) is None)  # a run's weights may change under its name
     if not (folder / "adapter_model.safetensors").is_file() or not (folder / BESIDE).is_file():
         raise UserError(
             f"{folder} has an adapter but not both of adapter_model.safetensors and {BESIDE}",
@@ -119,7 +106,7 @@ def open_model(name: str, context_length: int | None = None) -> Opened:
             ExitCode.MODEL,
         )
     clip.load_state_dict(beside, strict=False)
-    return _opened(replace(read, clip=clip), place, False, context_length)
+    return _opened(read, clip, place, plain=False)
 
 
 def locate(name: str) -> str:
@@ -175,99 +162,44 @@ def save_model(folder: Path, opened: Opened, adapter: PeftModel | None, wanted: 
         opened.image_processor.save_pretrained(str(new))
 
 
-def save_state(
-    run: RunFolder, step: int, encoder: DualEncoder, optimizer: Any, world: World, more: dict[str, Any]
-) -> None:
-    """Write `checkpoints/step-N` and then drop the older ones. Called in all processes; the first one writes.
-
-    Parameters
-    ----------
-    step
-        How many steps are done.
-    more
-        What else the run must remember, as JSON.
-    """
-    tensors = _random_states(world)
-    if not world.first:
-        return
-    for name, parameter in encoder.moving().items():
-        tensors[f"param.{name}"] = parameter.detach().cpu()
-        tensors |= {f"optim.{key}.{name}": value.cpu() for key, value in optimizer.state[parameter].items()}
-    with files.whole_folder(run.checkpoints / f"step-{step}") as new:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, new / "state.safetensors")
-        files.write_json(new / "state.json", {"step": step, **more})
-    for folder in run.checkpoints.iterdir():  # the older ones, and what a crash left of one
-        if folder.name != f"step-{step}":
-            files.remove(folder)
+def weights_digest(folder: Path) -> str:
+    """SHA-256 of the weights in a model folder; of nothing where there is none."""
+    return " ".join(files.sha256(file) for file in sorted(folder.glob("*.safetensors")))
 
 
-def load_state(folder: Path, encoder: DualEncoder, optimizer: Any, world: World) -> dict[str, Any]:
-    """Put weights, moments and random states back, and return what `save_state` was told to remember."""
-    try:
-        tensors = load_file(folder / "state.safetensors")
-        more: dict[str, Any] = files.read_json(folder / "state.json")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(
-            f"the checkpoint {folder} cannot be read: {error}", "delete that folder to start over", ExitCode.RUN
-        ) from None
-    moving = encoder.moving()
-    saved = {name.removeprefix("param.") for name in tensors if name.startswith("param.")}
-    if saved != set(moving):
-        raise UserError(
-            f"the checkpoint {folder} holds other parameters than this model trains",
-            "delete that folder to start over, or name another output",
-            ExitCode.RUN,
-        )
-    with torch.no_grad():
-        for name, parameter in moving.items():
-            parameter.copy_(tensors[f"param.{name}"])
-            optimizer.state[parameter] = {
-                key: _moment(parameter, key, tensors[f"optim.{key}.{name}"])
-                for key in ("step", "exp_avg", "exp_avg_sq")
-            }
-    _set_random_states(tensors, world)
-    return more
-
-
-def _opened(read: model.Checkpoint, place: str, plain: bool, context_length: int | None) -> Opened:
+def _opened(read: model.Checkpoint, clip: Any, place: str, plain: bool) -> Opened:
     pixels = PixelSpec.from_processor(read.image_processor)
-    if read.image_size and pixels.size != (read.image_size, read.image_size):
+    if read.family.fixed_size and pixels.size != (read.image_size, read.image_size):
         raise UserError(
             f"{place}: its image processor makes {pixels.size} pixels but its image tower reads {read.image_size}",
             "set size and crop_size in preprocessor_config.json to the model's image_size",
             ExitCode.MODEL,
         )
-    stretched = context_length is not None and towers.stretch_context(read, context_length)
-    encoder = DualEncoder(read.clip, partial(images.to_floats, spec=pixels), pixels.size, read.tokenizer.pad_token_id)
-    tokens_1L = torch.tensor(read.tokenizer(["a"], truncation=True, max_length=read.context)["input_ids"])
-    towers.check_pair(place, encoder, tokens_1L, pixels.size)
-    return Opened(
-        encoder=encoder,
-        tokenizer=read.tokenizer,
-        image_processor=read.image_processor,
-        pixels=pixels,
-        context=read.context,
-        name=place,
-        plain=plain and not stretched,
-        stretched=stretched,
+    pad = read.tokenizer.pad_token_id
+    encoder = DualEncoder(
+        clip, lambda pixels_B3HW: images.to_floats(pixels_B3HW, pixels), 0 if pad is None else pad, pixels.size
     )
+    if not read.family.fixed_size:
+        _try_blank_pair(encoder, read.tokenizer, place)
+    return Opened(encoder, read.tokenizer, read.image_processor, pixels, read.context, place, plain)
 
 
-def _moment(parameter: torch.Tensor, key: str, value: torch.Tensor) -> torch.Tensor:
-    """Where AdamW wants it: the step counter beside the parameter only for the fused kernel on CUDA."""
-    here = key == "step" and parameter.device.type != "cuda"
-    return value.clone() if here else value.to(parameter.device, copy=True)
-
-
-def _random_states(world: World) -> dict[str, torch.Tensor]:
-    states = {kind: state for kind, state in vars(RandomState.of(world.device)).items() if state is not None}
-    gathered = {kind: world.gather(state[None].to(world.device)).cpu() for kind, state in states.items()}
-    return {f"random.{kind}.{rank}": row for kind, rows in gathered.items() for rank, row in enumerate(rows)}
-
-
-def _set_random_states(tensors: dict[str, torch.Tensor], world: World) -> None:
-    """Each process gets its own back; one that was not there before draws from a state of its own."""
-    torch.manual_seed(world.rank)
-    cpu, cuda = tensors.get(f"random.cpu.{world.rank}"), tensors.get(f"random.cuda.{world.rank}")
-    if cpu is not None:
-        RandomState(cpu, cuda).restore(world.device)
+@torch.no_grad()
+def _try_blank_pair(encoder: DualEncoder, tokenizer: Any, place: str) -> None:
+    """Any two towers may have been joined: what does not give one vector a picture and a caption is refused here."""
+    was_training = encoder.training
+    encoder.eval()
+    try:
+        pixels = torch.zeros(1, 3, *encoder.image_size, dtype=torch.uint8)
+        embedded = encoder(pixels, torch.tensor([tokenizer("a")["input_ids"]]))
+        problem = "" if all(side.shape == (1, encoder.width) for side in embedded) else "its towers do not pool"
+    except Exception as error:  # whatever the two models say to it
+        problem = " ".join(str(error).split())[:160] or type(error).__name__
+    finally:
+        encoder.train(was_training)
+    if problem:
+        raise UserError(
+            f"{place}: one blank picture of {encoder.image_size} pixels and one caption do not pass: {problem}",
+            "join towers of transformers that have a pooler_output, with an image processor of a size that they take",
+            ExitCode.MODEL,
+        )

@@ -13,7 +13,9 @@ from cytoclip.console import Console
 from cytoclip.device import World
 from cytoclip.errors import ExitCode, Stopped, UserError, first_few
 
-HARMLESS = {"data.workers", "checkpoint.every", "track.to", "output"}  # may differ when a run resumes, or was moved
+# May differ when a run resumes, or was moved: they decide no number.
+HARMLESS = {"data.workers", "checkpoint.every", "checkpoint.keep_last", "track.to", "output"}
+_LENGTHS = ("steps", "epochs")
 
 
 @contextmanager
@@ -47,6 +49,10 @@ def refuse_other_run(run: RunFolder, wanted: Config) -> None:
         drops = wanted.model.lora is not None and wanted.model.lora.dropout > 0  # other chunks, other masks
         harmless = HARMLESS if drops else HARMLESS | {"train.micro_batch_size"}
         changed = [name for name in config.differences(there, wanted) if name not in harmless]
+        for length in _LENGTHS:
+            if changed == [f"train.{length}"]:
+                _refuse_other_length(run, length, there, wanted)
+                return
         if changed:
             raise UserError(
                 f"{run.path} holds a run with another configuration; different: {first_few(changed)}",
@@ -58,6 +64,30 @@ def refuse_other_run(run: RunFolder, wanted: Config) -> None:
     elif run.path.is_dir() and any(p not in _before_config(run) for p in run.path.iterdir()):
         raise UserError(
             f"{run.path} holds files that are no run of ours", "name an empty or a new folder as output", ExitCode.RUN
+        )
+
+
+def is_longer(run: RunFolder, wanted: Config) -> bool:
+    """Whether `wanted`, which `refuse_other_run` let pass, asks for more steps than the run in `run` did."""
+    there = config.load(run.config)
+    return any(getattr(there.train, length) != getattr(wanted.train, length) for length in _LENGTHS)
+
+
+def _refuse_other_length(run: RunFolder, length: str, there: Config, wanted: Config) -> None:
+    """More steps are the same run, longer, where the steps behind are those that the longer run would have made."""
+    was, asked = getattr(there.train, length), getattr(wanted.train, length)
+    if asked < was:
+        raise UserError(
+            f"{run.path} holds a run with train.{length} {was}, more than {asked}: it may grow, not shrink",
+            f"set train.{length}={was} or more, or name another output",
+            ExitCode.RUN,
+        )
+    if wanted.train.schedule != "constant":
+        raise UserError(
+            f"{run.path} holds a run with train.{length} {was}, not {asked}, and with schedule {wanted.train.schedule} "
+            "the learning rate of each step depends on their number",
+            f"set train.{length}={was}, or name another output to train anew",
+            ExitCode.RUN,
         )
 
 

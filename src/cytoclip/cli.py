@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cytoclip import __version__
+from cytoclip import __version__, slurm
 from cytoclip.console import Console, fail
 from cytoclip.errors import ExitCode, Stopped, UserError
 
@@ -191,6 +191,7 @@ def _guarded(work: Callable[[], object]) -> None:
     # Before torch starts its threads: those that wait long in a spin fight with the loader's processes and whatever
     # else runs. Twice the speed on a busy machine, the same on a free one (docs/log.md). What the user set stays.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    slurm.adopt(os.environ)  # before anything asks which process this is
     try:
         outcome = work()
     except UserError as error:

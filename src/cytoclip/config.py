@@ -75,7 +75,8 @@ class Lora(Section):
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
     targets: Literal["auto"] | Annotated[list[NonEmpty], Field(min_length=1)] = Field(
-        "auto", description="Names of the linear layers to adapt; auto: the towers' q, k and v projections."
+        "auto",
+        description="Names of the linear layers to adapt; auto: each tower's q, k and v projections.",
     )
     last_layers: int | None = Field(
         None, ge=1, description="Adapt only this many layers of each tower, the ones next to its output; null: all."
@@ -96,7 +97,7 @@ class Model(Section):
     image_tower: Tower = Field("full", description="What moves in the image tower.")
     text_tower: Tower = Field("full", description="What moves in the text tower.")
     projections: Literal["full", "frozen"] = Field(
-        "full", description="Whether the two projections into the shared space move; new ones always do."
+        "full", description="Whether the two projections into the shared space move."
     )
     lora: Lora | None = Field(None, description="Adapters of the towers that are `lora`; filled in if absent there.")
 

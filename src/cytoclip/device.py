@@ -14,7 +14,9 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from torch.distributed.tensor import DTensor
 
+from cytoclip import slurm
 from cytoclip.errors import ExitCode, UserError, counted
 
 T = TypeVar("T")
@@ -90,6 +92,14 @@ class World:
         dist.all_gather(parts, rows_nD.detach().contiguous())
         return torch.cat(parts)
 
+    def listed(self, own: list[T]) -> list[T]:
+        """The objects of all processes, in the order of the ranks; for what is small and rare."""
+        if self.size == 1:
+            return own
+        parts: list[list[T]] = [[] for _ in range(self.size)]
+        dist.all_gather_object(parts, own)
+        return [each for part in parts for each in part]
+
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over all processes, in place."""
         if self.size > 1:
@@ -109,14 +119,16 @@ class World:
 
         One flat message instead of DDP's reducer: the encoder may then run as often and in whatever parts it likes,
         and the logit scale, whose gradient comes from the loss and not from a forward, is summed like the rest.
+
+        A parameter without a gradient keeps none, as on one process (a zero would let AdamW decay it): all processes
+        run the same forward, so they have the same ones. What is sharded (`shard.py`) was summed in the backward pass.
         """
         if self.size == 1:
             return
-        held = [parameter for parameter in parameters if parameter.requires_grad]
-        for parameter in held:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in held if parameter.grad is not None]
+        own = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        gradients = [gradient for gradient in own if not isinstance(gradient, DTensor)]
+        if not gradients:
+            return
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(flat)
         for gradient, summed in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
@@ -152,6 +164,7 @@ def start(device: str = "auto", precision: str = "auto", said_by: str = "the con
     UserError
         For what the launcher was told and we don't do, a device that is not there, or processes that cannot meet.
     """
+    slurm.adopt(os.environ)
     refuse_launcher(os.environ)
     kind = _device_kind(device)
     wanted, here = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -177,9 +190,11 @@ def start(device: str = "auto", precision: str = "auto", said_by: str = "the con
 
 def refuse_launcher(environment: Mapping[str, str]) -> None:
     """Raise `UserError` for a launcher setting that would otherwise be ignored silently."""
-    hint = "leave it out of `accelerate config` or of the command; README, section Launchers, says what works"
+    leave_out = "leave it out of `accelerate config` or of the command"
+    hint = f"{leave_out}; README, section Launchers, says what works"
     for variable, name in _REFUSED.items():
         if environment.get(variable, "false").lower() in ("true", "1"):
+            hint = f"{leave_out}, and set train.shard=true, which does the same" if name == "FSDP" else hint
             raise UserError(f"the launcher asks for {name}, which is not supported here", hint, ExitCode.SYSTEM)
     if environment.get("ACCELERATE_MIXED_PRECISION", "no").lower() not in ("no", "fp16", "bf16"):
         asked = environment["ACCELERATE_MIXED_PRECISION"]

@@ -6,7 +6,7 @@ Letters: N pairs, U different pictures or captions, n of them in this process, D
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cytoclip.batches import Pictures, loader, next_batch
+from cytoclip.batches import Pictures, Rows, loader, next_batch
 from cytoclip.captions import Tokens
 from cytoclip.console import Bar, Console
 from cytoclip.device import World
@@ -31,15 +31,19 @@ class Reading:
     ----------
     tokens
         Of the split's captions, in their order.
+    image_rows, text_rows
+        Stored features of the split's pictures and captions, where their tower is frozen.
     """
 
     tokens: Tokens
     pixels: PixelSpec
     batch_size: int
     workers: int
+    image_rows: Rows | None = None
+    text_rows: Rows | None = None
 
 
-@torch.inference_mode()
+@torch.no_grad()  # no inference_mode: what a sharded tower gathers first in it could never train
 def encode(
     encoder: DualEncoder, pairs: Pairs, reading: Reading, world: World, console: Console
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,12 +53,18 @@ def encode(
     """
     was_training = encoder.training
     encoder.eval()
-    picture_rows, picture_of = _different(pairs.contents)
-    caption_rows, caption_of = _different(pairs.captions)
+    picture_rows, picture_of = different(pairs.contents)
+    caption_rows, caption_of = different(pairs.captions)
     own_pictures, own_captions = _share(picture_rows, world), _share(caption_rows, world)
     with console.progress("embedding", len(own_pictures) + len(own_captions)) as bar:
-        image_nD = _images(encoder, [pairs.images[row] for row in own_pictures], reading, world, bar)
-        text_nD = _texts(encoder, own_captions, reading, world, bar)
+        if reading.image_rows:
+            image_nD = _stored(encoder.images, reading.image_rows, own_pictures, reading, world, bar)
+        else:
+            image_nD = _images(encoder, [pairs.images[row] for row in own_pictures], reading, world, bar)
+        if reading.text_rows:
+            text_nD = _stored(encoder.texts, reading.text_rows, own_captions, reading, world, bar)
+        else:
+            text_nD = _texts(encoder, own_captions, reading, world, bar)
     encoder.train(was_training)
     image_UD, text_UD = (
         _collected(own, len(rows), encoder.width, world)
@@ -63,27 +73,52 @@ def encode(
     return image_UD[torch.from_numpy(picture_of)], text_UD[torch.from_numpy(caption_of)]
 
 
-def _different(keys: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The first row of each different key (U,), and which of those each row equals (N,)."""
+def different(keys: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The first row of each different key (U,), and which of those each of all rows equals (N,)."""
     numbers: dict[str, int] = {}
     of = np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int64)
     return np.unique(of, return_index=True)[1], of
 
 
 def _share(rows: NDArray[np.int64], world: World) -> NDArray[np.int64]:
+    """As many rows for every process, past the end the last one again: a sharded tower is gathered in each forward
+    pass, which all processes must then do equally often.
+    """
     each = math.ceil(len(rows) / world.size)
-    return rows[world.rank * each : (world.rank + 1) * each]
+    return rows[np.minimum(np.arange(world.rank * each, (world.rank + 1) * each), len(rows) - 1)]
+
+
+def _stored(
+    embed: Callable[[torch.Tensor], torch.Tensor],
+    stored: Rows,
+    rows: NDArray[np.int64],
+    reading: Reading,
+    world: World,
+    bar: Bar,
+) -> list[torch.Tensor]:
+    parts = []
+    for some in _cut(len(rows), reading):
+        with world.autocast():
+            parts.append(embed(stored.batch(rows[some]).to(world.device)))
+        bar.advance(len(parts[-1]))
+    return parts
 
 
 def _images(encoder: DualEncoder, files: list[Path], reading: Reading, world: World, bar: Bar) -> list[torch.Tensor]:
     parts = []
     source = iter(
-        loader(Pictures(files, reading.pixels), None, _cut(len(files), reading), reading.workers, world.device)
+        loader(
+            Pictures(files, reading.pixels),
+            None,
+            [[(row, 0) for row in some] for some in _cut(len(files), reading)],
+            reading.workers,
+            world.device,
+        )
     )
     for _ in _cut(len(files), reading):
         batch = next_batch(source)
         with world.autocast():
-            parts.append(encoder.images(batch.pixels.to(world.device, non_blocking=True)))
+            parts.append(encoder.images(batch.images.to(world.device, non_blocking=True)))
         bar.advance(len(parts[-1]))
     return parts
 
@@ -105,10 +140,6 @@ def _cut(count: int, reading: Reading) -> list[list[int]]:
 
 
 def _collected(parts: list[torch.Tensor], total: int, width: int, world: World) -> torch.Tensor:
-    """All processes' rows (total, D) from this one's parts; the shares are equal but for the last ones."""
-    each = math.ceil(total / world.size)
-    padded = torch.zeros(each, width, device=world.device)
-    if parts:
-        own = torch.cat(parts).float()
-        padded[: len(own)] = own
-    return world.gather(padded)[:total]
+    """All processes' rows (total, D) from this one's parts; what stood in past the end falls off."""
+    own = torch.cat(parts).float() if parts else torch.zeros(0, width, device=world.device)
+    return world.gather(own)[:total]

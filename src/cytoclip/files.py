@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -37,6 +38,11 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """A folder to fill; on a clean exit it takes the place of `path`, on any error nothing changes.
@@ -60,6 +66,26 @@ def whole_folder(path: Path) -> Iterator[Path]:
         beside.rename(path)
         _sync_folder(path.parent)
         shutil.rmtree(old(path), ignore_errors=True)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A binary file to fill; on a clean exit it stands at `path`, on any error nothing does.
+
+    Two processes that fill the same one don't meet: each writes beside it under a name of its own.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.new")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with beside.open("wb") as stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            beside.replace(path)
+            _sync_folder(path.parent)
+        finally:
+            beside.unlink(missing_ok=True)
 
 
 def old(path: Path) -> Path:

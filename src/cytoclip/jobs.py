@@ -2,28 +2,62 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
 
-from cytoclip import adapters, batches, captions, checkpoint, evaluate, families, journal, model, optim, plan, sources
-from cytoclip.batches import Order
+from cytoclip import (
+    adapters,
+    autosize,
+    batches,
+    captions,
+    checkpoint,
+    config,
+    evaluate,
+    families,
+    features,
+    journal,
+    model,
+    optim,
+    plan,
+    repeats,
+    shard,
+    sources,
+)
+from cytoclip.averages import Averages
+from cytoclip.batches import Order, PatchDropout, Pictures, Rows
 from cytoclip.captions import Tokens
 from cytoclip.checkpoint import Opened, RunFolder
 from cytoclip.config import Config
 from cytoclip.console import Console
 from cytoclip.device import World
 from cytoclip.encode import Reading
-from cytoclip.errors import counted
-from cytoclip.pairs import Pairs, fingerprint
+from cytoclip.errors import UserError, counted
+from cytoclip.loss import Encoder
+from cytoclip.objectives import Objective
+from cytoclip.pairs import Identity, Pairs, fingerprint, identities, joined
 from cytoclip.plan import Plan
 
 
 @dataclass(frozen=True)
 class Job:
-    """All that stays the same during a run."""
+    """All that stays the same during a run.
+
+    Parameters
+    ----------
+    start
+        The starting model, where the objective is anchored to it.
+    train, identity
+        The training pairs, replayed roots behind them; and who is right for whom, on the device.
+    pictures, texts
+        What the two towers read of them: decoded pictures and tokens, or stored features of a frozen tower.
+    inputs
+        Digests of all that the run was begun with.
+    """
 
     config: Config
     run: RunFolder
@@ -32,30 +66,48 @@ class Job:
     plan: Plan
     opened: Opened
     adapter: PeftModel | None
+    objective: Objective
+    start: Encoder | None
     optimizer: torch.optim.AdamW
+    averages: Averages | None
     scaler: torch.amp.GradScaler
     train: Pairs
-    tokens: Tokens
+    identity: Identity
+    pictures: Pictures | Rows
+    texts: Tokens | Rows
     order: Order
     val: Pairs
     inputs: dict[str, str]
     reading: Reading
 
 
-def prepare(wanted: Config, run: RunFolder, world: World, console: Console) -> Job:
+def prepare(wanted: Config, run: RunFolder, world: World, console: Console, storing: bool = True) -> Job:
+    """Read, open and build all that a run needs; `storing` False computes no features, as a dry run wants it."""
     journal.check_trackers(wanted.track.to)
     read = world.once(lambda: _read_splits(wanted))
     opened = checkpoint.open_model(wanted.model.name, wanted.model.context_length)
-    tower = opened.encoder.image_tower.config.model_type
-    families.refuse_unsupported(opened.encoder.family, tower, wanted.model, wanted.train)
+    image_tower = opened.encoder.clip.config.vision_config.model_type
+    families.refuse_unsupported(opened.encoder.family, image_tower, wanted.model, wanted.train)
+    objective = _objective(wanted, opened)
     began_from = model.fingerprint(opened.encoder.clip)
+    start = copy.deepcopy(opened.encoder).to(world.device).eval().requires_grad_(False) if objective.anchored else None
     torch.manual_seed(wanted.train.seed)  # new weights are the same in every process
-    adapter = adapters.set_moving(opened.encoder, wanted.model)
-    planned = plan.plan(wanted, opened, len(read["train"][1]), world)
+    adapter = adapters.set_moving(opened.encoder, wanted.model, bias=objective.kind == "sigmoid")
+    optim.refuse_idle(opened.encoder, wanted.train)
+    _switch(wanted, opened, console)
+    order = _order(wanted, read)
+    planned = plan.plan(wanted, opened, order, world)
     splits = world.once(lambda: {n: batches.scanned(pairs, folder, console) for n, (folder, pairs) in read.items()})
     opened.encoder.to(world.device).train()
+    wanted = _with_chunks(wanted, opened, planned, world, console)
     torch.manual_seed(wanted.train.seed + world.rank)  # dropout is not
-    tokens = captions.tokenise(opened.tokenizer, splits["train"].captions, opened.context, opened.encoder.family)
+    train = joined([pairs for name, pairs in splits.items() if name not in ("val", "test")])
+    inputs = _inputs(wanted, opened, train, splits["val"], features.Place(run.path, world, console), storing)
+    encoder = opened.encoder
+    if wanted.train.shard:
+        shard.share_out(encoder, world, console)
+    optimizer = optim.build(encoder, wanted.train)
+    shard.split_groups(optimizer)
     job = Job(
         config=wanted,
         run=run,
@@ -64,19 +116,135 @@ def prepare(wanted: Config, run: RunFolder, world: World, console: Console) -> J
         plan=planned,
         opened=opened,
         adapter=adapter,
-        optimizer=optim.build(opened.encoder.moving(), wanted.train),
+        objective=objective,
+        start=start,
+        optimizer=optimizer,
+        averages=Averages(encoder.moving(), wanted.train.ema) if wanted.train.ema else None,
         scaler=_scaler(world, wanted.train.precision),
-        train=splits["train"],
-        tokens=tokens,
-        order=Order(len(splits["train"]), wanted.train.batch_size, wanted.train.seed),
+        train=train,
+        identity=identities(train).map(lambda ids: torch.from_numpy(ids).to(world.device)),
+        pictures=inputs.pictures,
+        texts=inputs.texts,
+        order=order,
         val=splits["val"],
         inputs={"model": began_from} | {f"{name} split": fingerprint(pairs) for name, pairs in splits.items()},
-        reading=evaluate.reading(
-            opened, splits["val"], plan.held(wanted, world.size), world.loaders(wanted.data.workers)
-        ),
+        reading=inputs.reading,
     )
-    _say_what_is_odd(job)
+    _say_what_is_odd(job, inputs.truncated)
     return job
+
+
+def settled(wanted: Config, world: World, run: RunFolder) -> Config:
+    """The configuration with what depends on the machine written out; a run that goes on keeps its own chunks."""
+    train: dict[str, Any] = {"precision": world.precision}
+    if wanted.train.micro_batch_size == "auto" and run.config.is_file():
+        train["micro_batch_size"] = config.load(run.config).train.micro_batch_size
+    return wanted.model_copy(update={"train": wanted.train.model_copy(update=train)})
+
+
+def first_line(wanted: Config, world: World) -> str:
+    threads = f" with {counted(torch.get_num_threads(), 'thread')}" if world.device.type == "cpu" else ""
+    return (
+        f"{counted(world.size, 'process', 'processes')} on {world.device.type}{threads}, precision {world.precision} "
+        f"(from {world.precision_from}), global batch {wanted.train.batch_size} = {world.size} × "
+        f"{wanted.train.batch_size // world.size}"
+    )
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What the towers read, in training and in validation; and how many training captions lose their end."""
+
+    pictures: Pictures | Rows
+    texts: Tokens | Rows
+    reading: Reading
+    truncated: int
+
+
+def _inputs(wanted: Config, opened: Opened, train: Pairs, val: Pairs, place: features.Place, storing: bool) -> _Inputs:
+    encoder, each = opened.encoder, plan.held(wanted, place.world.size)
+    workers = place.world.loaders(wanted.data.workers)
+    tokens = captions.tokenise(opened.tokenizer, train.captions, opened.context, encoder.family)
+    reading = evaluate.reading(opened, val, each, workers)
+    dropped = wanted.train.patch_dropout
+    dropout = PatchDropout(encoder.patches, dropped, wanted.train.seed) if dropped else None
+    pictures: Pictures | Rows = Pictures(train.images, opened.pixels, dropout)
+    texts: Tokens | Rows = tokens
+    if storing and wanted.model.image_tower == "frozen":
+        pictures, rows = (
+            features.of_pictures(encoder, pairs, opened.pixels, each, workers, place) for pairs in (train, val)
+        )
+        reading = replace(reading, image_rows=rows)
+    if storing and wanted.model.text_tower == "frozen":
+        texts = features.of_captions(encoder, train, tokens, each, place)
+        reading = replace(reading, text_rows=features.of_captions(encoder, val, reading.tokens, each, place))
+    return _Inputs(pictures, texts, reading, tokens.truncated)
+
+
+def _read_splits(wanted: Config) -> dict[str, tuple[Path, Pairs]]:
+    found = {name: wanted.data.split(name) for name in ("train", "val", "test")}
+    for number, replay in enumerate(wanted.data.replay, start=1):
+        root = Path(replay.root)
+        found[f"replay {number}"] = root if (root / sources.LIST_NAME).is_file() else root / "train"
+    return {name: (folder, sources.read(folder)) for name, folder in found.items() if folder}
+
+
+def _order(wanted: Config, read: dict[str, tuple[Path, Pairs]]) -> Order:
+    batch = wanted.train.batch_size
+    each = batches.replayed(batch, [replay.weight for replay in wanted.data.replay])
+    there = [len(pairs) for name, (_, pairs) in read.items() if name.startswith("replay")]
+    return Order(len(read["train"][1]), batch, wanted.train.seed, tuple(zip(there, each, strict=True)))
+
+
+def _objective(wanted: Config, opened: Opened) -> Objective:
+    train, anchor = wanted.train, wanted.train.anchor
+    kind = opened.encoder.family.objective if train.objective == "auto" else train.objective
+    if kind == "sigmoid" and opened.encoder.logit_bias is None:
+        raise UserError(
+            f"train.objective: sigmoid needs a logit bias, which {opened.name} does not have",
+            "set train.objective=infonce, or start from a SigLIP checkpoint",
+        )
+    if kind == "sigmoid" and train.label_smoothing:
+        raise UserError(
+            f"train.label_smoothing: {train.label_smoothing} spreads a softmax's target, and the objective is sigmoid",
+            "set train.label_smoothing=0, or train.objective=infonce",
+        )
+    pulls = (anchor.embeddings, anchor.similarities) if anchor else (0.0, 0.0)
+    return Objective(kind, train.positives, train.label_smoothing, *pulls)
+
+
+def _switch(wanted: Config, opened: Opened, console: Console) -> None:
+    if wanted.train.gradient_checkpointing:
+        model.checkpoint_gradients(opened.encoder)
+    if wanted.train.compile:
+        model.compile_towers(opened.encoder)
+        console.say("train.compile: the first steps compile the towers, which takes minutes")
+    found = opened.encoder.frozen_statistics()
+    if found:
+        console.say(
+            f"{counted(found, 'BatchNorm layer')}: statistics stay those of the checkpoint, or the pairs of a chunk "
+            "would depend on each other"
+        )
+
+
+def _with_chunks(wanted: Config, opened: Opened, planned: Plan, world: World, console: Console) -> Config:
+    """The configuration with the chunk that `auto` stands for; the smallest that any process found."""
+    share = wanted.train.batch_size // world.size
+    if wanted.train.micro_batch_size == "auto":
+        if world.device.type == "cuda":
+            moving = sum(parameter.numel() for parameter in opened.encoder.moving().values())
+            reserved = 8 * moving + 24 * wanted.train.batch_size * opened.encoder.width  # moments, embeddings; float32
+            fits = autosize.trial(opened.encoder, opened.pixels.size, opened.context, reserved, world)
+            found, how = autosize.largest(fits, share), "found by trying"
+        else:
+            found, how = plan.fitting(wanted, opened, planned, world.size), "by the plan's estimate"
+        found = -world.largest(-found)
+        console.say(f"train.micro_batch_size: auto is {found} here, {how}; the global batch stays as it is")
+        wanted = wanted.model_copy(update={"train": wanted.train.model_copy(update={"micro_batch_size": found})})
+    held = plan.held(wanted, world.size)
+    if held < share:
+        console.say(f"in chunks of {held}: each is embedded twice, and the gradient is that of the whole batch")
+    return wanted
 
 
 def _scaler(world: World, precision: str) -> torch.amp.GradScaler:
@@ -85,42 +253,26 @@ def _scaler(world: World, precision: str) -> torch.amp.GradScaler:
     return scaler
 
 
-def settled(wanted: Config, world: World) -> Config:
-    """The configuration with what depends on the machine written out."""
-    return wanted.model_copy(update={"train": wanted.train.model_copy(update={"precision": world.precision})})
-
-
-def first_line(wanted: Config, world: World) -> str:
-    each, held = wanted.train.batch_size // world.size, plan.held(wanted, world.size)
-    chunks = "" if held == each else f", in chunks of {held}"
-    threads = f" with {counted(torch.get_num_threads(), 'thread')}" if world.device.type == "cpu" else ""
-    return (
-        f"{counted(world.size, 'process', 'processes')} on {world.device.type}{threads}, precision {world.precision} "
-        f"(from {world.precision_from}), global batch {wanted.train.batch_size} = {world.size} × {each}{chunks}"
-    )
-
-
-def _read_splits(wanted: Config) -> dict[str, tuple[Path, Pairs]]:
-    found = {name: wanted.data.split(name) for name in ("train", "val", "test")}
-    return {name: (folder, sources.read(folder)) for name, folder in found.items() if folder}
-
-
-def _say_what_is_odd(job: Job) -> None:
-    say, wanted = job.console, job.config
+def _say_what_is_odd(job: Job, truncated: int) -> None:
+    say, wanted, order = job.console, job.config, job.order
+    replay = "".join(f" and {each} of {there} replayed ones" for there, each in order.replay)
     say.say(
-        f"{len(job.train)} training and {len(job.val)} validation pairs, {job.plan.steps} steps of "
-        f"{wanted.train.batch_size}: each pair is seen {job.plan.times_seen:.1f} times"
+        f"{order.pairs} training and {len(job.val)} validation pairs, {job.plan.steps} steps of {order.own}{replay}: "
+        f"each pair is seen {job.plan.times_seen:.1f} times"
     )
-    if wanted.model.context_length and not job.opened.stretched:
-        say.say(f"model.context_length {wanted.model.context_length} is the checkpoint's own: nothing to stretch")
-    if frozen := model.frozen_statistics(job.opened.encoder):
-        say.say(f"{counted(frozen, 'batch norm')} keep their statistics: they would couple the pairs of a chunk")
+    some = identities(job.train)
+    shown = [some.take(rows) for rows, _ in order.draws(0, min(repeats.TYPICAL, job.plan.steps))]
+    say.say(repeats.line(repeats.typical(shown, job.objective), order.batch_size, job.objective))
     if wanted.model.lora and job.adapter:
         lora = wanted.model.lora
-        say.say(f"LoRA rank {lora.rank}, scaling {lora.alpha / lora.rank:g} (alpha ÷ rank)")
-    if job.tokens.truncated:
-        share = job.tokens.truncated / len(job.tokens)
+        over = "√rank" if lora.rslora else "rank"
+        kind = "DoRA" if lora.dora else "LoRA"
+        say.say(f"{kind} rank {lora.rank}, scaling {adapters.scaling(lora):g} (alpha ÷ {over})")
+    if truncated:
+        share = truncated / len(job.train)
         say.warn(f"{share:.1%} of the training captions are longer than {job.opened.context} tokens and lose their end")
+    else:
+        say.say(f"no training caption is longer than the {job.opened.context} tokens of the text tower")
     for k in wanted.validation.ks:
         if k > len(job.val):
             say.warn(f"k = {k} is more than the {len(job.val)} validation pairs: hit@{k} is 1")

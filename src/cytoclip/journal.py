@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -84,10 +85,10 @@ class Stopwatch:
         return reading
 
 
-def note(row: Mapping[str, float], curves: Mapping[str, float], chance_loss: float) -> str:
-    """The training line: loss beside ln(batch), hit@1 in the batch, speed, waiting."""
+def note(row: Mapping[str, float], curves: Mapping[str, float], chance_loss: float, name: str) -> str:
+    """The training line: loss beside that of knowing nothing, hit@1 in the batch, speed, waiting."""
     return (
-        f"loss {row['loss']:.3f} (ln B {chance_loss:.3f}), hit@1 in batch {curves['hit_at_1']:.2f}, "
+        f"loss {row['loss']:.3f} ({name} {chance_loss:.3f}), hit@1 in batch {curves['hit_at_1']:.2f}, "
         f"lr {row['lr']:.2e}, {curves['pairs_per_second']:.0f} pairs/s, "
         f"{curves['waiting_for_data']:.0%} waiting for data"
         + (f", {curves['memory_gb']:.1f} GB" if "memory_gb" in curves else "")
@@ -117,6 +118,7 @@ def check_trackers(names: Sequence[str]) -> None:
 def _tracker(name: str, folder: Path, done: int) -> GeneralTracker:
     try:
         if name == "tensorboard":  # purge_step hides what a crash left behind the checkpoint
+            _wait_for_a_later_name(folder / name)
             made = TensorBoardTracker("tensorboard", str(folder), purge_step=done + 1)
         elif name == "mlflow":
             made = LOGGER_TYPE_TO_CLASS[name](experiment_name="cytoclip", run_name=folder.name)
@@ -126,6 +128,18 @@ def _tracker(name: str, folder: Path, done: int) -> GeneralTracker:
     except Exception as error:  # each service has errors of its own, such as not being logged in
         raise _no_tracker(name, str(error)) from error
     return made
+
+
+def _wait_for_a_later_name(folder: Path) -> None:
+    """Readers take files of events by name, which begins with the second: a new one must come after those there.
+
+    Else a run that was begun again within a second has its steps hidden by what it replaces.
+    """
+    began = [
+        int(m[1]) for path in folder.glob("events.*") if (m := re.match(r"events\.out\.tfevents\.(\d+)", path.name))
+    ]
+    while began and int(time.time()) == max(began):
+        time.sleep(0.02)
 
 
 def _no_tracker(name: str, why: str) -> UserError:

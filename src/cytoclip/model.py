@@ -1,6 +1,6 @@
-"""The dual encoder: two towers, their way into one space, one logit scale; and how its checkpoint is read.
+"""The dual encoder: two towers, two projections, one logit scale; a checkpoint opened, its context stretched.
 
-Letters: B pairs, H×W pixels, L tokens, F width of a tower's pooled feature, D embedding, P patches, K patches kept.
+Letters: B pairs, H×W pixels, L tokens, P patches, K kept ones, D embedding.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional
@@ -22,10 +21,11 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from cytoclip.errors import ExitCode, UserError, first_few
-from cytoclip.families import FAMILIES, PATCH_TOWERS, REFUSED, Family
+from cytoclip.families import FAMILIES, REFUSED, Family
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
 CLIP_SCALE_CEILING = math.log(100)  # of the logit scale: CLIP, arXiv 2103.00020, section 2.5
+KEPT_POSITIONS = 20  # of the text tower, when the context is stretched: Long-CLIP, arXiv 2403.15378, section 3.2
 
 
 class DualEncoder(nn.Module):
@@ -37,152 +37,127 @@ class DualEncoder(nn.Module):
         The transformers model; its weights stay where they are, and under LoRA its layers are replaced in place.
     to_floats
         From uint8 pixels (B, 3, H, W) to what the image tower reads, on whatever device they are.
-    size
-        (H, W) of the pictures; None: the square that the image tower's configuration names.
     pad
-        The id that fills captions, kept out of attention where the family wants that; None: the text tower's own.
+        Token id that fills shorter rows: what a masked text tower does not attend to.
+    image_size
+        (H, W) of the pictures; None: what the checkpoint's configuration says.
     """
 
     def __init__(
         self,
         clip: Any,
         to_floats: Callable[[torch.Tensor], torch.Tensor],
-        size: tuple[int, int] | None = None,
-        pad: int | None = None,
+        pad: int = 0,
+        image_size: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         self.clip = clip
         self.family = FAMILIES[clip.config.model_type]
-        self.to_floats = to_floats
-        self.size = size
-        self.pad = clip.config.text_config.pad_token_id if pad is None else pad
+        self.to_floats, self.pad = to_floats, pad
+        self.image_size: tuple[int, int] = image_size or (clip.config.vision_config.image_size,) * 2
         # A checkpoint above CLIP's ceiling is not crushed down to it (TAO, open_clip #1076).
-        self.scale_ceiling = max(CLIP_SCALE_CEILING, float(clip.logit_scale.detach()))
-        self._keep_BK: torch.Tensor | None = None  # of the forward pass that runs now
-        for name, module in self.image_tower.named_modules():
-            if name.rpartition(".")[2] == "embeddings":
-                module.register_forward_hook(self._leave_out)
+        self.scale_ceiling = max(CLIP_SCALE_CEILING, float(clip.logit_scale.detach().reshape(())))
+        self._keep_BK: torch.Tensor | None = None
+        embeddings = getattr(self.image_tower, "embeddings", None)
+        if isinstance(embeddings, nn.Module):
+            embeddings.register_forward_hook(self._drop_patches)
 
     @property
-    def image_tower(self) -> Any:
-        return getattr(self.clip, self.family.image_tower)
+    def image_tower(self) -> nn.Module:
+        tower: nn.Module = getattr(self.clip, self.family.image_tower)
+        return tower
 
     @property
-    def text_tower(self) -> Any:
-        return getattr(self.clip, self.family.text_tower)
+    def text_tower(self) -> nn.Module:
+        tower: nn.Module = getattr(self.clip, self.family.text_tower)
+        return tower
 
     @property
     def logit_scale(self) -> nn.Parameter:
-        """The logarithm of the factor on the cosines; one element, 0-dimensional but for SigLIP's (1,)."""
+        """The logarithm of the factor on the cosines; one element."""
         scale: nn.Parameter = self.clip.logit_scale
         return scale
 
     @property
     def logit_bias(self) -> nn.Parameter | None:
-        """What SigLIP adds to the scaled cosines, (1,); None in the other families."""
+        """What is added to the logits; one element, None where the family has none."""
         bias: nn.Parameter | None = getattr(self.clip, "logit_bias", None)
         return bias
 
     @property
     def width(self) -> int:
         """D, the dimensions of an embedding."""
-        settings = self.clip.config
-        return int(settings.projection_dim if self.family.projections else settings.vision_config.hidden_size)
+        if self.family.projections:
+            return int(self.clip.config.projection_dim)
+        return int(self.clip.config.vision_config.hidden_size)
 
     @property
     def patches(self) -> int:
-        """P, the patches of a picture.
-
-        Raises
-        ------
-        UserError
-            The image tower does not cut pictures into patches of one size that can be left out.
-        """
-        settings = self.image_tower.config
-        if settings.model_type not in PATCH_TOWERS:
-            raise UserError(
-                f"a {settings.model_type!r} image tower has no patches that can be left out",
-                f"image towers that have: {', '.join(PATCH_TOWERS.values())}",
-                ExitCode.MODEL,
-            )
-        height, width = self.size or (settings.image_size, settings.image_size)
-        return int(height // settings.patch_size) * int(width // settings.patch_size)
-
-    def layers(self, tower: nn.Module) -> list[nn.Module]:
-        """The transformer layers of `image_tower` or `text_tower`, from input to output.
-
-        Raises
-        ------
-        UserError
-            The tower is not a stack of `num_hidden_layers` modules.
-        """
-        settings: Any = tower.config
-        count = getattr(settings, "num_hidden_layers", None)
-        for module in tower.modules():
-            if isinstance(module, nn.ModuleList) and len(module) == count:
-                return list(module)
-        raise UserError(
-            f"the layers of a {settings.model_type!r} tower cannot be told apart",
-            "leave train.compile, train.layer_decay and model.lora.last_layers at their defaults",
-            ExitCode.MODEL,
-        )
+        """P, the patches of a picture; 0 where the image tower has none that could be dropped."""
+        side = getattr(self.clip.config.vision_config, "patch_size", None)
+        if not isinstance(side, int) or not isinstance(getattr(self.image_tower, "embeddings", None), nn.Module):
+            return 0
+        return (self.image_size[0] // side) * (self.image_size[1] // side)
 
     def image_features(self, pixels_B3HW: torch.Tensor, keep_BK: torch.Tensor | None = None) -> torch.Tensor:
-        """uint8 pixels → what the image tower makes of them, (B, F), before the projection; see `forward`."""
+        """uint8 pixels → pooled features before the projection (B, width of the tower).
+
+        Parameters
+        ----------
+        keep_BK
+            int64: the patches that the tower sees (patch dropout, FLIP, arXiv 2212.00794); None: all.
+        """
         self._keep_BK = keep_BK
         try:
             output = self.image_tower(pixel_values=self.to_floats(pixels_B3HW).to(self._dtype))
         finally:
             self._keep_BK = None
-        features_BF: torch.Tensor = output.pooler_output
-        return features_BF
+        features: torch.Tensor = output.pooler_output
+        return features
 
     def text_features(self, tokens_BL: torch.Tensor) -> torch.Tensor:
-        """Token ids → what the text tower makes of them, (B, F), before the projection."""
-        mask = {"attention_mask": (tokens_BL != self.pad).long()} if self.family.masked else {}
+        """Token ids → pooled features before the projection (B, width of the tower)."""
+        mask = {"attention_mask": (tokens_BL != self.pad).long()} if self.family.masks else {}
         output = self.text_tower(input_ids=tokens_BL, **mask)
-        if output.pooler_output is None:  # Chinese CLIP's text tower leaves pooling to the whole
-            output.pooler_output = output.last_hidden_state[:, 0]
-        features_BF: torch.Tensor = output.pooler_output
-        return features_BF
+        features: torch.Tensor = output.pooler_output
+        if self.clip.config.model_type == "chinese_clip":  # the first token as it is, without BERT's pooler
+            features = output.last_hidden_state[:, 0]
+        return features
 
     def images(self, images: torch.Tensor, keep_BK: torch.Tensor | None = None) -> torch.Tensor:
-        """Pixels or features of pictures → unit embeddings (B, D), float32 or wider; see `forward`."""
-        features_BF = self.image_features(images, keep_BK) if images.ndim == 4 else images
-        return self._embedded(features_BF, 0)
+        """uint8 pixels (B, 3, H, W), or a frozen tower's stored features (B, width) → unit embeddings (B, D).
+
+        They are float32 or wider whatever the towers compute in.
+        """
+        features = images.to(self._dtype) if images.ndim == 2 else self.image_features(images, keep_BK)
+        return _unit(self._projected(features, 0))
 
     def texts(self, texts: torch.Tensor) -> torch.Tensor:
-        """Token ids or features of captions → unit embeddings (B, D), float32 or wider; see `forward`."""
-        features_BF = texts if texts.is_floating_point() else self.text_features(texts)
-        return self._embedded(features_BF, 1)
+        """Token ids (B, L), or a frozen tower's stored features (B, width) → unit embeddings (B, D)."""
+        features = texts.to(self._dtype) if texts.is_floating_point() else self.text_features(texts)
+        return _unit(self._projected(features, 1))
 
     def forward(
-        self, images: torch.Tensor, texts: torch.Tensor, keep: torch.Tensor | None = None
+        self, images: torch.Tensor, texts: torch.Tensor, keep_BK: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Unit embeddings (B, D) of pictures and captions, float32 or wider whatever the towers compute in.
+        return self.images(images, keep_BK), self.texts(texts)
 
-        Parameters
-        ----------
-        images
-            uint8 pixels (B, 3, H, W), or floats (B, F) that `image_features` gave earlier.
-        texts
-            int64 token ids (B, L), or floats (B, F) that `text_features` gave earlier.
-        keep
-            int64 (B, K): the patches, of 0 to P - 1, that the image tower sees of each picture; None: all. Class
-            token and registers are always seen (FLIP, arXiv 2212.00794).
+    def train(self, mode: bool = True) -> DualEncoder:
+        """As of any module, but what does not move has no dropout, and BatchNorm keeps its statistics.
+
+        A BatchNorm that learns from a chunk makes its pairs depend on each other, and the loss on the chunks.
         """
-        return self.images(images, keep), self.texts(texts)
-
-    def train(self, mode: bool = True) -> Self:
-        """As of any module, but a tower in which nothing moves keeps its dropout off, and every batch norm its
-        statistics: they would couple the pairs of a chunk, and the chunks of a batch."""
         super().train(mode)
         for tower in (self.image_tower, self.text_tower):
             if not any(parameter.requires_grad for parameter in tower.parameters()):
                 tower.eval()
-        for module in _batch_norms(self):
+        for module in self._batch_norms():
             module.eval()
         return self
+
+    def frozen_statistics(self) -> int:
+        """How many BatchNorm layers the towers have: their statistics stay those of the checkpoint."""
+        return len(self._batch_norms())
 
     def clamp_scale(self) -> None:
         """Hold the logit scale at or below its ceiling; called after each optimizer step."""
@@ -190,55 +165,102 @@ class DualEncoder(nn.Module):
             self.logit_scale.clamp_(max=self.scale_ceiling)
 
     def moving(self) -> dict[str, nn.Parameter]:
-        """The parameters that train, by name.
-
-        DINOv2's mask token is of its pre-training: no picture reaches it, so it never has a gradient.
-        """
-        return {
-            name: parameter
-            for name, parameter in self.clip.named_parameters()
-            if parameter.requires_grad and not name.endswith(".mask_token")
-        }
+        """The parameters that train, by name."""
+        return {name: parameter for name, parameter in self.clip.named_parameters() if parameter.requires_grad}
 
     def sizes(self) -> dict[str, tuple[int, int]]:
-        """(training, all) parameters of the image tower, the text tower, the projections if any, and the scale."""
+        """(training, all) parameters of the image tower, the text tower, the projections and the logit scale."""
         parts = {
             self.family.image_tower: "image tower",
             self.family.text_tower: "text tower",
             **dict.fromkeys(self.family.projections, "projections"),
         }
         counts: dict[str, list[int]] = {name: [0, 0] for name in (*dict.fromkeys(parts.values()), "logit scale")}
-        moving = self.moving()
         for name, parameter in self.clip.named_parameters():
             count = counts[parts.get(name.split(".")[0], "logit scale")]
-            count[0] += parameter.numel() * (name in moving)
+            count[0] += parameter.numel() * parameter.requires_grad
             count[1] += parameter.numel()
-        return {part: (trained, total) for part, (trained, total) in counts.items()}
-
-    def _embedded(self, features_BF: torch.Tensor, side: int) -> torch.Tensor:
-        if self.family.projections:
-            features_BF = getattr(self.clip, self.family.projections[side])(features_BF.to(self._dtype))
-        wide = features_BF.float() if features_BF.dtype in (torch.float16, torch.bfloat16) else features_BF
-        return functional.normalize(wide, dim=-1)
-
-    def _leave_out(self, _module: nn.Module, _inputs: Any, tokens_BTF: torch.Tensor) -> torch.Tensor:
-        """After the patch embedding: positions are in the tokens by now, so those left out may simply go."""
-        keep_BK = self._keep_BK
-        if keep_BK is None:
-            return tokens_BTF
-        first = tokens_BTF.shape[1] - self.patches
-        kept_BKF = tokens_BTF[:, first:].gather(1, keep_BK[:, :, None].expand(-1, -1, tokens_BTF.shape[2]))
-        return torch.cat([tokens_BTF[:, :first], kept_BKF], dim=1)
+        return {name: (moving, total) for name, (moving, total) in counts.items()}
 
     @property
     def _dtype(self) -> torch.dtype:
         dtype: torch.dtype = self.clip.dtype
         return dtype
 
+    def _projected(self, features: torch.Tensor, side: int) -> torch.Tensor:
+        if not self.family.projections:
+            return features
+        projected: torch.Tensor = getattr(self.clip, self.family.projections[side])(features)
+        return projected
 
-def frozen_statistics(encoder: DualEncoder) -> int:
-    """How many batch norms there are, all of which keep the statistics that they came with."""
-    return len(_batch_norms(encoder))
+    def _drop_patches(self, _: nn.Module, __: Any, output_BTh: torch.Tensor) -> torch.Tensor | None:
+        """A hook behind the patch embeddings: keeps what comes before the patches (a class token) and `keep_BK`."""
+        if self._keep_BK is None:
+            return None
+        before = output_BTh.shape[1] - self.patches
+        kept_BK = self._keep_BK + before
+        first_B = torch.arange(before, device=kept_BK.device).expand(len(kept_BK), before)
+        return output_BTh.take_along_dim(torch.cat([first_B, kept_BK], dim=1)[..., None], dim=1)
+
+    def _batch_norms(self) -> list[nn.Module]:
+        return [module for module in self.modules() if isinstance(module, _BatchNorm)]
+
+
+def layers(tower: nn.Module) -> nn.ModuleList:
+    """The transformer layers of a tower, the one next to its input first; empty where it has none."""
+    count = getattr(tower.config, "num_hidden_layers", None)
+    lists = [module for module in tower.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
+    return lists[0] if lists else nn.ModuleList()
+
+
+def checkpoint_gradients(encoder: DualEncoder) -> None:
+    """Keep each layer's input only, and compute the rest again in the backward pass; of the towers that move."""
+    for tower in (encoder.image_tower, encoder.text_tower):
+        if not any(parameter.requires_grad for parameter in tower.parameters()):
+            continue
+        if not getattr(tower, "supports_gradient_checkpointing", False):
+            raise UserError(
+                f"train.gradient_checkpointing: {type(tower).__name__} of transformers does not support it",
+                "delete train.gradient_checkpointing, and lower train.micro_batch_size instead",
+                ExitCode.MODEL,
+            )
+        # transformers is renaming it
+        switch: Any = getattr(tower, "activation_checkpointing_enable", tower.gradient_checkpointing_enable)
+        switch({"use_reentrant": False})
+
+
+def compile_towers(encoder: DualEncoder) -> None:
+    """Compile both towers where they are, for any number of pairs and tokens; names of weights stay."""
+    for tower in (encoder.image_tower, encoder.text_tower):
+        tower.compile(dynamic=True)
+
+
+def stretch_context(opened: Checkpoint, length: int, name: str) -> None:
+    """Let CLIP's text tower read `length` tokens.
+
+    The first 20 position embeddings are kept. The i-th after them is read, between neighbours, at the place
+    i · (n − 20) ÷ (length − 20) of the old ones, and at the very end on the line through the last two: for 77 → 248
+    what Long-CLIP does (arXiv 2403.15378, section 3.2). The configuration and the tokenizer follow, so what is saved
+    opens with plain transformers at its new length.
+
+    Raises
+    ------
+    UserError
+        For a length below the checkpoint's own.
+    """
+    text = opened.clip.config.text_config
+    if length < text.max_position_embeddings:
+        raise UserError(
+            f"model.context_length: {length} is less than the {text.max_position_embeddings} tokens that {name} reads",
+            "delete model.context_length, or set it above that; 248 is Long-CLIP's",
+            ExitCode.MODEL,
+        )
+    embeddings = opened.clip.text_model.embeddings
+    old_Lh = embeddings.position_embedding.weight.detach()
+    embeddings.position_embedding = nn.Embedding(length, old_Lh.shape[1], _weight=_stretched(old_Lh, length))
+    embeddings.position_ids = torch.arange(length)[None]
+    text.max_position_embeddings = opened.clip.text_model.config.max_position_embeddings = length
+    opened.tokenizer.model_max_length = length
 
 
 @dataclass(frozen=True)
@@ -255,20 +277,18 @@ class Checkpoint:
 
     @property
     def context(self) -> int:
-        """Tokens that the text tower reads at most, of a BERT-like one no more than its tokenizer says."""
-        positions = int(self.clip.config.text_config.max_position_embeddings)
-        if self.family.pooled != "first":
-            return positions
-        tables = [m for n, m in self.clip.named_modules() if n.endswith(".embeddings.position_embeddings")]
-        padding = getattr(tables[0], "padding_idx", None) if tables else None
-        if padding is not None:  # RoBERTa counts positions from the one behind the padding's
-            positions -= padding + 1
-        return min(positions, int(self.tokenizer.model_max_length))
+        """Tokens that the text tower reads at most."""
+        text = self.clip.config.text_config
+        most = int(text.max_position_embeddings)
+        if self.family.masks:  # a tower on its own: its tokenizer may say less, and RoBERTa numbers from behind its pad
+            most -= int(text.pad_token_id) + 1 if "roberta" in text.model_type else 0
+            most = min(most, int(self.tokenizer.model_max_length))
+        return most
 
     @property
-    def image_size(self) -> int | None:
-        """Side of the square picture that the image tower reads, in pixels; None where the processor decides."""
-        return int(self.clip.config.vision_config.image_size) if self.family.image_size == "config" else None
+    def image_size(self) -> int:
+        """Side of the square picture that the image tower reads, in pixels."""
+        return int(self.clip.config.vision_config.image_size)
 
 
 def read(name: str) -> Checkpoint:
@@ -285,39 +305,46 @@ def read(name: str) -> Checkpoint:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise not_opened(name, error) from None
+    if config.model_type in REFUSED:
+        raise UserError(f"{name} cannot be trained", f"it {REFUSED[config.model_type]}", ExitCode.MODEL)
     family = FAMILIES.get(config.model_type)
     if family is None:
-        known = f"model types that can be trained: {', '.join(FAMILIES)}; such as openai/clip-vit-base-patch16"
         raise UserError(
             f"{name} is a {config.model_type!r} checkpoint, not a CLIP-like one",
-            REFUSED.get(config.model_type, known),
+            f"model types that can be trained: {', '.join(FAMILIES)}; such as openai/clip-vit-base-patch16",
             ExitCode.MODEL,
         )
     try:
         # transformers 5 keeps the dtype of the file: a half-precision checkpoint would train in half precision.
-        clip, report = getattr(transformers, family.opens).from_pretrained(
+        clip, report = family.opens.from_pretrained(
             name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         processor = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
-    except (OSError, ValueError, KeyError, AttributeError, ImportError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise not_opened(name, error) from None
     missing = sorted(report["missing_keys"])
     if missing:
         raise UserError(
             f"{name} lacks {len(missing)} weights of a whole CLIP: {first_few(missing)}",
-            "name a checkpoint with both towers and both projections",
+            "name a checkpoint with both towers and their projections",
             ExitCode.MODEL,
         )
     if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in _TOKENIZER_FILES):
         raise UserError(  # transformers 5 makes an empty one up
             f"{name} has no tokenizer", f"put its files there: one of {', '.join(_TOKENIZER_FILES)}", ExitCode.MODEL
         )
-    if family.pooled == "end":
+    if family.pools == "end":
         _check_end_token(name, clip, tokenizer)
-    if family.masked:
-        _check_mask(name, tokenizer)
     return Checkpoint(clip, tokenizer, processor)
+
+
+def _stretched(old_Lh: torch.Tensor, length: int) -> torch.Tensor:
+    rest_Lh = old_Lh[KEPT_POSITIONS:]
+    place = torch.arange(length - KEPT_POSITIONS, dtype=torch.float64) * len(rest_Lh) / (length - KEPT_POSITIONS)
+    below = place.long().clamp(max=len(rest_Lh) - 2)
+    part = (place - below)[:, None].to(old_Lh.dtype)
+    return torch.cat([old_Lh[:KEPT_POSITIONS], rest_Lh[below] + part * (rest_Lh[below + 1] - rest_Lh[below])])
 
 
 def fingerprint(clip: nn.Module) -> str:
@@ -345,27 +372,12 @@ def _check_end_token(name: str, clip: Any, tokenizer: Any) -> None:
         )
 
 
-def _check_mask(name: str, tokenizer: Any) -> None:
-    """A BERT-like text tower pools at its first token and must not see the padding."""
-    for what, token in (("padding", tokenizer.pad_token_id), ("cls", tokenizer.cls_token_id)):
-        if token is None:
-            raise UserError(
-                f"{name}: its tokenizer has no {what} token, so it is not that of a BERT-like text tower",
-                "use a text tower of the BERT kind, with its own tokenizer",
-                ExitCode.MODEL,
-            )
-
-
-def _batch_norms(encoder: DualEncoder) -> list[nn.Module]:
-    return [module for module in encoder.modules() if isinstance(module, _BatchNorm)]
-
-
-def reason_of(error: Exception) -> str:
-    """The first line of an error, or its name where it says nothing."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _unit(features_BD: torch.Tensor) -> torch.Tensor:
+    wide = features_BD.float() if features_BD.dtype in (torch.float16, torch.bfloat16) else features_BD
+    return functional.normalize(wide, dim=-1)
 
 
 def not_opened(name: str, error: Exception) -> UserError:
-    reason = reason_of(error)
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     hint = "give a hub id (such as openai/clip-vit-base-patch16; needs a network once), a Hugging Face or a run folder"
     return UserError(f"cannot open the checkpoint {name}: {reason}", hint, ExitCode.MODEL)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,18 @@ def fingerprint(pairs: Pairs) -> str:
     """SHA-256 of what training sees of the pairs, in their order."""
     columns = (pairs.names, pairs.captions, pairs.groups, pairs.contents)
     return hashlib.sha256(repr(columns).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def joined(parts: Sequence[Pairs]) -> Pairs:
+    """Several sets behind one another; groups and sources of the later ones are their own, whatever they are called."""
+
+    def apart(part: int, tag: str | None) -> str | None:
+        return tag if not part or not tag else f"{part}/{tag}"
+
+    columns = {name: tuple(value for part in parts for value in getattr(part, name)) for name in vars(parts[0])}
+    for name in ("groups", "sources"):
+        columns[name] = tuple(apart(i, tag) for i, part in enumerate(parts) for tag in getattr(part, name))
+    return Pairs(**columns)
 
 
 def same_caption_key(caption: str) -> str:

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from cytoclip import files
+from cytoclip.batches import Order
 from cytoclip.checkpoint import Opened, is_adapter_only
 from cytoclip.config import Config
 from cytoclip.console import size
@@ -58,38 +61,31 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan(config: Config, opened: Opened, pairs: int, world: World) -> Plan:
-    """The plan of `config` for `pairs` training pairs, after `adapters.set_moving`.
+def plan(config: Config, opened: Opened, order: Order, world: World) -> Plan:
+    """The plan of `config` for the pairs of `order`, after `adapters.set_moving`.
 
     Raises
     ------
     UserError
         For fewer pairs than a batch, or a batch that the processes don't divide.
     """
-    batch = config.train.batch_size
     check_batch(config, world.size)
-    if pairs < batch:
-        raise UserError(
-            f"{pairs} training pairs are fewer than train.batch_size {batch}: there would be no full batch",
-            f"set train.batch_size to at most {pairs - pairs % world.size}"
-            if pairs >= max(2, world.size)
-            else "a batch needs two pairs, and one for each process: add pairs",
-            ExitCode.DATA,
-        )
-    per_epoch = pairs // batch
+    _check_pairs(config, order, world)
+    per_epoch = order.steps_per_epoch
     steps = config.train.steps or per_epoch * (config.train.epochs or 0)
     sizes = opened.encoder.sizes()
     moving, total = (sum(column) for column in zip(*sizes.values(), strict=True))
-    activations = held(config, world.size) * _activations(config, opened)
+    activations = held(config, world.size) * bytes_per_pair(config, opened)
+    copies = (total if config.train.anchor else 0) + (moving if config.train.ema else 0)
     saved = (moving if is_adapter_only(config.model, opened) else total) * _FLOAT
-    state = moving * (_FLOAT + _ADAM)
+    state = moving * (_FLOAT + _ADAM) + (moving * _FLOAT if config.train.ema else 0)
     return Plan(
         steps=steps,
         steps_per_epoch=per_epoch,
-        times_seen=steps * batch / pairs,
+        times_seen=steps * order.own / order.pairs,
         sizes=sizes,
-        memory=total * _FLOAT + moving * (_FLOAT + _ADAM) + activations,
-        disk=2 * state + 3 * saved,  # a new one is written beside the old one before that goes
+        memory=total * _FLOAT + moving * (_FLOAT + _ADAM) + copies * _FLOAT + activations,
+        disk=(config.checkpoint.keep_last + 1) * state + 3 * saved,  # a new one is written before the oldest goes
     )
 
 
@@ -103,6 +99,41 @@ def check_batch(config: Config, processes: int) -> None:
             f"train.batch_size {batch} is not divisible by the {processes} processes",
             f"set train.batch_size to {' or '.join(map(str, near))}",
         )
+
+
+def _check_pairs(config: Config, order: Order, world: World) -> None:
+    batch, pairs = config.train.batch_size, order.pairs
+    if order.own < 1:
+        raise UserError(
+            f"data.replay leaves {order.own} of the {batch} pairs of a batch to the training split",
+            "lower the weights of data.replay, or raise train.batch_size",
+        )
+    if pairs < order.own:
+        raise UserError(
+            f"{pairs} training pairs are fewer than train.batch_size {batch}: there would be no full batch"
+            if not order.replay
+            else f"{pairs} training pairs are fewer than the {order.own} of them in each batch of {batch}",
+            f"set train.batch_size to at most {pairs - pairs % world.size}"
+            if pairs >= max(2, world.size)
+            else "a batch needs two pairs, and one for each process: add pairs",
+            ExitCode.DATA,
+        )
+    for replay, (there, each) in zip(config.data.replay, order.replay, strict=True):
+        if there < each:
+            raise UserError(
+                f"data.replay: {replay.root} has {there} pairs, and each batch takes {each} of them",
+                "lower its weight, or add pairs",
+                ExitCode.DATA,
+            )
+
+
+def fitting(config: Config, opened: Opened, planned: Plan, processes: int) -> int:
+    """The largest power of two of pairs that, by the estimate, fits into half of the memory that is free now."""
+    share = config.train.batch_size // processes
+    fixed = planned.memory - held(config, processes) * bytes_per_pair(config, opened)
+    room = (psutil.virtual_memory().available // 2 - fixed) // processes
+    most = max(1, room // max(bytes_per_pair(config, opened), 1))
+    return int(min(share, 2 ** (int(most).bit_length() - 1)))
 
 
 def check_disk(planned: Plan, run: Path) -> None:
@@ -124,15 +155,21 @@ def held(config: Config, processes: int) -> int:
     return min(share if chunk is None or chunk == "auto" else chunk, share)
 
 
-def _activations(config: Config, opened: Opened) -> int:
+def bytes_per_pair(config: Config, opened: Opened) -> int:
     """Bytes kept for the backward pass of one pair; a frozen tower keeps none."""
     wide = 2 if config.train.precision == "no" else 1
     settings = opened.encoder.clip.config
     vision, text = settings.vision_config, settings.text_config
-    patches = (vision.image_size // vision.patch_size) ** 2 + 1
-    towers: list[tuple[str, Any, int]] = [
+    patches = opened.encoder.patches * (1 - config.train.patch_dropout) + 1
+    towers: list[tuple[str, Any, float]] = [
         (config.model.image_tower, vision, patches),
         (config.model.text_tower, text, opened.context),
     ]
-    kept = [t.num_hidden_layers * tokens * t.hidden_size * _KEPT for mode, t, tokens in towers if mode != "frozen"]
+    kept = [tokens * t.hidden_size * _kept(config, t) for mode, t, tokens in towers if mode != "frozen"]
     return int(sum(kept)) * wide
+
+
+def _kept(config: Config, tower: Any) -> int:
+    """Bytes a token and a unit of width, over all layers; with checkpointing, the inputs of all and the rest of one."""
+    layers = int(tower.num_hidden_layers)
+    return layers * 2 + _KEPT if config.train.gradient_checkpointing else layers * _KEPT

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
-import math
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,24 +19,28 @@ from cytoclip import (
     claim,
     config,
     device,
+    diverged,
     evaluate,
     files,
     jobs,
     journal,
+    liveness,
     optim,
     plan,
     report,
+    shard,
     signals,
+    state,
 )
-from cytoclip.batches import Batch, Pictures, Share
+from cytoclip.batches import Batch, Share
 from cytoclip.checkpoint import RunFolder
 from cytoclip.config import Config
 from cytoclip.console import Console, duration
 from cytoclip.errors import ExitCode, Stopped, UserError
 from cytoclip.evaluate import Question
 from cytoclip.jobs import Job
-from cytoclip.loss import contrastive_step
-from cytoclip.pairs import Identity, identities
+from cytoclip.loss import Logits, contrastive_step
+from cytoclip.pairs import Identity
 from cytoclip.plan import Plan
 from cytoclip.report import Scores
 
@@ -75,19 +78,20 @@ def fit(wanted: Config, console: Console) -> RunResult:
         For anything that the user can mend; before the first step wherever it can be known by then.
     """
     world = device.start(wanted.train.device, wanted.train.precision)
-    wanted = jobs.settled(wanted, world)
-    plan.check_batch(wanted, world.size)
     run = RunFolder(Path(wanted.output))
-    with claim.claimed(run, wanted, world, console):
-        done = world.once(lambda: _finished(run))
+    wanted = jobs.settled(wanted, world, run)
+    plan.check_batch(wanted, world.size)
+    with liveness.watched(world), claim.claimed(run, wanted, world, console):
+        done = world.once(lambda: _finished(run, wanted))
         if done:
             console.say(f"{run.path} is finished: {done.steps} steps; delete it or name another output to train anew")
             return done
         console.say(jobs.first_line(wanted, world))
+        behind = world.once(lambda: _behind(run, console))
         job = jobs.prepare(wanted, run, world, console)
         world.once(lambda: plan.check_disk(job.plan, run.path))
-        world.once(lambda: files.write_text(run.config, _versions() + config.dump(wanted)))
-        progress = _start_or_resume(job)
+        world.once(lambda: _begin(run, job.config))
+        progress = _resume(job, *behind) if behind else _start(job)
         _train(job, progress)
         return _finish(job, progress)
 
@@ -95,12 +99,12 @@ def fit(wanted: Config, console: Console) -> RunResult:
 def dry_run(wanted: Config, console: Console) -> Plan:
     """Everything that `fit` checks and counts before its first step, and nothing written."""
     world = device.start(wanted.train.device, wanted.train.precision)
-    wanted = jobs.settled(wanted, world)
-    plan.check_batch(wanted, world.size)
     run = RunFolder(Path(wanted.output))
+    wanted = jobs.settled(wanted, world, run)
+    plan.check_batch(wanted, world.size)
     world.once(lambda: claim.refuse_other_run(run, wanted))
     console.say(jobs.first_line(wanted, world))
-    planned = jobs.prepare(wanted, run, world, console).plan
+    planned = jobs.prepare(wanted, run, world, console, storing=False).plan
     world.once(lambda: plan.check_disk(planned, run.path))
     return planned
 
@@ -114,20 +118,59 @@ class _Progress:
     last: Scores = field(default_factory=dict)
     best: Scores = field(default_factory=dict)
     best_step: int = 0
+    best_weights: str = ""
     seconds: float = 0.0
     scaler: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
 
 
-def _start_or_resume(job: Job) -> _Progress:
-    states = job.world.once(job.run.states)
-    if not states:
-        progress = _Progress(inputs=job.inputs)
-        progress.before = progress.last = _validate(job)
-        job.console.say(f"before: {report.one_line(progress.before, job.config.validation.ks)}")
-        return progress
-    step, folder = states[-1]
-    kept = checkpoint.load_state(folder, job.opened.encoder, job.optimizer, job.world)
+def _finished(run: RunFolder, wanted: Config) -> RunResult | None:
+    """What a finished run measured; None for one that is not, or is asked for more steps than it did."""
+    if not run.results.is_file() or claim.is_longer(run, wanted):
+        return None
+    try:
+        found = files.read_json(run.results)
+    except ValueError as error:
+        raise UserError(
+            f"{run.results} is damaged: {error}", "delete it to score the run again", ExitCode.RUN
+        ) from None
+    return RunResult(run.path, found["steps"], found["best_step"], found["before"], found["last"], found["best"])
+
+
+def _behind(run: RunFolder, console: Console) -> tuple[int, Path] | None:
+    """(step, folder) of the checkpoint to go on from; None where the run begins."""
+    found = state.newest(run.checkpoints, console.warn)
+    if found is None and run.results.is_file():
+        raise UserError(
+            f"{run.path} is finished and has no checkpoints left to go on from",
+            "name another output; model.name may be that run's folder",
+            ExitCode.RUN,
+        )
+    return found
+
+
+def _begin(run: RunFolder, wanted: Config) -> None:
+    """In this order, so that a crash between the two leaves a run that is not finished, not one of another length."""
+    run.results.unlink(missing_ok=True)
+    files.write_text(run.config, _versions() + config.dump(wanted))
+
+
+def _start(job: Job) -> _Progress:
+    progress = _Progress(inputs=job.inputs)
+    progress.before = progress.last = _validate(job)
+    job.console.say(f"before: {report.one_line(progress.before, job.config.validation.ks)}")
+    return progress
+
+
+def _resume(job: Job, step: int, folder: Path) -> _Progress:
+    """Go on from a checkpoint; what comes out is what the run would have come to without the stop.
+
+    The one exception: a run that was asked for more steps has also been validated at its old last step, and that may
+    be its best one. Losses and weights are those of a run that was asked for all its steps at once.
+    """
+    kept, averages = state.load_state(folder, job.opened.encoder, job.optimizer, job.world)
+    if job.averages:
+        job.averages.load(averages)
     progress = _Progress(**kept)
     other = [name for name, digest in job.inputs.items() if progress.inputs.get(name) != digest]
     if other:
@@ -137,38 +180,47 @@ def _start_or_resume(job: Job) -> _Progress:
             ExitCode.RUN,
         )
     job.scaler.load_state_dict(progress.scaler)
+    if step < job.plan.steps and progress.best_weights != job.world.once(lambda: _best_weights(job.run)):
+        # best/ is of a later step than this checkpoint, and so better than all before that step: what is best from
+        # here on leads to the same end, and until then best/ and its scores belong together again.
+        progress.best, progress.best_step, progress.best_weights = {}, 0, ""
     job.console.say(f"resuming {job.run.path} after step {step}")
     return progress
+
+
+def _best_weights(run: RunFolder) -> str:
+    files.recover(run.best)
+    return checkpoint.weights_digest(run.best)
 
 
 def _train(job: Job, progress: _Progress) -> None:
     steps = job.plan.steps
     share = Share(job.order, progress.step, steps, job.world.rank, job.world.size)
-    pictures = Pictures(job.train.images, job.opened.pixels)
-    source = iter(batches.loader(pictures, job.tokens, share, job.reading.workers, job.world.device))
-    everyone = identities(job.train).map(lambda ids: torch.from_numpy(ids).to(job.world.device))
+    source = iter(batches.loader(job.pictures, job.texts, share, job.reading.workers, job.world.device))
+    chance = job.objective.chance_loss(job.config.train.batch_size), job.objective.chance_name
     watch, began = journal.Stopwatch(), time.perf_counter() - progress.seconds
     with ExitStack() as stack:
         book = stack.enter_context(_journal(job, progress.step))
         bar = stack.enter_context(job.console.progress("training", steps, start=progress.step))
         asked_to_stop = stack.enter_context(signals.heard())
         losses: list[float] | None = []  # since the warm-up; None once their alarm has rung
-        for rows in job.order.steps(progress.step, steps):
+        for rows, _ in job.order.draws(progress.step, steps):
             asked = time.perf_counter()
             batch = batches.next_batch(source)
             watch.waited(asked)
-            if progress.step == 0:
-                held = batch.pixels[: plan.held(job.config, job.world.size)]  # the whole batch as floats need not fit
+            if progress.step == 0 and batch.images.ndim == 4:
+                held = batch.images[: plan.held(job.config, job.world.size)]  # the whole batch as floats need not fit
                 _ring(job, alarms.no_contrast(job.opened.encoder.to_floats(held)))
-            row, curves = _step(job, progress.step, batch, everyone.take(torch.from_numpy(rows).to(job.world.device)))
+            identity = job.identity.take(torch.from_numpy(rows).to(job.world.device))
+            row, curves = _step(job, progress.step, batch, identity)
             progress.step += 1
             curves |= watch.read(job.config.train.batch_size)
             if losses is not None and progress.step > job.config.train.warmup_steps:
-                losses.append(row["loss"])
-                losses = None if _ring(job, alarms.flat_loss(losses, job.config.train.batch_size)) else losses
+                losses.append(row["loss"] - curves.get("anchor", 0.0))
+                losses = None if _ring(job, alarms.flat_loss(losses, *chance)) else losses
             if book:
                 book.step(row, curves)
-            bar.advance(note=journal.note(row, curves, math.log(job.config.train.batch_size)))
+            bar.advance(note=journal.note(row, curves, *chance))
             save = _due(progress.step, job.config.checkpoint.every, steps)
             if _due(progress.step, job.config.validation.every, steps):
                 save |= _note_validation(job, progress, book)  # best/ and the state that made it belong together
@@ -186,23 +238,30 @@ def _step(job: Job, step: int, batch: Batch, identity: Identity) -> tuple[dict[s
     encoder, world, wanted = job.opened.encoder, job.world, job.config.train
     moving = encoder.moving()
     rate = optim.learning_rate(step, job.plan.steps, wanted)
-    for group in job.optimizer.param_groups:
-        group["lr"] = rate
+    optim.set_rates(job.optimizer, rate)
     job.optimizer.zero_grad()
     chunks = batch.chunks(plan.held(job.config, world.size))
     factor = job.scaler.get_scale() if job.scaler.is_enabled() else 1.0
-    result = contrastive_step(encoder, encoder.logit_scale, chunks, identity, world, wanted.positives, factor)
+    logits = Logits(encoder.logit_scale, encoder.logit_bias)
+    result = contrastive_step(encoder, logits, chunks, identity, world, job.objective, factor, job.start)
     world.sum_gradients(moving.values())
     job.scaler.unscale_(job.optimizer)
-    norm = optim.clip(moving, wanted.max_grad_norm)
-    values = torch.stack([result.loss, norm, encoder.logit_scale.detach(), result.hit_at_1]).tolist()
+    clipped = optim.clip(moving, wanted.max_grad_norm)
+    scale = encoder.logit_scale.detach().reshape(())
+    values = torch.stack([result.loss, clipped, scale, result.hit_at_1, result.anchor]).tolist()
     skips = job.scaler.is_enabled() and factor >= 1  # fp16 tries again at half the scale
-    optim.refuse_non_finite(step + 1, values[0], 0.0 if skips else values[1])
+    names = [job.train.names[row] for row in batch.indices]
+    norm = 0.0 if skips else values[1]
+    diverged.refuse_non_finite(step + 1, values[0], norm, encoder, chunks, names, world)
     job.scaler.step(job.optimizer)
     job.scaler.update()
     encoder.clamp_scale()
+    if job.averages:
+        job.averages.update()
     row = {"step": step + 1, "loss": values[0], "lr": rate, "logit_scale": values[2], "gradient_norm": values[1]}
-    curves = {"hit_at_1": values[3], "chance_loss": math.log(wanted.batch_size)}
+    curves = {"hit_at_1": values[3], "chance_loss": job.objective.chance_loss(wanted.batch_size)}
+    if job.objective.anchored:
+        curves["anchor"] = values[4]
     if world.device.type == "cuda":
         curves["memory_gb"] = torch.cuda.max_memory_allocated(world.device) / 1e9
     return row, curves
@@ -217,7 +276,8 @@ def _note_validation(job: Job, progress: _Progress, book: journal.Journal | None
     better = not progress.best or report.selection_score(progress.last) > report.selection_score(progress.best)
     if better:
         progress.best, progress.best_step = progress.last, progress.step
-        job.world.once(lambda: checkpoint.save_model(job.run.best, job.opened, job.adapter, job.config.model))
+        _save_model(job, job.run.best)
+        progress.best_weights = job.world.once(lambda: _best_weights(job.run))
     job.console.say(f"step {progress.step}: {line}{', the best so far' if better else ''}")
     _ring(job, alarms.at_chance(progress.last))
     return better
@@ -231,7 +291,18 @@ def _ring(job: Job, alarm: str | None) -> bool:
 
 def _validate(job: Job) -> Scores:
     question = Question(job.config.validation.ks)
-    return evaluate.rank(job.opened, job.val, job.reading, question, job.world, job.console)
+    with _averaged(job):
+        return evaluate.rank(job.opened, job.val, job.reading, question, job.world, job.console)
+
+
+def _save_model(job: Job, folder: Path) -> None:
+    with _averaged(job), shard.whole(job.opened.encoder, job.world):
+        job.world.once(lambda: checkpoint.save_model(folder, job.opened, job.adapter, job.config.model))
+
+
+def _averaged(job: Job) -> AbstractContextManager[None]:
+    """The weights that are validated and saved: their moving average, where there is one."""
+    return job.averages.applied() if job.averages else nullcontext()
 
 
 def _save(job: Job, progress: _Progress, book: journal.Journal | None) -> None:
@@ -239,7 +310,11 @@ def _save(job: Job, progress: _Progress, book: journal.Journal | None) -> None:
         book.sync()
     progress.scaler = job.scaler.state_dict()
     remembered = {k: v for k, v in asdict(progress).items() if k != "step"}
-    checkpoint.save_state(job.run, progress.step, job.opened.encoder, job.optimizer, job.world, remembered)
+    averages = job.averages.state() if job.averages else None
+    keep = job.config.checkpoint.keep_last
+    state.save_state(
+        job.run.checkpoints, progress.step, job.opened.encoder, job.optimizer, job.world, remembered, averages, keep
+    )
 
 
 def _finish(job: Job, progress: _Progress) -> RunResult:
@@ -254,25 +329,10 @@ def _finish(job: Job, progress: _Progress) -> RunResult:
         "device": job.world.device.type,
     }
 
-    def save() -> None:
-        checkpoint.save_model(job.run.model, job.opened, job.adapter, job.config.model)
-        files.write_json(job.run.results, written)  # last: it is what makes the run finished
-
-    job.world.once(save)
+    _save_model(job, job.run.model)
+    job.world.once(lambda: files.write_json(job.run.results, written))  # last: it is what makes the run finished
     job.console.say(f"finished {steps} steps in {duration(progress.seconds)}")
     return result
-
-
-def _finished(run: RunFolder) -> RunResult | None:
-    if not run.results.is_file():
-        return None
-    try:
-        found = files.read_json(run.results)
-    except ValueError as error:
-        raise UserError(
-            f"{run.results} is damaged: {error}", "delete it to score the run again", ExitCode.RUN
-        ) from None
-    return RunResult(run.path, found["steps"], found["best_step"], found["before"], found["last"], found["best"])
 
 
 def _versions() -> str:

@@ -11,11 +11,11 @@ from cytoclip import config
 PACKAGE = Path(config.__file__).parent
 CLASSES = {
     "Config": "", "Data": "data", "Model": "model", "Lora": "model.lora", "Train": "train", "Validate": "validate",
-    "Checkpoint": "checkpoint", "Track": "track",
+    "Checkpoint": "checkpoint", "Track": "track", "Anchor": "train.anchor", "Replay": "data.replay",
 }  # fmt: skip
 ATTRIBUTES = {
     "config": "", "data": "data", "model": "model", "lora": "model.lora", "train": "train", "validation": "validate",
-    "checkpoint": "checkpoint", "track": "track",
+    "checkpoint": "checkpoint", "track": "track", "anchor": "train.anchor", "replay": "data.replay",
 }  # fmt: skip
 SPLITS = {"data.root", "data.train", "data.val", "data.test"}  # read through Data.split
 
@@ -39,7 +39,12 @@ def reads(path: Path) -> Iterator[str]:
 
 
 def aliases(node: ast.AST) -> Iterator[tuple[str, str]]:
-    """`wanted = job.config.train`, alone or in a tuple."""
+    """`wanted = job.config.train`, alone or in a tuple; `for replay in wanted.data.replay`."""
+    if isinstance(node, ast.For | ast.comprehension):
+        loop = node.iter.args[0] if isinstance(node.iter, ast.Call) and node.iter.args else node.iter  # enumerate(…)
+        target = node.target.elts[-1] if isinstance(node.target, ast.Tuple) else node.target
+        if isinstance(target, ast.Name) and isinstance(loop, ast.Attribute) and loop.attr in ATTRIBUTES:
+            yield target.id, ATTRIBUTES[loop.attr]
     if not isinstance(node, ast.Assign):
         return
     target, value = node.targets[0], node.value

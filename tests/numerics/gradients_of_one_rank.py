@@ -15,17 +15,19 @@ from safetensors.torch import save_file
 from cytoclip import adapters, checkpoint, device, loss, model
 from cytoclip.config import Model
 from cytoclip.device import World
+from cytoclip.objectives import Objective
 from cytoclip.pairs import Identity
 
 B = 48
 CHUNKS = (48, 16, 7, 1)
 REPEATS = (False, True)
 TOWERS = (("full", "full"), ("lora", "lora"), ("full", "lora"))
-Case = tuple[int, bool, tuple[str, str]]
+OBJECTIVES = (Objective(), Objective("sigmoid"), Objective("infonce", "ignore", 0.1, 0.3, 0.7))
+Case = tuple[int, bool, tuple[str, str], Objective]
 
 
 def cases() -> list[Case]:
-    return list(itertools.product(CHUNKS, REPEATS, TOWERS))
+    return list(itertools.product(CHUNKS, REPEATS, TOWERS, OBJECTIVES))
 
 
 def encoder_of(base: Path, towers: tuple[str, str], dropout: float = 0.0) -> model.DualEncoder:
@@ -61,17 +63,35 @@ def identity_of(repeats: bool) -> Identity:
     )
 
 
+def start_of(base: Path) -> model.DualEncoder:
+    """Another starting model than the encoder, so that the anchor pulls."""
+    start = encoder_of(base, ("full", "full")).eval()
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in start.moving().values():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return start
+
+
 def gradients(case: Case, base: Path, world: World) -> dict[str, torch.Tensor]:
     """The loss, and every gradient summed over processes, by name."""
-    chunk, repeats, towers = case
+    chunk, repeats, towers, objective = case
     encoder = encoder_of(base, towers)
+    bias = torch.nn.Parameter(torch.full((1,), -2.0, dtype=torch.float64)) if objective.kind == "sigmoid" else None
     own = slice(world.rank * B // world.size, (world.rank + 1) * B // world.size)
     pieces = [part[own].split(chunk) for part in inputs(encoder)]
     result = loss.contrastive_step(
-        encoder, encoder.logit_scale, list(zip(*pieces, strict=True)), identity_of(repeats), world
+        encoder,
+        loss.Logits(encoder.logit_scale, bias),
+        list(zip(*pieces, strict=True)),
+        identity_of(repeats),
+        world,
+        objective,
+        start=start_of(base) if objective.anchored else None,
     )
-    world.sum_gradients(encoder.moving().values())
-    return {"loss": result.loss} | {name: parameter.grad for name, parameter in encoder.moving().items()}
+    moving = encoder.moving() | ({} if bias is None else {"logit_bias": bias})
+    world.sum_gradients(moving.values())
+    return {"loss": result.loss} | {name: parameter.grad for name, parameter in moving.items()}
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ def run(case: dict[str, Any]) -> train.RunResult:
     """`train.fit` of one case in this process."""
     opens, steps = checkpoint.open_model, train._step
 
-    def open_double(name: str) -> checkpoint.Opened:
-        opened = opens(name)
+    def open_double(*asked: Any) -> checkpoint.Opened:
+        opened = opens(*asked)
         opened.encoder.double()
         return opened
 

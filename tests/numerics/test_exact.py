@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 
 from cytoclip import loss
 from cytoclip.device import World
+from cytoclip.objectives import Objective
 from tests.numerics import gradients_of_one_rank as one_rank
 from tests.numerics.test_loss import textbook
 from tests.numerics.test_processes import spawn
@@ -33,19 +35,20 @@ def found(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dic
     return collected
 
 
-def test_it_is_the_plain_formula_in_all_72_cases(found: dict[int, dict[str, torch.Tensor]], base: Path) -> None:
+def test_it_is_the_plain_formula_in_all_216_cases(found: dict[int, dict[str, torch.Tensor]], base: Path) -> None:
     checked = 0
-    for i, (chunk, repeats, towers) in enumerate(one_rank.cases()):
-        expected = plain(base, repeats, towers)
+    for i, (chunk, repeats, towers, objective) in enumerate(one_rank.cases()):
+        expected = plain(base, repeats, towers, objective)
         for processes in PROCESSES:
-            case = (processes, chunk, repeats, towers)
+            case = (processes, chunk, repeats, towers, objective)
             names = {name.partition("/")[2] for name in found[processes] if name.startswith(f"{i}/")}
             assert names == expected.keys(), case
-            assert "logit_scale" in names
+            assert {"logit_scale"} <= names
+            assert ("logit_bias" in names) == (objective.kind == "sigmoid")
             for name, value in expected.items():
                 assert torch.allclose(found[processes][f"{i}/{name}"], value, rtol=0, atol=1e-10), (case, name)
             checked += 1
-    assert checked == 4 * 3 * 2 * 3 == 72
+    assert checked == 3 * 4 * 3 * 2 * 3 == 216
 
 
 @pytest.mark.parametrize("chunk", [7, 16, 48])
@@ -60,7 +63,7 @@ def test_with_dropout_it_is_the_same_chunks_in_one_graph(chunk: int, base: Path)
         chunks = list(zip(*pieces, strict=True))
         torch.manual_seed(11)
         if exact:
-            loss.contrastive_step(encoder, encoder.logit_scale, chunks, identity, ALONE)
+            loss.contrastive_step(encoder, loss.Logits(encoder.logit_scale), chunks, identity, ALONE)
         else:
             images, texts = (torch.cat(side) for side in zip(*(encoder(*one) for one in chunks), strict=True))
             textbook(images, texts, encoder.logit_scale, identity).backward()
@@ -82,13 +85,25 @@ def test_one_chunk_is_embedded_once_and_several_twice(base: Path) -> None:
     for chunk in (48, 20):
         pieces = [part.split(chunk) for part in one_rank.inputs(encoder)]
         loss.contrastive_step(
-            counting, encoder.logit_scale, list(zip(*pieces, strict=True)), one_rank.identity_of(False), ALONE
+            counting,
+            loss.Logits(encoder.logit_scale),
+            list(zip(*pieces, strict=True)),
+            one_rank.identity_of(False),
+            ALONE,
         )
     assert calls == [(48, True), *[(n, grad) for grad in (False, True) for n in (20, 20, 8)]]
 
 
-def plain(base: Path, repeats: bool, towers: tuple[str, str]) -> dict[str, torch.Tensor]:
+@functools.cache
+def plain(base: Path, repeats: bool, towers: tuple[str, str], objective: Objective) -> dict[str, torch.Tensor]:
     encoder = one_rank.encoder_of(base, towers)
-    value = textbook(*encoder(*one_rank.inputs(encoder)), encoder.logit_scale, one_rank.identity_of(repeats))
+    inputs = one_rank.inputs(encoder)
+    with torch.no_grad():
+        start = one_rank.start_of(base)(*inputs) if objective.anchored else None
+    bias = torch.full((1,), -2.0, dtype=torch.float64, requires_grad=True)
+    value = textbook(
+        *encoder(*inputs), encoder.logit_scale, one_rank.identity_of(repeats), objective, bias=bias, start=start
+    )
     value.backward()
-    return {"loss": value.detach()} | {name: p.grad for name, p in encoder.moving().items()}
+    moving = {name: p.grad for name, p in encoder.moving().items()}
+    return {"loss": value.detach()} | moving | ({"logit_bias": bias.grad} if objective.kind == "sigmoid" else {})

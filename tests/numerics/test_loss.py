@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional
 
-from cytoclip import adapters, checkpoint, loss, model
+from cytoclip import adapters, checkpoint, loss, model, objectives
 from cytoclip.config import Model
 from cytoclip.device import World
+from cytoclip.objectives import Embeddings, Objective, contrast
 from cytoclip.pairs import Identity, right_answers
 
 ALONE = World(torch.device("cpu"))
@@ -32,49 +35,98 @@ def textbook(
     text_BD: torch.Tensor,
     logit_scale: torch.Tensor,
     identity: Identity,
-    positives: str = "groups",
+    objective: Objective = Objective(),  # noqa: B008 - frozen
+    bias: torch.Tensor | None = None,
+    start: Embeddings | None = None,
 ) -> torch.Tensor:
-    """Symmetric cross-entropy over a whole matrix, with targets uniform over the right answers."""
+    """The whole matrix, with autograd: symmetric cross-entropy or pairwise sigmoid, and the anchor."""
     right_BB, pair_BB = right_answers(identity, identity), torch.eye(len(image_BD), dtype=torch.bool)
-    target_BB = (right_BB if positives == "groups" else pair_BB).double()
+    target_BB = right_BB if objective.positives == "groups" else pair_BB
+    in_BB = ~(right_BB & ~pair_BB) if objective.positives == "ignore" else torch.ones_like(right_BB)
     scores_BB = logit_scale.exp() * image_BD @ text_BD.T
-    if positives == "ignore":
-        scores_BB = scores_BB.masked_fill(right_BB & ~pair_BB, -1e300)
-    by_row = -(target_BB / target_BB.sum(1, keepdim=True) * scores_BB.log_softmax(1)).sum(1).mean()
-    by_column = -(target_BB / target_BB.sum(0, keepdim=True) * scores_BB.log_softmax(0)).sum(0).mean()
-    return (by_row + by_column) / 2
+    if objective.kind == "sigmoid":
+        each_BB = torch.nn.functional.logsigmoid((2.0 * target_BB.double() - 1) * (scores_BB + bias))
+        value = -each_BB[in_BB].sum() / len(image_BD)
+    else:
+        value = (_cross_entropy(scores_BB, target_BB, in_BB, objective.smoothing)
+                 + _cross_entropy(scores_BB.T, target_BB.T, in_BB.T, objective.smoothing)) / 2  # fmt: skip
+    if start is not None:
+        for now, then in zip((image_BD, text_BD), start, strict=True):
+            value = value + objective.anchor_embeddings * (now - then).square().sum(1).mean() / 2
+        away_BB = image_BD @ text_BD.T - start[0] @ start[1].T
+        value = value + objective.anchor_similarities * away_BB.square().mean()
+    return value
+
+
+def _cross_entropy(
+    scores_BB: torch.Tensor, target_BB: torch.Tensor, in_BB: torch.Tensor, smoothing: float
+) -> torch.Tensor:
+    rows = []
+    for scores, target, candidates in zip(scores_BB, target_BB, in_BB, strict=True):
+        kept, right = scores[candidates], target[candidates].double()
+        wanted = (1 - smoothing) * right / right.sum() + smoothing / len(kept)
+        rows.append(-(wanted * kept.log_softmax(0)).sum())
+    return torch.stack(rows).mean()
+
+
+OBJECTIVES = [
+    Objective(kind, positives, smoothing, *anchor)
+    for kind, smoothing in (("infonce", 0.0), ("infonce", 0.1), ("sigmoid", 0.0))
+    for positives in ("groups", "pairs", "ignore")
+    for anchor in ((0.0, 0.0), (0.3, 0.7))
+]
 
 
 @pytest.mark.parametrize("rows", [1, 5, 1024])
-@pytest.mark.parametrize("positives", ["groups", "pairs", "ignore"])
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
 @pytest.mark.parametrize("name", IDENTITIES)
 def test_loss_and_gradients_of_embeddings_are_the_textbook_s(
-    name: str, positives: Any, rows: int, monkeypatch: pytest.MonkeyPatch
+    name: str, objective: Objective, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(loss.BLOCK_SCORES, "cpu", rows * B)
+    monkeypatch.setitem(objectives.BLOCK_SCORES, "cpu", rows * B)
     torch.manual_seed(0)
-    image, text = (torch.nn.functional.normalize(torch.randn(B, D).double()).requires_grad_() for _ in range(2))
-    scale = torch.tensor(2.7, dtype=torch.float64, requires_grad=True)
-    expected = textbook(image, text, scale, IDENTITIES[name], positives)
+    image, text, *start = (functional.normalize(torch.randn(B, D).double()) for _ in range(4))
+    image.requires_grad_(), text.requires_grad_()
+    scale, bias = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (2.7, -1.3))
+    anchor = (start[0], start[1]) if objective.anchored else None
+    expected = textbook(image, text, scale, IDENTITIES[name], objective, bias, anchor)
     expected.backward()
 
-    found = loss.info_nce(image.detach(), text.detach(), scale.detach(), IDENTITIES[name], ALONE, positives)
+    found = contrast((image, text), scale, bias, IDENTITIES[name], ALONE, objective, anchor)
 
     assert torch.allclose(found.loss, expected, rtol=1e-13, atol=0)
     assert torch.allclose(found.images, image.grad, rtol=0, atol=1e-14)
     assert torch.allclose(found.texts, text.grad, rtol=0, atol=1e-14)
     assert torch.allclose(found.logit_scale, scale.grad, rtol=0, atol=1e-14)
+    if objective.kind == "sigmoid":
+        assert torch.allclose(found.logit_bias, bias.grad, rtol=0, atol=1e-14)
+    assert (found.anchor > 0) == objective.anchored
+
+
+def test_there_are_eighteen_objectives() -> None:
+    assert len(OBJECTIVES) == len(set(OBJECTIVES)) == 18
 
 
 def test_the_three_ways_to_take_right_answers_differ_only_where_something_repeats() -> None:
     torch.manual_seed(0)
-    image, text = (torch.nn.functional.normalize(torch.randn(B, D).double()) for _ in range(2))
-    for name, identity in IDENTITIES.items():
-        values = {
-            loss.info_nce(image, text, torch.tensor(2.7).double(), identity, ALONE, way).loss.item()
-            for way in ("groups", "pairs", "ignore")
-        }
-        assert len(values) == (1 if name == "no repeats" else 3)
+    image, text = (functional.normalize(torch.randn(B, D).double()) for _ in range(2))
+    scale, bias = torch.tensor(2.7).double(), torch.tensor(-1.0).double()
+    for kind in ("infonce", "sigmoid"):
+        for name, identity in IDENTITIES.items():
+            values = {
+                contrast((image, text), scale, bias, identity, ALONE, Objective(kind, way)).loss.item()
+                for way in ("groups", "pairs", "ignore")
+            }
+            assert len(values) == (1 if name == "no repeats" else 3)
+
+
+@pytest.mark.parametrize("kind", ["infonce", "sigmoid"])
+def test_knowing_nothing_costs_what_chance_loss_says(kind: Any) -> None:
+    """Trap 37: equal embeddings, and for the sigmoid the bias that is best for them."""
+    same = functional.normalize(torch.ones(B, D).double())
+    bias = torch.tensor(-math.log(B - 1)).double()  # σ(bias) = 1/B
+    found = contrast((same, same), torch.tensor(-50.0).double(), bias, IDENTITIES["no repeats"], ALONE, Objective(kind))
+    assert found.loss.item() == pytest.approx(Objective(kind).chance_loss(B), abs=1e-12)
 
 
 def test_without_repeats_it_is_the_loss_of_transformers(base: Path) -> None:
@@ -82,13 +134,8 @@ def test_without_repeats_it_is_the_loss_of_transformers(base: Path) -> None:
     pixels, tokens = _inputs(clip)
     clip.logit_scale.data.fill_(2.0)
     expected = clip(input_ids=tokens, pixel_values=pixels, return_loss=True)
-    found = loss.info_nce(
-        expected.image_embeds.detach(),
-        expected.text_embeds.detach(),
-        clip.logit_scale.detach(),
-        IDENTITIES["no repeats"],
-        ALONE,
-    )
+    own = expected.image_embeds.detach(), expected.text_embeds.detach()
+    found = contrast(own, clip.logit_scale.detach(), None, IDENTITIES["no repeats"], ALONE, Objective())
     assert torch.allclose(found.loss, expected.loss, rtol=1e-6)
 
 
@@ -108,7 +155,9 @@ def test_every_parameter_s_gradient_is_the_textbook_s(name: str, towers: tuple[s
     expected = {n: p.grad.clone() for n, p in encoder.moving().items()}
     encoder.zero_grad()
 
-    loss.contrastive_step(encoder, encoder.logit_scale, [(pixels.double(), tokens)], IDENTITIES[name], ALONE)
+    loss.contrastive_step(
+        encoder, loss.Logits(encoder.logit_scale), [(pixels.double(), tokens)], IDENTITIES[name], ALONE
+    )
 
     found = {n: p.grad for n, p in encoder.moving().items()}
     assert expected.keys() == found.keys()
@@ -124,7 +173,7 @@ def test_factor_multiplies_every_gradient(base: Path) -> None:
         encoder = checkpoint.open_model(str(base)).encoder
         encoder.to_floats = lambda pixels: pixels
         inputs, identity = _inputs(encoder.clip), IDENTITIES["no repeats"]
-        loss.contrastive_step(encoder, encoder.logit_scale, [inputs], identity, ALONE, factor=factor)
+        loss.contrastive_step(encoder, loss.Logits(encoder.logit_scale), [inputs], identity, ALONE, factor=factor)
         gradients.append({n: p.grad / factor for n, p in encoder.moving().items()})
     for parameter_name, gradient in gradients[0].items():
         assert torch.allclose(gradients[1][parameter_name], gradient, rtol=1e-5, atol=1e-8), parameter_name
@@ -134,7 +183,7 @@ def test_the_floor_that_repeats_impose_is_reached_by_perfect_embeddings() -> Non
     """Three pairs of one caption can at best share a third each: the loss cannot fall below ln 3 there."""
     identity = IDENTITIES["repeated captions"]
     classes = torch.nn.functional.one_hot(identity.caption).double()
-    found = loss.info_nce(classes, classes, torch.tensor(10.0).double(), identity, ALONE)
+    found = contrast((classes, classes), torch.tensor(10.0).double(), None, identity, ALONE, Objective())
     assert found.loss.item() == pytest.approx(torch.tensor(3.0).log().item(), abs=1e-3)
     assert found.hit_at_1.item() == 1
 
