@@ -48,6 +48,50 @@ def test_other_chunks_are_harmless_without_dropout(
             train.fit(again, QUIET)
 
 
+@pytest.mark.parametrize("length", ["steps", "epochs"])
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
+def test_a_run_may_grow_where_the_steps_behind_stay_as_they_are(
+    length: str, schedule: str, done: tuple[Config, train.RunResult], tmp_path: Path
+) -> None:
+    given = done[0].model_dump(mode="json", by_alias=True)
+    given["train"] |= {"steps": None, "epochs": None, "schedule": schedule, length: 4}
+    run = checkpoint.RunFolder(tmp_path)
+    run.config.write_text(config.dump(parse(given, "the test")))
+
+    def ask(number: int, **more: Any) -> bool:
+        asked = parse({**given, "train": {**given["train"], length: number, **more}}, "the test")
+        claim.refuse_other_run(run, asked)
+        return claim.is_longer(run, asked)
+
+    assert not ask(4)
+    with pytest.raises(UserError, match=rf"train\.{length} 4, more than 3: it may grow, not shrink"):
+        ask(3)
+    with pytest.raises(UserError, match=r"another configuration; different: .*train\.seed"):
+        ask(5, seed=7)
+    with pytest.raises(UserError, match=r"different: train\.epochs, train\.steps"):
+        ask(5, **{"steps": 5, "epochs": None} if length == "epochs" else {"steps": None, "epochs": 5})
+    if schedule == "constant":
+        assert ask(5)
+    else:
+        with pytest.raises(UserError, match=f"with schedule {schedule} the learning rate of each step depends"):
+            ask(5)
+
+
+def test_a_finished_run_without_checkpoints_does_not_begin_anew(
+    done: tuple[Config, train.RunResult], tmp_path: Path
+) -> None:
+    """It would throw the finished model away; the result stays, and so does the configuration."""
+    wanted, result = done
+    shutil.copytree(result.run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    given = wanted.model_dump(mode="json", by_alias=True) | {"output": str(tmp_path / "run")}
+    longer = parse({**given, "train": {**given["train"], "steps": 6}}, "the test")
+    with pytest.raises(UserError, match="no checkpoints left to go on from"):
+        train.fit(longer, QUIET)
+    again = train.fit(parse(given, "the test"), QUIET)
+    assert again.last == result.last
+
+
 @pytest.mark.parametrize("what", ["train split", "model"])
 def test_a_run_does_not_go_on_with_other_inputs(
     what: str, root: Path, base: Path, tmp_path: Path, experiment: Experiment, monkeypatch: pytest.MonkeyPatch

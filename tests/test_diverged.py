@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.numpy import save_file
+from transformers import AutoTokenizer
 
-from cytoclip import checkpoint, optim, train
+from cytoclip import checkpoint, config, optim, train
 from cytoclip.device import World
 from cytoclip.diverged import refuse_non_finite
 from cytoclip.errors import ExitCode, UserError
+from tests.conftest import weights
+from tests.numerics.test_processes import spawn
 from tests.test_train import QUIET, Experiment, losses
 
 ALONE = World(torch.device("cpu"))
@@ -109,3 +115,28 @@ def test_a_planted_picture_is_named_and_nothing_moves(experiment: Experiment, mo
     assert f"not: {row:03}.png;" in caught.value.message
     assert not moved
     assert losses(Path(wanted.output)) == []
+
+
+@pytest.mark.slow  # a group of two processes, 8 s
+def test_the_pair_of_another_process_is_named_once(
+    experiment: Experiment, root: Path, base: Path, tmp_path: Path
+) -> None:
+    """A weight is NaN that only one caption reads, of a pair that the second process holds."""
+    row = train.batches.Order(48, 12, 0).rows(0)[8]
+    data, broken = shutil.copytree(root, tmp_path / "data"), shutil.copytree(base, tmp_path / "broken")
+    place = data / "train" / "img_text_pair.json"
+    entries = json.loads(place.read_text())
+    assert not any("%" in entry["caption"] for entry in entries)
+    entries[row]["caption"] += " %"
+    place.write_text(json.dumps(entries))
+    tokenizer = AutoTokenizer.from_pretrained(broken)
+    token = tokenizer(entries[row]["caption"])["input_ids"][-2]  # before the end
+    held = weights(broken)
+    held["text_model.embeddings.token_embedding.weight"][token, 3] = math.nan
+    save_file(held, broken / "model.safetensors", {"format": "pt"})
+    wanted = experiment(data={"root": str(data)}, model={"name": str(broken)}, train={"device": "cpu"})
+    (tmp_path / "broken.yaml").write_text(config.dump(wanted))
+    spawn("cytoclip", ["train", str(tmp_path / "broken.yaml")], 2, code=ExitCode.DIVERGED)
+    log = (Path(wanted.output) / "train.log").read_text()
+    assert log.count("error:") == 1
+    assert f"1 of 12 pairs have embeddings that are not: {row:03}.png; nothing was updated" in log

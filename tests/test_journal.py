@@ -112,6 +112,16 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None
     assert [event.step for event in scalars(tmp_path).Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
 
 
+def test_tensorboard_shows_each_step_once_after_a_resume_within_a_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files of one second sort by the number of the process, which may be lower the second time."""
+    for process, steps, done in ((2000, range(1, 6), 0), (1000, range(4, 7), 3)):
+        monkeypatch.setattr(module.os, "getpid", lambda process=process: process)
+        write(tmp_path, steps, done, trackers=("tensorboard",))
+    assert [event.step for event in scalars(tmp_path).Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+
+
 def test_no_tracker_writes_no_other_file(tmp_path: Path) -> None:
     write(tmp_path, range(1, 3))
     assert [path.name for path in tmp_path.iterdir()] == ["losses.jsonl"]
