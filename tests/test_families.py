@@ -4,16 +4,32 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from torch import nn
 from torch.nn import functional
-from transformers import AutoConfig, AutoTokenizer, CLIPModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    CamembertConfig,
+    CLIPModel,
+    Dinov2Config,
+    MPNetConfig,
+    RobertaConfig,
+    VisionTextDualEncoderConfig,
+    VisionTextDualEncoderModel,
+)
 
 from cytoclip import captions, checkpoint, config, families, images, model
 from cytoclip.checkpoint import Opened
@@ -182,37 +198,6 @@ def test_layers_are_those_of_the_tower(kind: str, bases: dict[str, Path]) -> Non
         assert sum(p.numel() for p in model.layers(tower).parameters()) > 0
 
 
-def test_compiled_towers_embed_the_same_and_keep_their_names(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = checkpoint.open_model(str(base))
-    names = set(found.encoder.state_dict())
-    inputs = pixels_of(), tokens_of(found).batch(range(4))
-    expected = found.encoder(*inputs)
-    asked = []
-
-    def compiling(tower: nn.Module, **how: Any) -> None:
-        asked.append((type(tower).__name__, how))
-
-    monkeypatch.setattr(nn.Module, "compile", compiling)
-    model.compile_towers(found.encoder)
-    assert asked == [("CLIPVisionModel", {"dynamic": True}), ("CLIPTextModel", {"dynamic": True})]
-    monkeypatch.undo()
-    for tower in (found.encoder.image_tower, found.encoder.text_tower):
-        tower.compile(backend="eager", dynamic=True)
-    assert set(found.encoder.state_dict()) == names
-    for one, two in zip(found.encoder(*inputs), expected, strict=True):
-        assert torch.allclose(one, two, atol=1e-6)
-
-
-@pytest.mark.slow  # a C++ compiler, a minute
-def test_inductor_embeds_the_same(base: Path) -> None:
-    found = checkpoint.open_model(str(base))
-    inputs = pixels_of(), tokens_of(found).batch(range(4))
-    expected = found.encoder(*inputs)
-    model.compile_towers(found.encoder)
-    for one, two in zip(found.encoder(*inputs), expected, strict=True):
-        assert torch.allclose(one, two, atol=1e-5)
-
-
 def test_a_frozen_tower_has_no_dropout_and_batch_norm_learns_no_statistics(bases: dict[str, Path]) -> None:
     """Trap 41, and a frozen BERT, which has dropout by default."""
     encoder = opened(bases, "two towers").encoder
@@ -268,6 +253,43 @@ def test_a_stretched_checkpoint_opens_with_plain_transformers(base: Path, tmp_pa
 def test_a_shorter_context_is_refused(base: Path) -> None:
     with pytest.raises(UserError, match="50 is less than the 77 tokens"):
         checkpoint.open_model(str(base), 50)
+    assert not checkpoint.open_model(str(base), 77).stretched
+    assert checkpoint.open_model(str(base), 78).stretched
+
+
+def test_too_few_positions_cannot_be_stretched(base: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(base, tmp_path / "short")
+    short = CLIPModel.from_pretrained(base)
+    table = short.text_model.embeddings.position_embedding
+    table.weight = nn.Parameter(table.weight[:21].clone())
+    short.config.text_config.max_position_embeddings = 21
+    short.save_pretrained(folder)
+    with pytest.raises(UserError, match="reads 21 tokens, and the first 20 positions are kept"):
+        checkpoint.open_model(str(folder), 77)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (RobertaConfig(pad_token_id=1), 38),
+        (CamembertConfig(pad_token_id=1), 38),
+        (MPNetConfig(pad_token_id=1), 38),
+        (BertConfig(), 40),
+    ],
+    ids=lambda one: getattr(one, "model_type", str(one)),
+)
+def test_towers_that_count_from_behind_their_padding_read_fewer_tokens(settings: Any, expected: int) -> None:
+    for name, value in {**tiny._SIZES, "vocab_size": 30, "max_position_embeddings": 40}.items():
+        setattr(settings, name, value)
+    tower = AutoModel.from_config(settings).eval()
+    vision = Dinov2Config(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+    both = VisionTextDualEncoderConfig.from_vision_text_configs(vision, settings)
+    two = VisionTextDualEncoderModel(both, AutoModel.from_config(vision), tower)
+    context = model.Checkpoint(two, SimpleNamespace(model_max_length=10**30), None).context
+    assert context == expected
+    tower(input_ids=torch.full((1, context), 7))
+    with pytest.raises((IndexError, RuntimeError)):
+        tower(input_ids=torch.full((1, context + 1), 7))
 
 
 # what is refused
@@ -313,6 +335,24 @@ def test_naflex_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(UserError) as refused:
         checkpoint.open_model(str(tmp_path))
     assert "NaFlex" in refused.value.hint
+
+
+def test_siglip_without_its_head_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(bases["siglip"], tmp_path / "headless")
+    settings = json.loads((folder / "config.json").read_text())
+    settings["vision_config"]["vision_use_head"] = False
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"one blank picture .* do not pass"):
+        checkpoint.open_model(str(folder))
+
+
+def test_the_complete_configuration_of_a_siglip_run_is_not_refused(bases: dict[str, Path]) -> None:
+    """A run writes every option down, and training from that file repeats it."""
+    written = config.dump(config.parse({"data": {"root": "x"}, "output": "x"}, "the test"))
+    wanted = config.parse(yaml.safe_load(written), "the test")
+    assert "projections" in wanted.model.model_fields_set
+    families.refuse_unsupported(families.FAMILIES["siglip"], "siglip_vision_model", wanted.model, wanted.train)
+    assert "projections" not in opened(bases, "siglip").encoder.sizes()
 
 
 def test_towers_that_give_no_vector_are_refused(bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,6 +52,8 @@ class Opened:
         The hub id or absolute folder that it came from.
     plain
         Whether plain transformers opens `name`: only then can an adapter name it as its base.
+    stretched
+        Whether the text tower reads more tokens than the checkpoint's own.
     """
 
     encoder: DualEncoder
@@ -61,6 +63,7 @@ class Opened:
     context: int
     name: str
     plain: bool
+    stretched: bool = False
 
 
 def open_model(name: str, context_length: int | None = None) -> Opened:
@@ -73,7 +76,9 @@ def open_model(name: str, context_length: int | None = None) -> Opened:
         return opened
     read = model.Checkpoint(opened.encoder.clip, opened.tokenizer, opened.image_processor)
     model.stretch_context(read, context_length, opened.name)
-    return replace(opened, context=read.context, plain=False)  # an adapter beside the base would lose the stretch
+    return replace(
+        opened, context=read.context, plain=False, stretched=True
+    )  # an adapter beside the base would lose the stretch
 
 
 def _open(name: str) -> Opened:
@@ -179,14 +184,13 @@ def _opened(read: model.Checkpoint, clip: Any, place: str, plain: bool) -> Opene
     encoder = DualEncoder(
         clip, lambda pixels_B3HW: images.to_floats(pixels_B3HW, pixels), 0 if pad is None else pad, pixels.size
     )
-    if not read.family.fixed_size:
-        _try_blank_pair(encoder, read.tokenizer, place)
+    _try_blank_pair(encoder, read.tokenizer, place)
     return Opened(encoder, read.tokenizer, read.image_processor, pixels, read.context, place, plain)
 
 
 @torch.no_grad()
 def _try_blank_pair(encoder: DualEncoder, tokenizer: Any, place: str) -> None:
-    """Any two towers may have been joined: what does not give one vector a picture and a caption is refused here."""
+    """Any two towers may have been joined, and SigLIP saved without its head: what gives no vectors is refused here."""
     was_training = encoder.training
     encoder.eval()
     try:

@@ -156,9 +156,9 @@ def refuse_unsupported(family: Family, image_tower: str, model: Model, train: Tr
             f"model.context_length: {model.context_length} is refused for {family.title}: {family.no_stretch}",
             "delete model.context_length; it is for CLIP",
         )
-    if not family.projections and "projections" in model.model_fields_set:
+    if not family.projections and model.projections == "frozen":
         raise UserError(
-            f"model.projections: {family.title} has no projections apart from its towers",
+            f"model.projections: frozen, but {family.title} has no projections apart from its towers",
             "delete model.projections; the towers' heads move with the towers",
         )
     if not family.projections and {model.image_tower, model.text_tower} == {"frozen"}:

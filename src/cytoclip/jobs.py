@@ -214,11 +214,13 @@ def _objective(wanted: Config, opened: Opened) -> Objective:
 
 
 def _switch(wanted: Config, opened: Opened, console: Console) -> None:
+    if wanted.model.context_length and not opened.stretched:
+        console.say(f"model.context_length: {opened.context} is the checkpoint's own, so nothing is stretched")
     if wanted.train.gradient_checkpointing:
         model.checkpoint_gradients(opened.encoder)
     if wanted.train.compile:
         model.compile_towers(opened.encoder)
-        console.say("train.compile: the first steps compile the towers, which takes minutes")
+        console.say("train.compile: the first steps compile the layers of the towers, which takes a while")
     found = opened.encoder.frozen_statistics()
     if found:
         console.say(

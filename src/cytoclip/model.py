@@ -169,7 +169,7 @@ class DualEncoder(nn.Module):
         return {name: parameter for name, parameter in self.clip.named_parameters() if parameter.requires_grad}
 
     def sizes(self) -> dict[str, tuple[int, int]]:
-        """(training, all) parameters of the image tower, the text tower, the projections and the logit scale."""
+        """(training, all) parameters of the image tower, the text tower, the projections if any, and the scale."""
         parts = {
             self.family.image_tower: "image tower",
             self.family.text_tower: "text tower",
@@ -180,7 +180,7 @@ class DualEncoder(nn.Module):
             count = counts[parts.get(name.split(".")[0], "logit scale")]
             count[0] += parameter.numel() * parameter.requires_grad
             count[1] += parameter.numel()
-        return {name: (moving, total) for name, (moving, total) in counts.items()}
+        return {name: (moving, total) for name, (moving, total) in counts.items() if total}
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -229,10 +229,31 @@ def checkpoint_gradients(encoder: DualEncoder) -> None:
         switch({"use_reentrant": False})
 
 
-def compile_towers(encoder: DualEncoder) -> None:
-    """Compile both towers where they are, for any number of pairs and tokens; names of weights stay."""
+def compile_towers(encoder: DualEncoder, backend: Any = "inductor") -> None:
+    """Compile the layers of both towers where they are, for any number of pairs and tokens; names of weights stay.
+
+    Layer by layer: layers share their graphs, so that a tower costs what one layer does.
+
+    Raises
+    ------
+    UserError
+        A tower has no layers that could be told apart.
+    """
+    # Two towers, training and not, with and without a graph, one row or several: 16, twice where patches or precision
+    # differ. From torch's limit of 8 on, it would go on uncompiled behind a warning.
+    from torch._dynamo import config as dynamo  # slow to import, for those who ask
+
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
     for tower in (encoder.image_tower, encoder.text_tower):
-        tower.compile(dynamic=True)
+        found = layers(tower)
+        if not found:
+            raise UserError(
+                f"train.compile: the layers of {type(tower).__name__} cannot be told apart",
+                "delete train.compile",
+                ExitCode.MODEL,
+            )
+        for layer in found:
+            layer.compile(dynamic=True, backend=backend)
 
 
 def stretch_context(opened: Checkpoint, length: int, name: str) -> None:
@@ -246,9 +267,16 @@ def stretch_context(opened: Checkpoint, length: int, name: str) -> None:
     Raises
     ------
     UserError
-        For a length below the checkpoint's own.
+        For a length below the checkpoint's own, or fewer than 22 positions to begin with.
     """
     text = opened.clip.config.text_config
+    if text.max_position_embeddings < KEPT_POSITIONS + 2:
+        raise UserError(
+            f"model.context_length: {length}, but {name} reads {text.max_position_embeddings} tokens, and the first "
+            f"{KEPT_POSITIONS} positions are kept: two more are needed to go on from",
+            "delete model.context_length, or use another checkpoint",
+            ExitCode.MODEL,
+        )
     if length < text.max_position_embeddings:
         raise UserError(
             f"model.context_length: {length} is less than the {text.max_position_embeddings} tokens that {name} reads",
@@ -280,8 +308,11 @@ class Checkpoint:
         """Tokens that the text tower reads at most."""
         text = self.clip.config.text_config
         most = int(text.max_position_embeddings)
-        if self.family.masks:  # a tower on its own: its tokenizer may say less, and RoBERTa numbers from behind its pad
-            most -= int(text.pad_token_id) + 1 if "roberta" in text.model_type else 0
+        if self.family.masks:  # a tower on its own: its tokenizer may say less
+            names = (n for n, _ in self.clip.named_modules() if n.endswith(".embeddings.position_embeddings"))
+            padding = [getattr(self.clip.get_submodule(name), "padding_idx", None) for name in names]
+            if padding and padding[0] is not None:  # RoBERTa and its like number tokens from behind the padding's place
+                most -= int(padding[0]) + 1
             most = min(most, int(self.tokenizer.model_max_length))
         return most
 
