@@ -201,8 +201,8 @@ def _meet(kind: str) -> PartialState:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
             f"the processes of this run did not meet: {reason}",
-            f"start all of them within {MEETING.total_seconds() / 60:.0f} minutes, with the first one's MASTER_ADDR "
-            "and MASTER_PORT; the message of one that ended says why",
+            f"start them all within {MEETING.total_seconds() / 60:.0f} minutes, with the first one's MASTER_ADDR and "
+            "MASTER_PORT; the message of one that ended says why",
             ExitCode.SYSTEM,
         ) from None
     return state
