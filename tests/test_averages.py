@@ -103,22 +103,30 @@ def group(tmp_path: Path) -> Iterator[None]:
 
 @pytest.mark.usefixtures("group")
 def test_sharded_weights_are_averaged_like_whole_ones() -> None:
-    """One process is enough to see that each operation takes DTensors, which FSDP2 makes of weights."""
+    """One process shows that each operation takes DTensors, as FSDP2 makes of most weights, beside whole ones."""
     mesh = init_device_mesh("cpu", (1,))
-    whole = {name: p for name, p in parameters().items() if p.ndim}
-    sharded = {n: torch.nn.Parameter(distribute_tensor(p.detach().clone(), mesh, [Shard(0)])) for n, p in whole.items()}
+
+    def parted(tensor: torch.Tensor) -> torch.Tensor:
+        return distribute_tensor(tensor.detach().clone(), mesh, [Shard(0)]) if tensor.ndim else tensor.detach().clone()
+
+    whole = parameters()
+    sharded = {name: torch.nn.Parameter(parted(p)) for name, p in whole.items()}
     both = Averages(whole, 0.9), Averages(sharded, 0.9)
     step(whole, 1)
     with torch.no_grad():
         for name, parameter in sharded.items():
-            parameter.copy_(distribute_tensor(whole[name].detach(), mesh, [Shard(0)]))
+            parameter.copy_(parted(whole[name]))
     for averages in both:
         averages.update()
     with both[1].applied():
         for name, parameter in sharded.items():
-            assert isinstance(parameter.data, DTensor)
-            assert torch.equal(parameter.full_tensor(), both[0].state()[name])
+            assert isinstance(parameter.data, DTensor) == (name != "scale")
+            assert torch.equal(joined(parameter), both[0].state()[name])
     both[1].load({name: torch.ones_like(p) for name, p in whole.items()})
-    for average in both[1].state().values():
-        assert isinstance(average, DTensor)
-        assert torch.equal(average.full_tensor(), torch.ones(average.shape))
+    for name, average in both[1].state().items():
+        assert isinstance(average, DTensor) == (name != "scale")
+        assert torch.equal(joined(average), torch.ones(average.shape))
+
+
+def joined(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

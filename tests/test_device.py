@@ -11,6 +11,7 @@ import torch
 from cytoclip import device
 from cytoclip.device import World
 from cytoclip.errors import ExitCode, UserError
+from tests.group import started
 
 ALONE = World(torch.device("cpu"))
 
@@ -174,6 +175,64 @@ def test_alone_gathers_and_sums_what_it_has() -> None:
     ALONE.sum_gradients([parameter])
     assert parameter.grad.tolist() == [3.0, 3.0]
     assert ALONE.sum_(torch.ones(2)).tolist() == [1.0, 1.0]
+
+
+SUMS = """
+import torch
+from cytoclip import device
+world = device.start("cpu", "no")
+used, unused, frozen = (torch.nn.Parameter(torch.ones(2)) for _ in range(3))
+used.grad = torch.tensor([1.0, 10.0]) * (world.rank + 1)
+frozen.requires_grad_(False)
+world.sum_gradients([unused, used, frozen])
+world.sum_gradients([unused, frozen])
+assert used.grad.tolist() == [3.0, 30.0], used.grad
+assert unused.grad is None and frozen.grad is None
+print("done")
+"""
+
+
+def test_a_parameter_without_gradient_keeps_none_on_several_processes() -> None:
+    """As on one: filled with zeros, AdamW would decay it on several processes only."""
+    with started(SUMS, []) as group:
+        for process in group:
+            out, said = process.communicate(timeout=100)
+            assert (process.returncode, out) == (0, "done\n"), said
+
+
+MEETS = """
+import os, sys, time
+from datetime import timedelta
+from cytoclip import device
+from cytoclip.errors import UserError
+if os.environ["RANK"] == "{absent}":
+    sys.exit()
+device.MEETING = timedelta(seconds=4)
+try:
+    world = device.start("cpu", "no")
+    time.sleep(6 * world.rank)
+    world.wait()
+except UserError as error:
+    print(error.code.value, error.message, error.hint)
+"""
+
+
+@pytest.mark.slow  # processes that wait for each other: 10 s each
+@pytest.mark.parametrize("absent", [0, 1])
+def test_a_process_that_does_not_come_is_not_waited_for_long(absent: int) -> None:
+    with started(MEETS.format(absent=absent), []) as group:
+        out, said = group[1 - absent].communicate(timeout=100)
+    assert out.startswith("7 the processes of this run did not meet: "), said
+    assert "MASTER_ADDR" in out
+
+
+@pytest.mark.slow  # processes that wait for each other: 15 s
+def test_one_that_came_may_take_its_time() -> None:
+    """Longer than they had to meet: the first process reads all data while the others wait."""
+    with started(MEETS.format(absent=None), []) as group:
+        for process in group:
+            out, said = process.communicate(timeout=100)
+            assert (process.returncode, out) == (0, ""), said
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("no", torch.float32), ("bf16", torch.bfloat16)])

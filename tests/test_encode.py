@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -117,3 +118,13 @@ def test_the_mode_of_the_model_is_put_back_and_dropout_is_off(training: bool, op
 
 def test_embeddings_carry_no_graph(opened: Opened, train: Pairs) -> None:
     assert not any(rows.requires_grad for rows in embedded(opened, first(train, 3), 2))
+
+
+@pytest.mark.parametrize(("count", "processes"), [(7, 1), (7, 2), (8, 2), (7, 3), (2, 4), (1, 2)])
+def test_every_process_embeds_as_many_rows_and_all_are_there(count: int, processes: int) -> None:
+    """A sharded tower is gathered in each forward pass: with fewer of them, one would keep the others waiting."""
+    rows = np.arange(10, 10 + count)
+    shares = [encode._share(rows, World(torch.device("cpu"), rank, processes)) for rank in range(processes)]
+    assert len({len(share) for share in shares}) == 1
+    assert np.concatenate(shares)[:count].tolist() == rows.tolist()
+    assert sum(len(share) for share in shares) < count + processes

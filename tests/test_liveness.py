@@ -62,6 +62,7 @@ def test_the_others_end_within_a_minute(rank: int, number: int, code: str, recip
     assert "goes on from the last checkpoint" in said
 
 
+@pytest.mark.slow  # two processes that sleep: 10 s each
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_that_ends_earlier_is_not_dead(rank: int) -> None:
     with started(ENDS_LATE.format(rank=rank, late=3.5), []) as group:
@@ -70,6 +71,7 @@ def test_one_that_ends_earlier_is_not_dead(rank: int) -> None:
             assert (process.returncode, out) == (0, "done\n"), said
 
 
+@pytest.mark.slow  # two processes that sleep: 15 s
 def test_all_that_were_stopped_together_go_on() -> None:
     """A terminal's Ctrl-Z, or a scheduler that suspends a job: each has heard nothing, and none is dead."""
     with started(

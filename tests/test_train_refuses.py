@@ -55,7 +55,12 @@ def test_what_may_differ_between_two_starts_does_and_the_log_says_resuming(
     run = Path(first.output)
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-2"]
     assert not (run / "results.json").exists()
-    second = experiment(data={"workers": 1}, checkpoint={"every": 3, "keep_last": 1}, track={"to": ["tensorboard"]})
+    second = experiment(
+        data={"workers": 1},
+        train={"shard": True},
+        checkpoint={"every": 3, "keep_last": 1},
+        track={"to": ["tensorboard"]},
+    )
     assert config.differences(first, second) == sorted(claim.HARMLESS - {"output"})
     train.fit(second, Console())
     assert f"resuming {run} after step 2" in (run / "train.log").read_text()

@@ -134,7 +134,12 @@ class Anchor(Section):
 
 
 class Train(Section):
-    steps: int | None = Field(5000, ge=1, description="Optimizer steps; null where epochs is given.")
+    steps: int | None = Field(
+        5000,
+        ge=1,
+        description="Optimizer steps; null where epochs is given. With a constant schedule, a run that is there goes "
+        "on when more are asked, of steps or of epochs.",
+    )
     epochs: int | None = Field(None, ge=1, description="Passes over the training split, instead of steps.")
     batch_size: int = Field(512, ge=2, description="Pairs contrasted in one step, over all processes.")
     micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(

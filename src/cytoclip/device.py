@@ -14,12 +14,15 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.tensor import DTensor
 
 from cytoclip import slurm
 from cytoclip.errors import ExitCode, UserError, counted
 
 T = TypeVar("T")
+MEETING = timedelta(minutes=10)  # for all processes to be there
+PATIENCE = timedelta(days=1)  # in a collective call; `liveness.py` sees much earlier that a process is gone
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 _REFUSED = {
@@ -174,9 +177,7 @@ def start(device: str = "auto", precision: str = "auto", said_by: str = "the con
             f"start {torch.cuda.device_count()} here, or set train.device=cpu",
             ExitCode.SYSTEM,
         )
-    # Without cpu=True, PartialState leaves several CPU processes of torchrun each in a world of its own.
-    # The first process may hash millions of pictures while the others wait; a launcher ends them when one dies.
-    state = PartialState(cpu=kind == "cpu", timeout=timedelta(days=1))
+    state = _meet(kind)
     if state.num_processes != wanted:
         raise UserError(
             f"the launcher started {wanted} processes, but {state.num_processes} found each other",
@@ -186,6 +187,25 @@ def start(device: str = "auto", precision: str = "auto", said_by: str = "the con
     chosen, source = settle_precision(precision, os.environ, kind)
     source = source if precision == "auto" else said_by
     return World(state.device, state.process_index, state.num_processes, chosen, source)
+
+
+def _meet(kind: str) -> PartialState:
+    """Find the other processes. Soon or not at all; but once met, the first may hash millions of pictures meanwhile."""
+    try:
+        # Without cpu=True, PartialState leaves several CPU processes of torchrun each in a world of its own.
+        state = PartialState(cpu=kind == "cpu", timeout=MEETING)
+        if state.num_processes > 1:
+            dist.barrier()  # NCCL connects in its first exchange
+            _set_pg_timeout(PATIENCE)
+    except RuntimeError as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"the processes of this run did not meet: {reason}",
+            f"start all of them within {MEETING.total_seconds() / 60:.0f} minutes, with the first one's MASTER_ADDR "
+            "and MASTER_PORT; the message of one that ended says why",
+            ExitCode.SYSTEM,
+        ) from None
+    return state
 
 
 def refuse_launcher(environment: Mapping[str, str]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cytoclip import batches, captions, checkpoint, config, device, encode, files, report, retrieval
+from cytoclip import batches, captions, checkpoint, config, device, encode, files, liveness, report, retrieval
 from cytoclip.checkpoint import Opened
 from cytoclip.console import Console
 from cytoclip.device import World
@@ -58,20 +58,21 @@ def evaluate(
     """
     precision, said_by = _precision(name)
     world = device.start(precision=precision, said_by=said_by)
-    pairs = world.once(lambda: batches.open_split(folder, console))
-    opened = checkpoint.open_model(name)
-    opened.encoder.to(world.device)
-    for k in question.ks:
-        if k > len(pairs):
-            console.warn(f"k = {k} is more than the {len(pairs)} captions and pictures there are: hit@{k} is 1")
-    console.say(
-        f"{opened.name}: {len(pairs)} pairs of {folder} on {world.device.type}, precision {world.precision} "
-        f"(from {world.precision_from}), {counted(world.size, 'process', 'processes')}"
-    )
-    how = reading(opened, pairs, batch_size, world.loaders(workers))
-    if how.tokens.truncated:
-        console.warn(f"{counted(how.tokens.truncated, 'caption')} above {opened.context} tokens: cut there")
-    return rank(opened, pairs, how, question, world, console)
+    with liveness.watched(world):
+        pairs = world.once(lambda: batches.open_split(folder, console))
+        opened = checkpoint.open_model(name)
+        opened.encoder.to(world.device)
+        for k in question.ks:
+            if k > len(pairs):
+                console.warn(f"k = {k} is more than the {len(pairs)} captions and pictures there are: hit@{k} is 1")
+        console.say(
+            f"{opened.name}: {len(pairs)} pairs of {folder} on {world.device.type}, precision {world.precision} "
+            f"(from {world.precision_from}), {counted(world.size, 'process', 'processes')}"
+        )
+        how = reading(opened, pairs, batch_size, world.loaders(workers))
+        if how.tokens.truncated:
+            console.warn(f"{counted(how.tokens.truncated, 'caption')} above {opened.context} tokens: cut there")
+        return rank(opened, pairs, how, question, world, console)
 
 
 def _precision(name: str) -> tuple[str, str]:

@@ -26,6 +26,7 @@ from cytoclip.captions import Tokens
 from cytoclip.console import Console
 from cytoclip.device import World
 from cytoclip.encode import different
+from cytoclip.errors import ExitCode, UserError
 from cytoclip.images import PixelSpec
 from cytoclip.model import DualEncoder, fingerprint
 from cytoclip.pairs import Pairs
@@ -101,6 +102,14 @@ class Place:
                         _append(stream, rows, count)
                     bar.advance(len(rows))
         self.world.wait()
+        if not path.is_file():
+            error = UserError(
+                f"the {title} are not at {path} on this machine: the first process wrote them on its own disk",
+                "set output to a folder that all machines share",
+                ExitCode.SYSTEM,
+            )
+            error.everywhere = False
+            raise error
         found: NDArray[np.float32] = np.load(path, mmap_mode="r", allow_pickle=False)
         return found
 

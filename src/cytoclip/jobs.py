@@ -127,7 +127,7 @@ def prepare(wanted: Config, run: RunFolder, world: World, console: Console, stor
         texts=inputs.texts,
         order=order,
         val=splits["val"],
-        inputs={"model": began_from} | {f"{name} split": fingerprint(pairs) for name, pairs in splits.items()},
+        inputs=_digests(wanted, opened, began_from, splits, world),
         reading=inputs.reading,
     )
     _say_what_is_odd(job, inputs.truncated)
@@ -194,6 +194,13 @@ def _order(wanted: Config, read: dict[str, tuple[Path, Pairs]]) -> Order:
     each = batches.replayed(batch, [replay.weight for replay in wanted.data.replay])
     there = [len(pairs) for name, (_, pairs) in read.items() if name.startswith("replay")]
     return Order(len(read["train"][1]), batch, wanted.train.seed, tuple(zip(there, each, strict=True)))
+
+
+def _digests(wanted: Config, opened: Opened, began_from: str, splits: dict[str, Pairs], world: World) -> dict[str, str]:
+    found = {"model": began_from} | {f"{name} split": fingerprint(pairs) for name, pairs in splits.items()}
+    if opened.encoder.drops_out():
+        found["train.micro_batch_size (a tower drops out)"] = str(plan.held(wanted, world.size))
+    return found
 
 
 def _objective(wanted: Config, opened: Opened) -> Objective:

@@ -155,6 +155,11 @@ class DualEncoder(nn.Module):
             module.eval()
         return self
 
+    def drops_out(self) -> bool:
+        """Whether something is dropped at random in training: then other chunks mean other masks."""
+        rates = (getattr(m, "p" if isinstance(m, nn.Dropout) else "dropout", 0) for m in self.modules() if m.training)
+        return any(isinstance(rate, float) and rate > 0 for rate in rates)
+
     def frozen_statistics(self) -> int:
         """How many BatchNorm layers the towers have: their statistics stay those of the checkpoint."""
         return len(self._batch_norms())

@@ -5,6 +5,8 @@ python -m tests.numerics.gradients_of_one_rank BASE OUT.safetensors
 
 from __future__ import annotations
 
+import copy
+import functools
 import itertools
 import sys
 from pathlib import Path
@@ -32,7 +34,7 @@ def cases() -> list[Case]:
 
 def encoder_of(base: Path, towers: tuple[str, str], dropout: float = 0.0) -> model.DualEncoder:
     """In float64, its adapters away from zero, its pixels taken as they are."""
-    encoder = checkpoint.open_model(str(base)).encoder
+    encoder = copy.deepcopy(_opened(base))
     encoder.to_floats = lambda pixels: pixels
     torch.manual_seed(0)
     wanted = {"image_tower": towers[0], "text_tower": towers[1]}
@@ -43,6 +45,11 @@ def encoder_of(base: Path, towers: tuple[str, str], dropout: float = 0.0) -> mod
         if ".lora_B." in name:  # zero at the start, which would leave lora_A without a gradient
             torch.nn.init.normal_(parameter, std=0.1)
     return encoder
+
+
+@functools.cache
+def _opened(base: Path) -> model.DualEncoder:
+    return checkpoint.open_model(str(base)).encoder
 
 
 def inputs(encoder: model.DualEncoder) -> tuple[torch.Tensor, torch.Tensor]:

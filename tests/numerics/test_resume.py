@@ -125,8 +125,11 @@ def test_a_finished_run_goes_on_to_more_steps_as_if_they_were_asked_at_once(
         return made
 
     run(case("whole", STEPS))
-    for steps in (DIES, STEPS):
-        assert run(case("grown", steps)).steps == steps
+    assert run(case("grown", DIES)).steps == DIES
+    with pytest.raises(_Stop):
+        run_until(STEPS - 1, case("grown", STEPS))
+    assert not (tmp_path / "grown" / "results.json").exists(), "it would say that the longer run is finished"
+    assert run(case("grown", STEPS)).steps == STEPS
     whole, grown = tmp_path / "whole", tmp_path / "grown"
     assert _losses(whole) == _losses(grown)
     one, two = (weights(folder / "model") for folder in (whole, grown))

@@ -18,12 +18,15 @@ from cytoclip.errors import UserError
 from tests.numerics.one_rank import run
 from tests.numerics.test_processes import spawn
 
+pytestmark = pytest.mark.slow  # two processes, and two more that are stopped and started again: two minutes
+
 # The image tower, the text tower, and what else is different.
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "full": ("full", "full", {}),
     "lora": ("lora", "lora", {}),
     "one of each, averaged": ("lora", "full", {"ema": 0.5}),
-    "frozen": ("full", "frozen", {"micro_batch_size": 12}),
+    "frozen, in one chunk": ("full", "frozen", {"micro_batch_size": 12}),
+    "checkpointed": ("full", "full", {"gradient_checkpointing": True}),
 }
 
 

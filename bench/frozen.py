@@ -1,0 +1,67 @@
+"""Pairs a second with a frozen image tower: stored features against a forward pass of the tower in every step.
+
+    python bench/frozen.py MODEL DATA_ROOT [section.key=value ...]
+
+MODEL is a hub id or a folder; the text tower trains whole. Medians over the steps after the first; the time to compute
+the features once is said beside them. One JSON line last.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from cytoclip import batches, config, device, jobs, train
+from cytoclip.batches import Share
+from cytoclip.checkpoint import RunFolder
+from cytoclip.config import Config
+from cytoclip.console import Console
+
+STEPS = 6
+
+
+def measure(wanted: Config, storing: bool) -> tuple[float, float]:
+    """(pairs a second, seconds before the first step)."""
+    world, began = device.start(wanted.train.device, wanted.train.precision), time.perf_counter()
+    job = jobs.prepare(wanted, RunFolder(Path(wanted.output)), world, Console(), storing)
+    before = time.perf_counter() - began
+    share = Share(job.order, 0, STEPS, 0, 1)
+    source = iter(batches.loader(job.pictures, job.texts, share, job.reading.workers, world.device))
+    took = []
+    for step, (rows, _) in enumerate(job.order.draws(0, STEPS)):
+        began = time.perf_counter()
+        batch = batches.next_batch(source)
+        train._step(job, step, batch, job.identity.take(torch.from_numpy(rows).to(world.device)))
+        took.append(time.perf_counter() - began)
+    return job.order.batch_size / statistics.median(took[1:]), before
+
+
+def main(model: str, root: str, overrides: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = Path(folder) / "recipe.yaml"
+        recipe.write_text(
+            f"data: {{root: {root}}}\nmodel: {{name: {model}, image_tower: frozen}}\n"
+            f"train: {{steps: {STEPS}, batch_size: 128, warmup_steps: 1}}\noutput: {folder}/run\n"
+        )
+        wanted = config.load(recipe, overrides)
+        (embedding, _), (stored, once) = (measure(wanted, storing) for storing in (False, True))
+    print(
+        json.dumps(
+            {
+                "embedding in every step, pairs/s": round(embedding, 1),
+                "stored, pairs/s": round(stored, 1),
+                "ratio": round(stored / embedding, 1),
+                "seconds before the first step, features computed": round(once, 1),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], sys.argv[3:])
