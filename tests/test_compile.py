@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from cytoclip import captions, checkpoint, model
+from cytoclip import captions, checkpoint, model, train
+from cytoclip.config import Config
+from cytoclip.console import Console
 from cytoclip.errors import UserError
 from tests import tiny
 
@@ -54,7 +57,7 @@ def test_compiled_layers_embed_the_same_and_keep_their_names(kind: str, bases: d
         for one, two in zip(found.encoder(*given), twins, strict=True):
             assert torch.allclose(one, two, atol=1e-6)
     assert backend.runs == 2 * tiny.LAYERS * len(asked)
-    assert 1 <= backend.graphs <= 2, "the layers of a tower share one"
+    assert 1 <= backend.graphs <= 4, "layers share them, and passes too"
     assert list(found.encoder.state_dict()) == names
 
 
@@ -112,3 +115,20 @@ def test_inductor_gives_the_same_gradients(base: Path, checkpointed: bool) -> No
     compiled = gradients()
     assert compiled.keys() == expected.keys()
     assert all(torch.allclose(compiled[name], gradient, atol=1e-5) for name, gradient in expected.items())
+
+
+@pytest.mark.slow  # a C++ compiler, a minute
+def test_a_compiled_run_has_the_losses_of_one_that_is_not(experiment: Callable[..., Config], tmp_path: Path) -> None:
+    """With chunks, checkpointing, dropped patches and LoRA at once."""
+    lora = {"image_tower": "lora", "text_tower": "lora"}
+    how = {"micro_batch_size": 5, "gradient_checkpointing": True, "patch_dropout": 0.25}
+    found = []
+    for compiled in (False, True):
+        torch.compiler.reset()
+        wanted = experiment(model=lora, train={**how, "compile": compiled}, output=str(tmp_path / str(compiled)))
+        train.fit(wanted, Console())
+        found.append(
+            [json.loads(line)["loss"] for line in Path(wanted.output, "losses.jsonl").read_text().splitlines()]
+        )
+    assert len(found[0]) == 4
+    assert found[1] == pytest.approx(found[0], abs=1e-4)

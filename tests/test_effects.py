@@ -254,6 +254,9 @@ def test_checkpointing_and_a_longer_context_train(experiment: Experiment, tmp_pa
     longer = ran(experiment, tmp_path, "longer", model={"context_length": 120})
     assert "no training caption is longer than the 120 tokens" in log(longer)
     assert checkpoint.open_model(longer.output).context == 120
+    assert "so nothing is stretched" not in log(longer)
+    same = ran(experiment, tmp_path, "same", model={"context_length": 77}, train={"steps": 1})
+    assert "model.context_length: 77 is the checkpoint's own, so nothing is stretched" in log(same)
 
 
 # families

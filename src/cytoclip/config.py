@@ -202,7 +202,9 @@ class Train(Section):
     gradient_checkpointing: bool = Field(
         False, description="Keep only each layer's input and compute the rest again: less memory, a third more time."
     )
-    compile: bool = Field(False, description="Compile the towers (torch.compile): minutes at the start, faster steps.")
+    compile: bool = Field(
+        False, description="Compile the layers of the towers (torch.compile): a slower start, faster steps."
+    )
     shard: bool = Field(
         False, description="Share weights, gradients and moments out over the processes (FSDP2) instead of a copy each."
     )

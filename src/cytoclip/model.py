@@ -185,7 +185,7 @@ class DualEncoder(nn.Module):
             count = counts[parts.get(name.split(".")[0], "logit scale")]
             count[0] += parameter.numel() * parameter.requires_grad
             count[1] += parameter.numel()
-        return {name: (moving, total) for name, (moving, total) in counts.items() if total}
+        return {name: (moving, total) for name, (moving, total) in counts.items()}
 
     @property
     def _dtype(self) -> torch.dtype:
