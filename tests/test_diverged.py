@@ -86,8 +86,8 @@ def test_a_planted_picture_is_named_and_nothing_moves(experiment: Experiment, mo
     planted: list[torch.Tensor] = []
     moved: list[int] = []
 
-    def plant(name: str) -> checkpoint.Opened:
-        opened = opens(name)
+    def plant(name: str, *rest: Any) -> checkpoint.Opened:
+        opened = opens(name, *rest)
         plain = opened.encoder.to_floats
 
         def to_floats(pixels_B3HW: torch.Tensor) -> torch.Tensor:
