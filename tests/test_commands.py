@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from omegaconf import OmegaConf
 from cytoclip import config
 from cytoclip.config import Config
 from cytoclip.errors import ExitCode
+from tests import group
 
 HERE = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -51,12 +51,6 @@ def write(wanted: Config, path: Path) -> Path:
 def results(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "run" / "results.json").read_text())
     return found
-
-
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
 
 
 def assert_trained(made: subprocess.CompletedProcess[str], folder: Path, processes: int) -> None:
@@ -170,7 +164,7 @@ def test_refusals_are_two_lines_and_an_exit_code(recipe: Path, tmp_path: Path) -
 
 @pytest.mark.slow  # two processes and torchrun's own: half a minute
 def test_torchrun(recipe: Path, tmp_path: Path) -> None:
-    made = run(tmp_path, *TORCHRUN, free_port(), TRAIN, "--config", str(recipe))
+    made = run(tmp_path, *TORCHRUN, str(group.free_port()), TRAIN, "--config", str(recipe))
     assert_trained(made, tmp_path, 2)
 
 
@@ -182,7 +176,7 @@ def test_under_torchrun_an_error_is_said_once(recipe: Path, tmp_path: Path) -> N
     """
     wrong = (("train.step=3", "train.step"), ("model.name=no/such", "no/such"), ("data.root=x", "no such folder: x"))
     for override, said in wrong:
-        made = run(tmp_path, *TORCHRUN, free_port(), TRAIN, "--config", str(recipe), override)
+        made = run(tmp_path, *TORCHRUN, str(group.free_port()), TRAIN, "--config", str(recipe), override)
         assert made.returncode != 0
         assert_said_once(made.stderr, said)
         assert made.stdout == ""

@@ -15,7 +15,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -33,6 +32,7 @@ from cytoclip.config import parse
 from cytoclip.console import Console
 from cytoclip.journal import Journal
 from cytoclip.model import DualEncoder
+from tests.group import free_port
 
 Test = Callable[..., bool]
 
@@ -93,9 +93,7 @@ def main(runs: Path, outcomes: Path) -> None:
 
 
 def _attempt(run: dict[str, Any], kill: dict[str, Any] | None, hit: Path) -> list[int]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     ranks = {}
     for rank in range(run["processes"]):
         pid = os.fork()

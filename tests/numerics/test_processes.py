@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import KEY_BIAS, weights
+from tests.group import free_port
 from tests.numerics.one_rank import run
 
 TOWERS = [("full", "full"), ("lora", "full"), ("frozen", "full")]
@@ -105,9 +105,7 @@ def _config(root: Path, base: Path, towers: tuple[str, str]) -> dict[str, Any]:
 
 def spawn(module: str, arguments: list[str], processes: int, code: int = 0) -> None:
     """Run a module of these tests as a gloo group; each must end with `code`, and with the word done if that is 0."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     group = [
         subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
