@@ -20,7 +20,8 @@ from torch.distributed.run import get_args_parser
 
 from cytoclip import config, state
 from cytoclip.config import Config
-from tests.test_commands import BIN, HERE, LAUNCHER_SETS, TRAIN, assert_trained, free_port, results, write
+from tests.group import free_port
+from tests.test_commands import BIN, HERE, LAUNCHER_SETS, TRAIN, assert_trained, results, write
 
 PAGE = (HERE / "docs" / "guide" / "distributed.md").read_text(encoding="utf-8")
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -105,7 +106,7 @@ def test_accelerates_file_is_one(tmp_path: Path) -> None:
 @pytest.mark.slow  # torchrun and two processes: 20 s
 def test_torchrun_on_one_machine(recipe: Path, tmp_path: Path, start: Start) -> None:
     words = commands("bash")[0]
-    assert_trained(ended(start([words[0], "--master_port", free_port(), *words[1:]])), tmp_path, 2)
+    assert_trained(ended(start([words[0], "--master_port", str(free_port()), *words[1:]])), tmp_path, 2)
 
 
 @pytest.mark.slow  # accelerate and one process: 20 s
@@ -138,7 +139,7 @@ def test_what_srun_starts_finds_each_other_and_saves_on_its_signal(
     write(experiment(train={"steps": 100_000}, checkpoint={"every": 100_000}), tmp_path / "my.yaml")
     line = re.search(r"^srun (?:--\S+ )*(.*)$", blocks("slurm")[0], flags=re.MULTILINE)
     assert line
-    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "SLURM_NTASKS": "2"}
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "SLURM_NTASKS": "2"}
     tasks = [start(shlex.split(line[1]), SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), **meet) for rank in range(2)]
     losses = tmp_path / "run" / "losses.jsonl"
     until = time.monotonic() + 120

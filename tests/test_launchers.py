@@ -20,7 +20,8 @@ import pytest
 
 from cytoclip import state
 from cytoclip.config import Config
-from tests.test_commands import ACCELERATE, LAUNCHER_SETS, TORCHRUN, TRAIN, free_port, write
+from tests.group import free_port
+from tests.test_commands import ACCELERATE, LAUNCHER_SETS, TORCHRUN, TRAIN, write
 
 pytestmark = pytest.mark.slow  # a launcher and what it launches import one after the other: half a minute each
 PATIENCE = 120.0  # seconds
@@ -65,7 +66,7 @@ def launch(experiment: Callable[..., Config], tmp_path: Path) -> Iterator[Callab
     def begin(name: str) -> Launch:
         wanted = experiment(train=long, validate={"every": 100_000}, checkpoint={"every": 100_000})
         recipe = write(wanted, tmp_path / "long.yaml")
-        before = [*TORCHRUN, free_port()] if name == "torchrun" else [*ACCELERATE, "--num_processes", "1"]
+        before = [*TORCHRUN, str(free_port())] if name == "torchrun" else [*ACCELERATE, "--num_processes", "1"]
         kept = {key: value for key, value in os.environ.items() if not key.startswith(LAUNCHER_SETS)}
         with (tmp_path / "said.txt").open("wb") as said:
             launcher = subprocess.Popen(
