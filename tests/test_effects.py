@@ -272,9 +272,10 @@ def others(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     return found
 
 
-@pytest.mark.parametrize(
-    "model", [{}, {"image_tower": "lora", "text_tower": "lora"}, {"image_tower": "frozen"}], ids=str
-)
+LATER = [pytest.param(model, marks=pytest.mark.slow) for model in ({}, {"image_tower": "frozen"})]  # 12 s
+
+
+@pytest.mark.parametrize("model", [{"image_tower": "lora", "text_tower": "lora"}, *LATER], ids=str)
 @pytest.mark.parametrize("kind", tiny.MADE)
 def test_every_family_trains_learns_and_opens_again(
     kind: str, model: dict[str, str], others: dict[str, Path], experiment: Experiment, tmp_path: Path

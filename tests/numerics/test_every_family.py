@@ -16,6 +16,8 @@ from cytoclip.config import Config, Model, Train
 from cytoclip.console import Console
 from tests import tiny
 
+pytestmark = pytest.mark.slow  # half a minute; each part has a quicker test beside its module
+
 KINDS = ("clip", *tiny.MADE)
 MODES = ("full", "frozen", "lora")
 ALL_OF_LORA = {"rank": 4, "alpha": 2.0, "rslora": True, "dora": True}

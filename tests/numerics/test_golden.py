@@ -14,6 +14,8 @@ import pytest
 
 from tests.numerics.golden import BATCH, FILE, STEPS
 
+pytestmark = pytest.mark.slow  # two processes that each import everything: 10 s each
+
 KEPT = json.loads(FILE.read_text())
 
 
