@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from cytoclip.device import placed
 from cytoclip.errors import ExitCode, UserError, first_few
 
 
@@ -80,7 +81,7 @@ class Averages:
                 ExitCode.RUN,
             )
         for name, average in self._averages.items():
-            average.copy_(_placed(state[name], average))
+            average.copy_(placed(state[name], average))
 
     @torch.no_grad()
     def _exchange(self) -> None:
@@ -95,13 +96,3 @@ def _own(tensor: Any) -> torch.Tensor:
     """This process's part: sharded and whole tensors do not go into one call."""
     part: torch.Tensor = tensor.to_local() if hasattr(tensor, "device_mesh") else tensor
     return part
-
-
-def _placed(whole: torch.Tensor, like: Any) -> torch.Tensor:
-    """Where `like` is, and sharded as it is: a DTensor is not filled from a plain tensor."""
-    there = whole.to(like.device)
-    if not hasattr(like, "device_mesh"):
-        return there
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(there, like.device_mesh, like.placements)

@@ -76,9 +76,8 @@ def open_model(name: str, context_length: int | None = None) -> Opened:
         return opened
     read = model.Checkpoint(opened.encoder.clip, opened.tokenizer, opened.image_processor)
     model.stretch_context(read, context_length, opened.name)
-    return replace(
-        opened, context=read.context, plain=False, stretched=True
-    )  # an adapter beside the base would lose the stretch
+    # not plain: an adapter beside the base would lose the stretch
+    return replace(opened, context=read.context, plain=False, stretched=True)
 
 
 def _open(name: str) -> Opened:

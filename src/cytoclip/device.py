@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from torch.distributed.distributed_c10d import _set_pg_timeout
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from cytoclip import slurm
 from cytoclip.errors import ExitCode, UserError, counted
@@ -157,6 +157,12 @@ class RandomState:
         torch.set_rng_state(self.cpu)
         if self.cuda is not None and device.type == "cuda":
             torch.cuda.set_rng_state(self.cuda, device)
+
+
+def placed(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A copy of `whole` where `like` is, and sharded as it is: a DTensor is not filled from a plain tensor."""
+    there = whole.to(like.device, copy=True)
+    return distribute_tensor(there, like.device_mesh, like.placements) if isinstance(like, DTensor) else there
 
 
 def start(device: str = "auto", precision: str = "auto", said_by: str = "the configuration") -> World:

@@ -103,7 +103,7 @@ def prepare(wanted: Config, run: RunFolder, world: World, console: Console, stor
     torch.manual_seed(wanted.train.seed + world.rank)  # dropout is not
     train = joined([pairs for name, pairs in splits.items() if name not in ("val", "test")])
     inputs = _inputs(wanted, opened, train, splits["val"], features.Place(run.path, world, console), storing)
-    encoder = opened.encoder
+    encoder, identity = opened.encoder, identities(train)
     if wanted.train.shard:
         shard.share_out(encoder, world, console)
     optimizer = optim.build(encoder, wanted.train)
@@ -122,7 +122,7 @@ def prepare(wanted: Config, run: RunFolder, world: World, console: Console, stor
         averages=Averages(encoder.moving(), wanted.train.ema) if wanted.train.ema else None,
         scaler=_scaler(world, wanted.train.precision),
         train=train,
-        identity=identities(train).map(lambda ids: torch.from_numpy(ids).to(world.device)),
+        identity=identity.map(lambda ids: torch.from_numpy(ids).to(world.device)),
         pictures=inputs.pictures,
         texts=inputs.texts,
         order=order,
@@ -130,7 +130,7 @@ def prepare(wanted: Config, run: RunFolder, world: World, console: Console, stor
         inputs=_digests(wanted, opened, began_from, splits, world),
         reading=inputs.reading,
     )
-    _say_what_is_odd(job, inputs.truncated)
+    _say_what_is_odd(job, identity, inputs.truncated)
     return job
 
 
@@ -262,15 +262,14 @@ def _scaler(world: World, precision: str) -> torch.amp.GradScaler:
     return scaler
 
 
-def _say_what_is_odd(job: Job, truncated: int) -> None:
+def _say_what_is_odd(job: Job, identity: Identity, truncated: int) -> None:
     say, wanted, order = job.console, job.config, job.order
     replay = "".join(f" and {each} of {there} replayed ones" for there, each in order.replay)
     say.say(
         f"{order.pairs} training and {len(job.val)} validation pairs, {job.plan.steps} steps of {order.own}{replay}: "
         f"each pair is seen {job.plan.times_seen:.1f} times"
     )
-    some = identities(job.train)
-    shown = [some.take(rows) for rows, _ in order.draws(0, min(repeats.TYPICAL, job.plan.steps))]
+    shown = [identity.take(rows) for rows, _ in order.draws(0, min(repeats.TYPICAL, job.plan.steps))]
     say.say(repeats.line(repeats.typical(shown, job.objective), order.batch_size, job.objective))
     if wanted.model.lora and job.adapter:
         lora = wanted.model.lora

@@ -229,8 +229,8 @@ def checkpoint_gradients(encoder: DualEncoder) -> None:
                 "delete train.gradient_checkpointing, and lower train.micro_batch_size instead",
                 ExitCode.MODEL,
             )
-        # transformers is renaming it
-        switch: Any = getattr(tower, "activation_checkpointing_enable", tower.gradient_checkpointing_enable)
+        renamed = hasattr(tower, "activation_checkpointing_enable")  # transformers drops the older name in version 6
+        switch: Any = getattr(tower, "activation_checkpointing_enable" if renamed else "gradient_checkpointing_enable")
         switch({"use_reentrant": False})
 
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from cytoclip import files
-from cytoclip.device import RandomState, World
+from cytoclip.device import RandomState, World, placed
 from cytoclip.errors import ExitCode, UserError, counted
 from cytoclip.model import DualEncoder
 
@@ -195,24 +195,14 @@ def _part(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.T
 
 @torch.no_grad()
 def _put(parameter: torch.Tensor, tensor: torch.Tensor) -> None:
-    parameter.copy_(_like(parameter, tensor))
+    parameter.copy_(placed(tensor, parameter))
 
 
 def _moment(parameter: torch.Tensor, key: str, value: torch.Tensor) -> torch.Tensor:
     """Where AdamW wants it: the step counter beside the parameter only for the fused kernel on CUDA."""
     if key != "step":
-        return _like(parameter, value)
+        return placed(value, parameter)
     return value.to(parameter.device, copy=True) if parameter.device.type == "cuda" else value.clone()
-
-
-def _like(parameter: Any, value: torch.Tensor) -> torch.Tensor:
-    """A copy of `value` where `parameter` is, and sharded as it is."""
-    there = value.to(parameter.device, copy=True)
-    if not hasattr(parameter, "device_mesh"):
-        return there
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(there, parameter.device_mesh, parameter.placements)
 
 
 def _random_states(world: World) -> dict[str, torch.Tensor]:
