@@ -5,6 +5,7 @@ Letters: W processes, n rows of one process, D columns.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -203,6 +204,7 @@ def _meet(kind: str) -> PartialState:
         if state.num_processes > 1:
             dist.barrier()  # NCCL connects in its first exchange
             _set_pg_timeout(PATIENCE)
+            atexit.register(_part)
     except RuntimeError as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
@@ -212,6 +214,16 @@ def _meet(kind: str) -> PartialState:
             ExitCode.SYSTEM,
         ) from None
     return state
+
+
+def _part() -> None:
+    """End the group while Python still runs.
+
+    Its threads hold the last message's tensors, and one that lets go of them while Python shuts down ends the process
+    by SIGABRT ("terminate called without an active exception"): 1 exit in 20 with gloo, torch 2.13 (docs/log.md).
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def refuse_launcher(environment: Mapping[str, str]) -> None:
