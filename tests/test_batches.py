@@ -19,6 +19,7 @@ from cytoclip import batches, captions, checkpoint, images
 from cytoclip.batches import Batch, Order, PatchDropout, Pictures, Rows, Share
 from cytoclip.console import Bar, Console
 from cytoclip.errors import ExitCode, UserError
+from cytoclip.pixels import prepare
 
 QUIET = Console(quiet=True)
 CPU = torch.device("cpu")
@@ -206,7 +207,7 @@ def test_pixels_are_those_of_images_prepare(root: Path, base: Path) -> None:
     pictures, _ = pictures_and_tokens(root, base)
     spec = checkpoint.open_model(str(base)).pixels
     file = root / "train" / "imgs" / "003.png"
-    assert np.array_equal(pictures[3, 0][1], images.prepare(images.decode(file), spec))
+    assert np.array_equal(pictures[3, 0][1], prepare(images.decode(file), spec))
     assert len(pictures) == 48
 
 

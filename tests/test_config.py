@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from cytoclip import config
+from cytoclip import config, data_options
 from cytoclip.config import Config
 from cytoclip.errors import ExitCode, UserError
 
@@ -338,9 +338,10 @@ def test_split_folders(load: Callable[..., Config], tmp_path: Path) -> None:
 
 
 SECTIONS = {
-    "": Config, "data": config.Data, "model": config.Model, "model.lora": config.Lora, "train": config.Train,
+    "": Config, "data": data_options.Data, "data.augment": data_options.Augment,
+    "model": config.Model, "model.lora": config.Lora, "train": config.Train,
     "validate": config.Validate, "checkpoint": config.Checkpoint, "track": config.Track,
-    "data.replay": config.Replay, "train.anchor": config.Anchor,
+    "data.replay": data_options.Replay, "train.anchor": config.Anchor,
 }  # fmt: skip
 
 
@@ -356,7 +357,7 @@ def fields() -> set[str]:
 def test_options_lists_every_field_with_a_doc() -> None:
     listed = list(config.options())
     assert {option.name for option in listed} == fields()
-    assert len(listed) == len(fields()) == 60
+    assert len(listed) == len(fields()) == 79
     assert {option.name for option in listed if option.kind == "section"} == {*SECTIONS} - {""}
     for option in listed:
         assert option.doc.endswith("."), option.name

@@ -14,6 +14,7 @@ from cytoclip.checkpoint import Opened
 from cytoclip.console import Console
 from cytoclip.device import World
 from cytoclip.pairs import Pairs
+from cytoclip.pixels import prepare
 
 QUIET = Console(quiet=True)
 ALONE = World(torch.device("cpu"))
@@ -44,7 +45,7 @@ def one_by_one(opened: Opened, pairs: Pairs) -> tuple[torch.Tensor, torch.Tensor
     tokens = evaluate.reading(opened, pairs, 1, 0).tokens
     pictures, texts = [], []
     for i in range(len(pairs)):
-        pixels = torch.from_numpy(images.prepare(images.decode(pairs.images[i]), opened.pixels))
+        pixels = torch.from_numpy(prepare(images.decode(pairs.images[i]), opened.pixels))
         pictures.append(opened.encoder.images(pixels[None]))
         texts.append(opened.encoder.texts(tokens.batch([i])))
     return torch.cat(pictures), torch.cat(texts)

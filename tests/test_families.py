@@ -31,9 +31,10 @@ from transformers import (
     VisionTextDualEncoderModel,
 )
 
-from cytoclip import captions, checkpoint, config, families, images, model
+from cytoclip import captions, checkpoint, config, families, model
 from cytoclip.checkpoint import Opened
 from cytoclip.errors import UserError
+from cytoclip.pixels import prepare
 from tests import tiny
 
 CAPTIONS = tiny.CAPTIONS
@@ -82,7 +83,7 @@ def test_features_are_those_of_transformers_with_its_own_tokenizer_and_processor
     picture = Image.fromarray(pixels_of()[0].permute(1, 2, 0).numpy()).resize((50, 41))
     values = found.image_processor(images=picture, return_tensors="pt")["pixel_values"]
     expected = found.encoder.clip.get_image_features(pixel_values=values).pooler_output
-    mine = found.encoder.images(torch.from_numpy(images.prepare(picture, found.pixels))[None])
+    mine = found.encoder.images(torch.from_numpy(prepare(picture, found.pixels))[None])
     assert torch.allclose(mine, functional.normalize(expected, dim=1), atol=1e-6)
     assert mine.shape == (1, found.encoder.width)
 

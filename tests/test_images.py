@@ -19,7 +19,8 @@ from transformers.models.convnext.image_processing_pil_convnext import ConvNextI
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from cytoclip.errors import ExitCode, UserError
-from cytoclip.images import PixelSpec, decode, normalise, prepare, to_floats
+from cytoclip.images import decode, normalise
+from cytoclip.pixels import PixelSpec, prepare, to_floats
 
 CLIP = CLIPImageProcessorPil()
 SIZES = ((1, 1), (4000, 300), (300, 4000), (224, 224), (223, 225), (37, 53))  # width, height

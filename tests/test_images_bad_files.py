@@ -24,7 +24,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from cytoclip import images
 from cytoclip.errors import ExitCode, UserError
-from cytoclip.images import PixelSpec, decode, prepare, scan
+from cytoclip.images import decode, scan
+from cytoclip.pixels import PixelSpec, prepare
 from tests.test_images import drawn
 from tests.test_images_by_hand import png, tiff
 

@@ -21,8 +21,9 @@ from cytoclip import images, signals, sources
 from cytoclip.captions import Tokens
 from cytoclip.console import Console
 from cytoclip.errors import ExitCode, UserError, first_few
-from cytoclip.images import PixelSpec
+from cytoclip.files import Piece
 from cytoclip.pairs import Pairs
+from cytoclip.pixels import PixelSpec, prepare
 
 Draw = tuple[int, int]  # a pair, and the epoch in which it is drawn: what its randomness is a function of
 
@@ -202,7 +203,7 @@ class PatchDropout:
 class Pictures(Dataset[tuple[int, "NDArray[np.uint8] | UserError", "torch.Tensor | None"]]):
     """Decoded pictures at the size of the model; a picture that fails becomes its error, raised by `next_batch`."""
 
-    def __init__(self, files: Sequence[Path], spec: PixelSpec, dropout: PatchDropout | None = None) -> None:
+    def __init__(self, files: Sequence[Path | Piece], spec: PixelSpec, dropout: PatchDropout | None = None) -> None:
         self._files, self._spec, self._dropout = files, spec, dropout
 
     def __len__(self) -> int:
@@ -212,7 +213,7 @@ class Pictures(Dataset[tuple[int, "NDArray[np.uint8] | UserError", "torch.Tensor
         index, epoch = draw
         keep = self._dropout.keep(index, epoch) if self._dropout else None
         try:
-            return index, images.prepare(images.decode(self._files[index]), self._spec), keep
+            return index, prepare(images.decode(self._files[index]), self._spec), keep
         except UserError as error:  # the loader would rebuild it from its text alone
             return index, error, None
 

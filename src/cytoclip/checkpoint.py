@@ -17,11 +17,11 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from cytoclip import adapters, files, images, model
+from cytoclip import adapters, files, model
 from cytoclip.config import Model
 from cytoclip.errors import ExitCode, UserError
-from cytoclip.images import PixelSpec
 from cytoclip.model import DualEncoder
+from cytoclip.pixels import PixelSpec, to_floats
 
 BESIDE = "cytoclip.safetensors"  # projections and logit scale, beside a peft adapter
 
@@ -181,7 +181,7 @@ def _opened(read: model.Checkpoint, clip: Any, place: str, plain: bool) -> Opene
         )
     pad = read.tokenizer.pad_token_id
     encoder = DualEncoder(
-        clip, lambda pixels_B3HW: images.to_floats(pixels_B3HW, pixels), 0 if pad is None else pad, pixels.size
+        clip, lambda pixels_B3HW: to_floats(pixels_B3HW, pixels), 0 if pad is None else pad, pixels.size
     )
     _try_blank_pair(encoder, read.tokenizer, place)
     return Opened(encoder, read.tokenizer, read.image_processor, pixels, read.context, place, plain)

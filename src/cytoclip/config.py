@@ -15,55 +15,11 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from yaml import YAMLError
 
 from cytoclip import options as options_
+from cytoclip.data_options import Data, NonEmpty
 from cytoclip.errors import UserError, nearest
 from cytoclip.options import Option, Section
 
 Tower = Literal["full", "frozen", "lora"]
-NonEmpty = Annotated[str, Field(min_length=1)]
-
-
-class Replay(Section):
-    root: NonEmpty = Field(description="Folder with `imgs/` and `img_text_pair.json`, or a data root: its `train/`.")
-    weight: float = Field(gt=0, description="Pairs of it in each batch for one pair of the training split.")
-
-
-class Data(Section):
-    root: NonEmpty | None = Field(
-        None, description="Folder with `train/`, `val/` and maybe `test/`, each with `imgs/` and `img_text_pair.json`."
-    )
-    train: NonEmpty | None = Field(None, description="Folder of the training split, where the splits lie apart.")
-    val: NonEmpty | None = Field(None, description="Folder of the validation split, where the splits lie apart.")
-    test: NonEmpty | None = Field(
-        None, description="Folder of the test split, where the splits lie apart. Checked, never trained or selected on."
-    )
-    replay: list[Replay] = Field(
-        [],
-        description="A list of more training pairs, each a fixed share of every batch: such as general pairs, against "
-        "forgetting. Validation and epochs are those of the training split.",
-    )
-    workers: int | None = Field(
-        None,
-        ge=0,
-        description="Processes that decode pictures for each training process; 0: none; "
-        "null: its share of the machine's cores, at most 4.",
-    )
-
-    @model_validator(mode="after")
-    def _one_way(self) -> Data:
-        apart = [name for name in ("train", "val", "test") if getattr(self, name)]
-        if self.root and apart:
-            raise ValueError(f"root and {', '.join(apart)} are both given|give root, or train and val, not both")
-        if not self.root and not (self.train and self.val):
-            raise ValueError("no data is named|give data.root, or data.train and data.val")
-        return self
-
-    def split(self, name: str) -> Path | None:
-        """The folder of the split `train`, `val` or `test`; None for a test split that is not there."""
-        if not self.root:
-            apart: str | None = getattr(self, name)
-            return Path(apart) if apart else None
-        folder = Path(self.root) / name
-        return folder if name != "test" or folder.is_dir() else None
 
 
 class Lora(Section):

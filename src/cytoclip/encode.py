@@ -18,9 +18,10 @@ from cytoclip.batches import Pictures, Rows, loader, next_batch
 from cytoclip.captions import Tokens
 from cytoclip.console import Bar, Console
 from cytoclip.device import World
-from cytoclip.images import PixelSpec
+from cytoclip.files import Piece
 from cytoclip.model import DualEncoder
 from cytoclip.pairs import Pairs
+from cytoclip.pixels import PixelSpec
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,9 @@ def _stored(
     return parts
 
 
-def _images(encoder: DualEncoder, files: list[Path], reading: Reading, world: World, bar: Bar) -> list[torch.Tensor]:
+def _images(
+    encoder: DualEncoder, files: list[Path | Piece], reading: Reading, world: World, bar: Bar
+) -> list[torch.Tensor]:
     parts = []
     source = iter(
         loader(

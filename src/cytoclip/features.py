@@ -27,9 +27,9 @@ from cytoclip.console import Console
 from cytoclip.device import World
 from cytoclip.encode import different
 from cytoclip.errors import ExitCode, UserError
-from cytoclip.images import PixelSpec
 from cytoclip.model import DualEncoder, fingerprint
 from cytoclip.pairs import Pairs
+from cytoclip.pixels import PixelSpec
 
 FOLDER = ".features"  # beside the run folders
 

@@ -9,12 +9,25 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
 from cytoclip.errors import ExitCode, UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """`size` bytes of a file from `offset` on, such as one member of a tar: a file within a file."""
+
+    path: Path
+    offset: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.path} at byte {self.offset}"
 
 
 def write_text(path: Path, text: str) -> None:

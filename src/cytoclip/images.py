@@ -1,6 +1,6 @@
-"""One picture from a file to the numbers a model sees, the same to the last bit as the checkpoint's own processor.
+"""One picture from a file to a plain RGB one, whatever the file is; and what is wrong with it, if anything.
 
-Letters: B pictures, C channels (3), H height, W width.
+Letters: H height, W width.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ import re
 import stat
 import struct
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BufferedReader
+from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
-from cytoclip.errors import ExitCode, UserError, first_few
+from cytoclip.errors import ExitCode, UserError
+from cytoclip.files import Piece
 
 # Pillow keeps 4 bytes a pixel, and twice that while it converts: 1.6 GB for one picture at this limit. The largest
 # single-shot cameras give 150 million pixels; what is larger is a whole slide, which is to be cut into fields first.
@@ -44,12 +44,10 @@ _FLIP, _FLOP, _90, _180, _270, _TRANSPOSE, _TRANSVERSE = Image.Transpose
 _TURNS = {2: _FLIP, 3: _180, 4: _FLOP, 5: _TRANSPOSE, 6: _270, 7: _TRANSVERSE, 8: _90}  # by EXIF 2.32's orientation
 _ORIENTATION, _BITS, _PHOTOMETRIC, _RANGES = 274, 258, 262, ((340, 341), (280, 281))  # EXIF and TIFF tags
 _FROM_PILLOW = re.compile(r"PIL\.")
-_STEPS = {"do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"}
-_RAGGED = "gives pictures of different sizes (no crop and no fixed size)"
 _SCAN_BLOCK = 1024  # files handed to the threads at once: five million futures would take gigabytes
 
 
-def decode(path: Path) -> Image.Image:
+def decode(place: Path | Piece) -> Image.Image:
     """Read a file as a plain RGB picture (see `normalise`), completely, or say what is wrong with it.
 
     Only a regular file is opened, in any format of Pillow's but EPS, and the size that its header claims is checked
@@ -62,11 +60,11 @@ def decode(path: Path) -> Image.Image:
     """
     _hush()
     try:
-        with _reading(path) as stream:
+        with _reading(place) as stream:
             return normalise(_open(stream))
     except Exception as error:  # Pillow's plugins raise nearly every kind for a damaged file
         why = _why(error)
-        raise UserError(f"{path}: {why}", _HINTS.get(why, _HINT), ExitCode.DATA) from error
+        raise UserError(f"{place}: {why}", _HINTS.get(why, _HINT), ExitCode.DATA) from error
 
 
 def normalise(image: Image.Image) -> Image.Image:
@@ -101,113 +99,6 @@ def normalise(image: Image.Image) -> Image.Image:
     return plain
 
 
-@dataclass(frozen=True)
-class PixelSpec:
-    """What a checkpoint's image processor does, as plain numbers: resize, centre crop, rescale, normalise.
-
-    Parameters
-    ----------
-    resize
-        The shortest edge in pixels, or (height, width) whatever the shape; None leaves the size.
-    crop
-        (height, width) from the centre, padded with black where the picture is smaller.
-    resample
-        Pillow's number of the filter: 3 is bicubic.
-    mean, std
-        Per channel, subtracted and divided by after the rescaling.
-    rescale
-        Factor of the stored values: 1/255 brings them to 0..1.
-    """
-
-    resize: int | tuple[int, int] | None
-    crop: tuple[int, int] | None
-    resample: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    rescale: float
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(height, width) of what comes out; UserError where it would differ from picture to picture."""
-        if self.crop is not None:
-            return self.crop
-        if isinstance(self.resize, tuple):
-            return self.resize
-        raise _refused("the image processor", _RAGGED)
-
-    @classmethod
-    def from_processor(cls, processor: Any) -> PixelSpec:
-        """Read a transformers image processor, and prove on one picture of noise that the numbers say all it does.
-
-        Raises
-        ------
-        UserError
-            It does something else as well, its pictures differ in size, or its pixels are not ours: a processor on
-            torchvision resizes differently (load it with `backend="pil"`).
-        """
-        name = type(processor).__name__
-        steps = {step for step in dir(processor) if step.startswith("do_") and getattr(processor, step) is True}
-        if extra := sorted(steps - _STEPS):
-            raise _refused(name, f"does more than resize, crop, rescale and normalise: {first_few(extra)}")
-        resample = getattr(processor, "resample", None)
-        if resample is not None and not isinstance(resample, int):
-            raise _refused(name, f"resizes with {resample!r}, which is not a filter of Pillow")
-        normalises = "do_normalize" in steps
-        spec = cls(
-            resize=_edges(processor, "size", "shortest_edge") if "do_resize" in steps else None,
-            crop=cast(tuple[int, int], _edges(processor, "crop_size")) if "do_center_crop" in steps else None,
-            resample=int(Image.Resampling.BILINEAR if resample is None else resample),  # None as transformers takes it
-            mean=_three(processor.image_mean if normalises else 0.0),
-            std=_three(processor.image_std if normalises else 1.0),
-            rescale=float(processor.rescale_factor) if "do_rescale" in steps else 1.0,
-        )
-        if spec.crop is None and not isinstance(spec.resize, tuple):
-            raise _refused(name, _RAGGED)
-        if spec.rescale <= 0 or min(spec.std) <= 0:
-            raise _refused(name, f"has rescale_factor {spec.rescale} and image_std {spec.std}: not all above 0")
-        _prove(spec, processor, name)
-        return spec
-
-
-def prepare(image_rgb: Image.Image, spec: PixelSpec) -> NDArray[np.uint8]:
-    """Resize and crop one picture: uint8 (3, H, W), contiguous, bit-equal to transformers' PIL image processor.
-
-    Of a plain picture, as `normalise` gives it. The long edge after a resize to the shortest is rounded down, and the
-    crop starts at floor((edge - crop) / 2), below 0 where the picture is smaller: so transformers 5.23.
-    """
-    target = _resized(image_rgb.size, spec.resize)
-    if target != image_rgb.size:
-        image_rgb = image_rgb.resize(target, resample=spec.resample)
-    picture_HWC = np.asarray(image_rgb)
-    (rows, columns), (height, width) = picture_HWC.shape[:2], spec.size
-    top, left = (rows - height) // 2, (columns - width) // 2
-    first_row, last_row = max(top, 0), min(top + height, rows)
-    first_column, last_column = max(left, 0), min(left + width, columns)
-    crop_CHW = np.zeros((3, height, width), dtype=np.uint8)
-    crop_CHW[:, first_row - top : last_row - top, first_column - left : last_column - left] = picture_HWC[
-        first_row:last_row, first_column:last_column
-    ].transpose(2, 0, 1)
-    return crop_CHW
-
-
-def to_floats(pixels: torch.Tensor, spec: PixelSpec) -> torch.Tensor:
-    """Rescale and normalise on the tensor's device: uint8 (B, 3, H, W) to float32 of the same shape.
-
-    Equal to transformers' processor to the last bit on a CPU for every value and checkpoint tried (the test goes
-    through all 256 x 3): transformers multiplies by 1/255 in float64 and rounds once, and so does a float32 division
-    by 255, where a float32 multiplication would be off by up to 2.4e-7.
-    """
-
-    def on_device(values: Sequence[float]) -> torch.Tensor:
-        # filled there: a copy from the host would wait for the queue of a GPU, and a Python number as divisor is
-        # turned into a multiplication on CUDA
-        filled = [torch.full((1, 1), value, dtype=torch.float32, device=pixels.device) for value in values]
-        return torch.stack(filled)
-
-    floats = pixels.to(torch.float32)
-    return floats.div_(on_device([1 / spec.rescale])).sub_(on_device(spec.mean)).div_(on_device(spec.std))
-
-
 @dataclass(frozen=True, slots=True)
 class Scan:
     """What one look at a file found."""
@@ -216,12 +107,12 @@ class Scan:
     problem: str | None  # a short phrase ("truncated"), or None for a picture that can be used
 
 
-def scan(paths: Sequence[Path], threads: int, progress: Callable[[int], None] | None = None) -> list[Scan]:
+def scan(places: Sequence[Path | Piece], threads: int, progress: Callable[[int], None] | None = None) -> list[Scan]:
     """Look at every file once before any work is lost: hash, header, claimed size, and whether its end is there.
 
     JPEG and PNG are taken for whole when the last bytes are their end marker; where they are not, and for every
     other format, the picture is decoded as `decode` does. A hole in the middle of a JPEG or PNG is not found.
-    In the order of `paths`; no file raises, whatever is wrong with it.
+    In the order of `places`; no file raises, whatever is wrong with it.
 
     Parameters
     ----------
@@ -232,8 +123,8 @@ def scan(paths: Sequence[Path], threads: int, progress: Callable[[int], None] | 
     """
     results: list[Scan] = []
     with ThreadPoolExecutor(max(1, threads), thread_name_prefix="scan") as pool:
-        for start in range(0, len(paths), _SCAN_BLOCK):
-            for result in pool.map(_scan_one, paths[start : start + _SCAN_BLOCK]):  # left early (Ctrl-C), map cancels
+        for start in range(0, len(places), _SCAN_BLOCK):
+            for result in pool.map(_scan_one, places[start : start + _SCAN_BLOCK]):  # left early (Ctrl-C), map cancels
                 results.append(result)
                 if progress is not None:
                     progress(len(results))
@@ -262,21 +153,26 @@ def _hush() -> None:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[BufferedReader]:
+def _reading(place: Path | Piece) -> Iterator[BufferedReader | BytesIO]:
+    path = place.path if isinstance(place, Piece) else place
     facts = path.stat()  # before opening: opening a pipe would wait for its writer
     if not stat.S_ISREG(facts.st_mode):
         raise _UnusableError("not a regular file")
     if facts.st_size == 0:
         raise _UnusableError("empty file")
     with path.open("rb") as stream:
-        yield stream
+        if isinstance(place, Piece):
+            stream.seek(place.offset)
+            yield BytesIO(stream.read(place.size))
+        else:
+            yield stream
 
 
-def _open(stream: BufferedReader) -> ImageFile.ImageFile:
+def _open(stream: BufferedReader | BytesIO) -> ImageFile.ImageFile:
     """The header only. Not `Image.open`, which warns on stderr and raises without telling width and height."""
     prefix = stream.read(16)
     recognised = ""
-    by_ending = Image.EXTENSION.get(Path(stream.name).suffix.lower(), "")
+    by_ending = Image.EXTENSION.get(Path(getattr(stream, "name", "")).suffix.lower(), "")
     for name in (*FORMATS, by_ending) if by_ending in _NO_SIGNATURE else FORMATS:
         plugin, accepts = Image.OPEN.get(name, (None, None))  # a Pillow may be built without WebP
         if plugin is None or (accepts is not None and accepts(prefix) is not True):
@@ -386,56 +282,11 @@ def _on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(white, layer).convert("RGB")
 
 
-def _refused(name: str, what: str) -> UserError:
-    hint = "use a checkpoint with a CLIP or SigLIP image processor of one fixed size, loaded with backend='pil'"
-    return UserError(f"{name} {what}", hint, ExitCode.MODEL)
-
-
-def _edges(processor: Any, option: str, alone: str = "") -> int | tuple[int, int]:
-    """The (height, width) of an option, or the one edge that may stand `alone`."""
-    value = getattr(processor, option, None)
-    edges = dict(value) if isinstance(value, Iterable) else {}  # a dict, or transformers' SizeDict
-    if set(edges) == {alone}:
-        return int(edges[alone])
-    if set(edges) != {"height", "width"}:
-        raise _refused(type(processor).__name__, f"has {option} {edges or value}, which is not reproduced here")
-    return int(edges["height"]), int(edges["width"])
-
-
-def _three(values: Any) -> tuple[float, float, float]:
-    red, green, blue = np.broadcast_to(np.asarray(values, dtype=np.float64), (3,)).tolist()
-    return red, green, blue
-
-
-def _prove(spec: PixelSpec, processor: Any, name: str) -> None:
-    """Compare with the processor itself: a step that has no name we know shows in the pixels."""
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (97, 160, 3), dtype=np.uint8))
-    ours = to_floats(torch.from_numpy(prepare(noise, spec))[None], spec).numpy()
-    try:
-        theirs = np.asarray(processor(images=noise, return_tensors="np")["pixel_values"])
-    except Exception as error:  # whatever another processor asks for, it is not one of ours
-        raise _refused(name, f"does not take a picture ({error})") from error
-    if theirs.shape != ours.shape or not np.allclose(ours, theirs, rtol=1e-5, atol=1e-5):
-        raise _refused(name, "gives other pixels than a plain resize, crop, rescale and normalise with its numbers")
-
-
-def _resized(size: tuple[int, int], resize: int | tuple[int, int] | None) -> tuple[int, int]:
-    """(width, height) after the resize, from (width, height) before: Pillow's order, unlike `PixelSpec`'s."""
-    if resize is None:
-        return size
-    if isinstance(resize, tuple):
-        return resize[1], resize[0]
-    width, height = size
-    if width <= height:
-        return resize, int(resize * height / width)
-    return int(resize * width / height), resize
-
-
-def _scan_one(path: Path) -> Scan:
+def _scan_one(place: Path | Piece) -> Scan:
     _hush()
     content = ""
     try:
-        with _reading(path) as stream:
+        with _reading(place) as stream:
             content = hashlib.file_digest(stream, "sha256").hexdigest()  # in chunks: the file never lies in memory
             stream.seek(max(0, stream.tell() - 12))
             tail = stream.read(12)

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cytoclip.files import Piece
+
 NO_GROUP = -1
 
 
@@ -25,9 +27,9 @@ class Pairs:
     Parameters
     ----------
     images
-        The absolute file of each pair.
+        The absolute file of each pair, or the piece of a file where pictures are packed together.
     names
-        The same as the JSON writes it, relative to `imgs/`.
+        The same as the data write it: relative to `imgs/`, a column's value, a member of a shard.
     captions
         As written; only `same_caption_key` of them is compared.
     groups
@@ -41,23 +43,29 @@ class Pairs:
         Equal for equal pictures: a hash of each image once the files are scanned (`dataclasses.replace(pairs,
         contents=...)`). Until then the names, which miss only a picture stored twice.
 
+    more
+        Further captions of each pair's picture, where it has several: training draws one of all for each epoch.
+
     Raises
     ------
     ValueError
         Columns of different lengths: a bug in a reader.
     """
 
-    images: tuple[Path, ...]
+    images: tuple[Path | Piece, ...]
     names: tuple[str, ...]
     captions: tuple[str, ...]
     groups: tuple[str | None, ...]
     sources: tuple[str | None, ...]
     labels: tuple[str | None, ...]
     contents: tuple[str, ...] = ()
+    more: tuple[tuple[str, ...], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.contents:
             object.__setattr__(self, "contents", self.names)  # the dataclass is frozen
+        if not self.more:
+            object.__setattr__(self, "more", ((),) * len(self.images))
         lengths = {name: len(column) for name, column in vars(self).items()}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"columns of different lengths: {lengths}")
@@ -100,7 +108,7 @@ class Identity:
 
 def fingerprint(pairs: Pairs) -> str:
     """SHA-256 of what training sees of the pairs, in their order."""
-    columns = (pairs.names, pairs.captions, pairs.groups, pairs.contents)
+    columns = (pairs.names, pairs.captions, pairs.groups, pairs.contents, *([pairs.more] if any(pairs.more) else []))
     return hashlib.sha256(repr(columns).encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -113,6 +121,16 @@ def joined(parts: Sequence[Pairs]) -> Pairs:
     columns = {name: tuple(value for part in parts for value in getattr(part, name)) for name in vars(parts[0])}
     for name in ("groups", "sources"):
         columns[name] = tuple(apart(i, tag) for i, part in enumerate(parts) for tag in getattr(part, name))
+    return Pairs(**columns)
+
+
+def spread(pairs: Pairs) -> Pairs:
+    """Every caption as a pair of its own, those of one picture behind one another: what is ranked."""
+    rows = [row for row, more in enumerate(pairs.more) for _ in range(1 + len(more))]
+    columns = {name: tuple(column[row] for row in rows) for name, column in vars(pairs).items() if name != "more"}
+    columns["captions"] = tuple(
+        text for one, more in zip(pairs.captions, pairs.more, strict=True) for text in (one, *more)
+    )
     return Pairs(**columns)
 
 
