@@ -292,3 +292,13 @@ def test_a_whole_file_stands_at_its_path_or_does_not(tmp_path: Path) -> None:
         assert not path.exists()
     assert path.read_bytes() == b"whole"
     assert [file.name for file in path.parent.iterdir()] == ["table.bin"]
+
+
+def test_a_cache_lies_beside_its_data_or_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    assert files.cache_folder(tmp_path / "data") == tmp_path / "data" / files.CACHE
+    monkeypatch.setattr(files.os, "access", lambda *_: False)  # root may write anywhere
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    elsewhere = {files.cache_folder(tmp_path / name) for name in ("data", "other")}
+    assert len(elsewhere) == 2
+    assert {folder.parent for folder in elsewhere} == {tmp_path / "home" / "cytoclip"}

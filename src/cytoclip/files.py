@@ -18,6 +18,9 @@ from filelock import FileLock, Timeout
 from cytoclip.errors import ExitCode, UserError
 
 
+CACHE = ".cytoclip"  # in a folder of data
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """`size` bytes of a file from `offset` on, such as one member of a tar: a file within a file."""
@@ -28,6 +31,18 @@ class Piece:
 
     def __str__(self) -> str:
         return f"{self.path} at byte {self.offset}"
+
+
+def cache_folder(beside: Path) -> Path:
+    """Where what was computed from the data in folder `beside` is kept: there, or where nobody may write, at home.
+
+    Everything in it can be deleted at any time.
+    """
+    inside = beside / CACHE
+    if os.access(inside if inside.is_dir() else beside, os.W_OK):
+        return inside
+    at_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return at_home / "cytoclip" / hashlib.sha256(os.fsencode(beside.absolute())).hexdigest()[:16]
 
 
 def write_text(path: Path, text: str) -> None:
