@@ -17,7 +17,6 @@ from filelock import FileLock, Timeout
 
 from cytoclip.errors import ExitCode, UserError
 
-
 CACHE = ".cytoclip"  # in a folder of data
 
 
