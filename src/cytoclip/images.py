@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader, BytesIO
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,7 @@ _FLIP, _FLOP, _90, _180, _270, _TRANSPOSE, _TRANSVERSE = Image.Transpose
 _TURNS = {2: _FLIP, 3: _180, 4: _FLOP, 5: _TRANSPOSE, 6: _270, 7: _TRANSVERSE, 8: _90}  # by EXIF 2.32's orientation
 _ORIENTATION, _BITS, _PHOTOMETRIC, _RANGES = 274, 258, 262, ((340, 341), (280, 281))  # EXIF and TIFF tags
 _FROM_PILLOW = re.compile(r"PIL\.")
+_Found = TypeVar("_Found")
 _SCAN_BLOCK = 1024  # files handed to the threads at once: five million futures would take gigabytes
 
 
@@ -129,6 +130,23 @@ def scan(places: Sequence[Path | Piece], threads: int, progress: Callable[[int],
                 if progress is not None:
                     progress(len(results))
     return results
+
+
+def examine(place: Path | Piece, look: Callable[[ImageFile.ImageFile], _Found]) -> tuple[Scan, _Found | None]:
+    """Hash a file and hand its picture, not decoded yet, to `look`: what `scan` would say, and what `look` found.
+
+    Whatever `look` raises is the file's problem, as it is when a picture is decoded.
+    """
+    _hush()
+    content = ""
+    try:
+        with _reading(place) as stream:
+            content = hashlib.file_digest(stream, "sha256").hexdigest()
+            stream.seek(0)
+            found = look(_open(stream))
+    except Exception as error:  # Pillow's plugins raise nearly every kind for a damaged file
+        return Scan(content, _why(error)), None
+    return Scan(content, None), found
 
 
 class _UnusableError(Exception):

@@ -37,7 +37,7 @@ def nearest(hashes_NK: NDArray[np.uint64], sets_N: Ints, count: int, radius: int
 
     Returns
     -------
-    int64 (N, S) twice: the other item, the first of several equally near ones, and its distance; -1 where there is none.
+    int64 (N, S) twice: the other item, the first of several equally near ones, and its distance; else -1.
     """
     if not 0 <= radius < 2 * _WORDS:
         raise ValueError(f"a radius of {radius} is not in 0..{2 * _WORDS - 1}")
