@@ -19,7 +19,7 @@ from typing import Any
 
 import imagehash
 import numpy as np
-import pyarrow
+import pyarrow as pa
 from PIL import ExifTags, Image, ImageFile
 from pyarrow import parquet
 
@@ -305,7 +305,7 @@ def _read(cache: Path) -> dict[_Key, Look]:
         if (table.schema.metadata or {}).get(b"version") != _VERSION.encode():
             return {}
         columns = {name: table.column(name).to_pylist() for name in (*_COLUMNS, *_names())}
-    except (OSError, KeyError, pyarrow.ArrowException):  # not there, or not ours: everything is looked at again
+    except (OSError, KeyError, pa.ArrowException):  # not there, or not ours: everything is looked at again
         return {}
     columns["hashes"] = [tuple(int(one, 16) for one in row) for row in columns["hashes"]]
     columns["personal"] = [tuple(row) for row in columns["personal"]]
@@ -320,10 +320,10 @@ def _write(cache: Path, keys: Sequence[_Key | None], looks: Sequence[Look | None
     columns: dict[str, Any] = {name: [key[i] for key in kept] for i, name in enumerate(_COLUMNS)}
     columns |= {name: [getattr(look, name) for look in kept.values()] for name in _names()}
     columns["hashes"] = [[f"{one:016x}" for one in row] for row in columns["hashes"]]  # beyond int64
-    schema = pyarrow.schema([(name, _TYPES.get(name, pyarrow.string())) for name in columns], {"version": _VERSION})
+    schema = pa.schema([(name, _TYPES.get(name, pa.string())) for name in columns], {"version": _VERSION})
     try:
         with files.whole_file(cache) as stream:
-            parquet.write_table(pyarrow.table(columns, schema=schema), stream, compression="zstd")
+            parquet.write_table(pa.table(columns, schema=schema), stream, compression="zstd")
     except (UserError, ValueError):
         pass  # a disk that is full or not ours, or a name that is no text: the next check looks again
 
@@ -332,7 +332,7 @@ def _names() -> tuple[str, ...]:
     return tuple(field.name for field in fields(Look))
 
 
-_TEXTS = pyarrow.list_(pyarrow.string())
-_TYPES = {name: pyarrow.int64() for name in (*_COLUMNS[1:], "depth", "orientation", "width", "height")}
-_TYPES |= {"spread": pyarrow.float64(), "hashes": _TEXTS, "personal": _TEXTS}
-_TYPES |= {"transparent": pyarrow.bool_(), "several": pyarrow.bool_()}
+_TEXTS = pa.list_(pa.string())
+_TYPES = {name: pa.int64() for name in (*_COLUMNS[1:], "depth", "orientation", "width", "height")}
+_TYPES |= {"spread": pa.float64(), "hashes": _TEXTS, "personal": _TEXTS}
+_TYPES |= {"transparent": pa.bool_(), "several": pa.bool_()}

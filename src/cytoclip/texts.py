@@ -12,7 +12,7 @@ import numpy as np
 from ftfy.badness import is_bad
 from numpy.typing import NDArray
 
-from cytoclip.families import Family
+from cytoclip.families import FAMILIES, Family
 from cytoclip.pairs import same_caption_key
 
 _TAG = re.compile(
@@ -21,6 +21,13 @@ _TAG = re.compile(
     re.IGNORECASE,
 )
 _ENTITY = re.compile(r"&(?:#\d{1,7}|#x[0-9a-f]{1,6}|amp|lt|gt|quot|apos|nbsp|[a-z]{3,8}\d{0,2});", re.IGNORECASE)
+READ_BY = "; ".join(
+    (
+        f"Chinese is read by {FAMILIES['chinese_clip'].title} ({FAMILIES['chinese_clip'].such_as})",
+        "many scripts by SigLIP2 (google/siglip2-base-patch16-224)",
+        f"any by {FAMILIES['vision-text-dual-encoder'].title} with a text model of its own",
+    )
+)
 _LONGEST = 100_000  # characters of a caption that are looked at
 # Tokens a letter from which a vocabulary is called unable to read a script. English takes 0.2 to 0.3. A byte-level
 # vocabulary that never met a script spends a token on nearly each of the 2 to 4 bytes of a letter; one that knows
@@ -73,7 +80,7 @@ def token_counts(tokenizer: Any, captions: Sequence[str], family: Family) -> NDA
 
 
 def unread(tokenizer: Any, captions: Sequence[str], family: Family) -> list[bool]:
-    """Whether the tokenizer spells a caption out byte by byte, or replaces it by its token for what it does not know."""
+    """Whether the tokenizer spells a caption out byte by byte, or has its token for the unknown in its place."""
     unknown = getattr(tokenizer, "unk_token_id", None)
     if unknown is not None and unknown in (tokenizer.eos_token_id, tokenizer.pad_token_id):
         unknown = None  # CLIP's: its byte-level vocabulary has no need of one
