@@ -35,9 +35,11 @@ def damaged(root: Path, tmp_path: Path) -> tuple[Path, list[int], dict[int, int]
     identity = identities(sources.read(root / "train"))
     right = right_answers(identity, identity)
     telling = next(  # whose stand-in, unlike itself, has a right answer in the batch
-        int(row) for step in range(4) for row in (rows := ORDER.rows(step)) if row != 5
-        and right[standbys[row][0], rows].sum() > 0 and right[row, rows].sum() == 1
-    )  # fmt: skip
+        int(row)
+        for rows in map(ORDER.rows, range(4))
+        for row in rows
+        if row != 5 and right[standbys[row][0], rows].any() and right[row, rows].sum() == 1
+    )
     bad = [5, telling, int(standbys[5][0])]  # the next in line is bad too
     for row in bad:
         path = tmp_path / "damaged" / "train" / "imgs" / f"{row:03}.png"
