@@ -19,6 +19,7 @@ from cytoclip.errors import UserError
 from cytoclip.order import Order, Wording
 from cytoclip.pairs import Pairs, identities, right_answers
 from tests.conftest import weights
+from tests.numerics.test_processes import spawn
 from tests.test_train import stop_after
 
 Experiment = Callable[..., Config]
@@ -91,6 +92,22 @@ def test_another_pair_stands_in_for_a_bad_picture(
     said = capsys.readouterr().err
     assert "3 pictures could not be used, and others stood in 3 times" in said
     assert "1 of 48 pictures" in said, "what the scan sees is said at the start"
+
+
+@pytest.mark.slow
+def test_two_processes_let_the_same_pairs_stand_in(experiment: Experiment, damaged: Any, tmp_path: Path) -> None:
+    """Each process decodes its own half, and both must know who is right for whom in the whole batch."""
+    folder, bad, _ = damaged
+    found = {}
+    for processes in (1, 2):
+        wanted = experiment(data={"root": str(folder), "on_bad_image": "skip"}, output=str(tmp_path / f"{processes}"))
+        case = {"config": wanted.model_dump(mode="json", by_alias=True), "float64": True, "die_at": None}
+        (tmp_path / "cases.json").write_text(json.dumps([case]))
+        spawn("tests.numerics.one_rank", [str(tmp_path / "cases.json")], processes)
+        found[processes] = losses(wanted)
+        results = json.loads((Path(wanted.output) / "results.json").read_text())
+        assert results["skipped"] == {f"{row:03}.png": 1 for row in bad}
+    assert found[2] == pytest.approx(found[1], rel=1e-9)
 
 
 def test_what_is_skipped_is_remembered_over_a_stop(experiment: Experiment, damaged: Any, monkeypatch: Any) -> None:
