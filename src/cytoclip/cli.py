@@ -102,6 +102,35 @@ def evaluate(
 
 
 @app.command()
+def check(
+    data_root: Annotated[Path, typer.Argument(help="Folder that holds the splits.", show_default=False)],
+    model: Annotated[
+        str | None, typer.Option(help="Checkpoint whose tokenizer and picture size are asked.", show_default=False)
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=2, help="Pairs of a batch, for the floor of the loss; else what suits.", show_default=False),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page with thumbnails and histograms.", show_default=False)
+    ] = None,
+) -> None:
+    """Say what is wrong with the data; exit code 3 when something needs a hand."""
+    from cytoclip import check as checks
+    from cytoclip import check_page, files
+
+    console = _console()
+    report = checks.check(data_root, model, batch_size, console)
+    if html is not None:
+        files.write_text(html, check_page.page(report))
+        console.say(f"wrote {html}")
+    console.result(json.dumps(report.document(), ensure_ascii=False) if as_json else report.text())
+    if report.needs_a_hand:
+        raise typer.Exit(int(ExitCode.FINDINGS))
+
+
+@app.command()
 def config(
     file: Annotated[
         Path | None, typer.Argument(help="Print this file, complete and resolved.", show_default=False)

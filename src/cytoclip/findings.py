@@ -25,11 +25,24 @@ _EXCERPT = 80  # characters of a caption beside its name
 
 @dataclass(frozen=True)
 class Split:
-    """A split as it was read: a look for each pair, pictures that no pair names, and contents for hashes of files."""
+    """A split as it was read.
+
+    Parameters
+    ----------
+    pairs
+        With the hashes of the looks as `contents`.
+    looks
+        At the picture of each pair.
+    unnamed
+        Files below imgs/ that no pair names.
+    tokens
+        int64: tokens of each of `captions()`, special ones included and nothing cut; None without a checkpoint.
+    """
 
     pairs: Pairs
     looks: Sequence[Look]
     unnamed: Sequence[str] = ()
+    tokens: NDArray[np.int64] | None = None
 
     def pictures(self) -> dict[int, Look]:
         """Each different file's first pair, and the look at it."""
@@ -125,15 +138,6 @@ def lost(width: int, height: int, spec: PixelSpec) -> float:
     return 1 - min(rows, high) * min(columns, wide) / (wide * high)
 
 
-def token_counts(split: Split, reader: Reader) -> NDArray[np.int64]:
-    """Tokens of each of `split.captions()`, special ones included, nothing cut."""
-    captions = [text for _, text in split.captions()]
-    different = list(dict.fromkeys(captions))
-    counts = texts.token_counts(reader.tokenizer, different, reader.family)
-    known = dict(zip(different, counts.tolist(), strict=True))
-    return np.array([known[text] for text in captions], np.int64)
-
-
 def _problem_kind(problem: str) -> str:
     for kind, begins in (("missing", "no such file"), ("empty-file", "empty file"), ("too-large", "claims ")):
         if problem.startswith(begins):
@@ -193,7 +197,9 @@ def _cropped(name: str, split: Split, spec: PixelSpec) -> list[Finding]:
 
 
 def _tokens(name: str, split: Split, reader: Reader) -> list[Finding]:
-    captions, counts = split.captions(), token_counts(split, reader)
+    captions, counts = split.captions(), split.tokens
+    if counts is None:
+        return []
     cut = [i for i in np.argsort(-counts, kind="stable").tolist() if counts[i] > reader.context]
     longest = tuple(Case(name, split.pairs.names[captions[i][0]], captions[i][0], f"{counts[i]} tokens") for i in cut)
     found = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from cytoclip.kinds import Case, Finding
 from cytoclip.pairs import Pairs, same_caption_key
 
 Hashes = tuple[int, ...]
+_Value = TypeVar("_Value", bound=Hashable)
 
 
 def across(splits: Mapping[str, Pairs]) -> list[Finding]:
@@ -97,8 +99,8 @@ def _twos(splits: Mapping[str, Pairs]) -> Iterator[tuple[str, str]]:
             yield late, early
 
 
-def _first_rows(values: Sequence[Hashable]) -> dict[Hashable, int]:
-    first: dict[Hashable, int] = {}
+def _first_rows(values: Sequence[_Value]) -> dict[_Value, int]:
+    first: dict[_Value, int] = {}
     for row, value in enumerate(values):
         first.setdefault(value, row)
     return first

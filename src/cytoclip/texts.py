@@ -71,12 +71,13 @@ def foreign_share(caption: str) -> float:
 
 def token_counts(tokenizer: Any, captions: Sequence[str], family: Family) -> NDArray[np.int64]:
     """Tokens of each caption with its special ones, before anything is cut: int64 (N,)."""
-    counts = np.zeros(len(captions), np.int64)
-    for begin in range(0, len(captions), 10_000):
-        some = [_as_read(caption, family) for caption in captions[begin : begin + 10_000]]
-        ids = tokenizer(some, truncation=False, verbose=False)["input_ids"]
-        counts[begin : begin + len(some)] = [len(row) for row in ids]
-    return counts
+    different = list(dict.fromkeys(captions))
+    counts: dict[str, int] = {}
+    for begin in range(0, len(different), 10_000):
+        some = different[begin : begin + 10_000]
+        rows = tokenizer([_as_read(one, family) for one in some], truncation=False, verbose=False)["input_ids"]
+        counts |= zip(some, map(len, rows), strict=True)
+    return np.array([counts[caption] for caption in captions], np.int64)
 
 
 def unread(tokenizer: Any, captions: Sequence[str], family: Family) -> list[bool]:
