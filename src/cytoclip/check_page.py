@@ -37,8 +37,9 @@ class Shown:
     more: int
 
     @property
-    def two(self) -> bool:
-        return any(other for _, _, other in self.examples)
+    def wide(self) -> bool:
+        """Whether a case needs more room than one picture: two, or only words."""
+        return any(other or not picture for _, picture, other in self.examples)
 
 
 @dataclass(frozen=True)

@@ -46,8 +46,10 @@ class Case:
     twin: Case | None = None
 
     def text(self) -> str:
+        """One line for a terminal: what it would take for a command, or as a change of direction, is replaced."""
         twin = f" = {self.twin.split}/{self.twin.name}" if self.twin else ""
-        return f"{self.split}/{self.name}{twin}{f' ({self.note})' if self.note else ''}"
+        text = f"{self.split}/{self.name}{twin}{f' ({self.note})' if self.note else ''}"
+        return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
 
 
 @dataclass(frozen=True)
