@@ -146,9 +146,13 @@ def _shared(pairs: Pairs) -> NDArray[np.int64]:
 def _chart(title: str, series: Sequence[NDArray[Any]], mark: tuple[float, str] | None) -> Chart:
     everything = np.concatenate(series)
     low, high = float(everything.min()), float(everything.max())
-    whole = everything.dtype.kind == "i"
-    bins = int(min(_BINS, high - low + 1)) if whole else _BINS
-    edges = np.linspace(low - 0.5, high + 0.5, bins + 1) if whole else np.linspace(low, max(high, low + 1e-3), bins + 1)
+    bins = _BINS
+    if everything.dtype.kind == "i":
+        bins = int(min(_BINS, high - low + 1))
+        edges = np.linspace(low - 0.5, high + 0.5, bins + 1)
+    else:  # ratios: so wide that equal ones stand in the middle
+        low, high = min(low, (low + high) / 2 - 0.25), max(high, (low + high) / 2 + 0.25)
+        edges = np.linspace(low, high, bins + 1)
     shares = [np.histogram(values, edges)[0] / max(len(values), 1) for values in series]
     top, each = max(float(share.max()) for share in shares), _WIDTH / bins
     bars = [

@@ -22,6 +22,7 @@ from cytoclip import (
     families,
     features,
     journal,
+    leaks,
     model,
     optim,
     order,
@@ -243,10 +244,13 @@ def _read_splits(wanted: Config) -> dict[str, tuple[Path, Pairs]]:
 def _scanned(wanted: Config, read: dict[str, tuple[Path, Pairs]], console: Console) -> dict[str, Pairs]:
     """Only training may go on without a picture: a number of validation is one of all of its pairs."""
     skips = wanted.data.on_bad_image == "skip"
-    return {
+    found = {
         name: batches.scanned(pairs, folder, console, skips and name not in ("val", "test"))
         for name, (folder, pairs) in read.items()
     }
+    for line in leaks.warnings({name: pairs for name, pairs in found.items() if not name.startswith("replay")}):
+        console.warn(line)
+    return found
 
 
 def _order(wanted: Config, read: dict[str, tuple[Path, Pairs]]) -> Order:

@@ -162,10 +162,10 @@ class Report:
 
 def proposed(report: Report) -> dict[str, Any]:
     """A configuration for `cytoclip train` that suits these pairs: batch, crop, context, positives."""
-    longest = max((int(facts.lengths.max(initial=0)) for facts in report.facts.values()), default=0)
     model: dict[str, Any] = {"name": report.reader.name if report.reader else _checkpoint(report)}
-    if report.reader and longest > report.reader.context and not report.reader.family.no_stretch:
-        model["context_length"] = max(_LONG, report.reader.context)
+    reader, needed = report.reader, _tokens_needed(report)
+    if reader and needed > reader.context and reader.context < _LONG and not reader.family.no_stretch:
+        model["context_length"] = min(_LONG, needed + -needed % 8)
     return {
         "data": {"root": report.root, "crop": _crop(report)},
         "model": model,
@@ -194,11 +194,7 @@ def _reasons(report: Report) -> dict[str, str]:
         "batch_size": f"{counted(steps, 'step')} an epoch; what one process holds at once is train.micro_batch_size",
         "positives": "pairs with the same caption, picture or group are right answers for each other",
     }
-    if report.reader:
-        found["context_length"] = (
-            f"the longest caption has {max(int(f.lengths.max(initial=0)) for f in report.facts.values())}"
-        )
-    return found
+    return found | {"context_length": f"99 % of the captions have {_tokens_needed(report)} tokens or fewer"}
 
 
 def batch_size(pairs: int) -> int:
@@ -217,6 +213,11 @@ def typical_repeats(pairs: Pairs, size: int, objective: Objective) -> Repeats | 
     order, wording, identity = Order(len(pairs), size, seed), Wording.of(pairs, seed), identities(spread(pairs))
     draws = order.draws(0, repeats.TYPICAL)
     return repeats.typical([identity.take(wording.rows(rows, epochs)) for rows, epochs in draws], objective)
+
+
+def _tokens_needed(report: Report) -> int:
+    """What all captions but the longest hundredth need: one long one is no reason to stretch the text tower."""
+    return int(np.percentile(np.concatenate([facts.lengths for facts in report.facts.values()]), 99, method="lower"))
 
 
 def _checkpoint(report: Report) -> str:
