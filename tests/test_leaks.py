@@ -14,6 +14,7 @@ from cytoclip.config import Config
 from cytoclip.console import Console
 from cytoclip.device import start
 from cytoclip.kinds import Finding
+from cytoclip.leaks import Face
 from cytoclip.pairs import Pairs
 
 
@@ -67,12 +68,15 @@ def test_alike_pictures_are_told_once_within_and_with_both_sides_between_splits(
     train = pairs(("a", "1", None, None), ("b", "2", None, None), ("far", "3", None, None), ("flat", "4", None, None))
     val = pairs(("c", "5", None, None), ("a", "6", None, None), ("flat2", "7", None, None), prefix="v")
     hashes = {"a": (0b0, 0b1), "b": (0b11 << 60, 0b11 << 61), "far": (2**50 - 1, 2**50 - 1), "c": (0b111, 0b111)}
-    assert told(leaks.alike({"train": train, "val": val}, hashes)) == {
+    faces = {content: Face(both, bytes(range(256))) for content, both in hashes.items()}
+    assert told(leaks.alike({"train": train, "val": val}, faces)) == {
         ("alike", "train"): ["train/1.png = train/0.png (2 of 64 bits differ)"],
         ("alike", "val"): ["val/v1.png = val/v0.png (2 of 64 bits differ)"],
         ("leak-alike", "val and train"): ["val/v0.png = train/0.png (2 of 64 bits differ)"],
     }
     assert leaks.alike({"train": train}, {}) == []
+    faces["b"] = Face(hashes["b"], bytes(range(0, 256, 2)) * 2)
+    assert [one.split for one in leaks.alike({"train": train, "val": val}, faces)] == ["val and train", "val"]
 
 
 def test_training_warns_of_leaks_and_points_to_the_check(

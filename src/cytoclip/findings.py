@@ -82,13 +82,13 @@ def find(splits: Mapping[str, Split], reader: Reader | None) -> list[Finding]:
         if reader is not None:
             found += [*_cropped(name, split, reader.pixels), *_tokens(name, split, reader)]
     pairs = {name: split.pairs for name, split in splits.items()}
-    hashes = {
-        look.content: look.hashes
+    faces = {
+        look.content: leaks.Face(look.hashes, look.thumb)
         for split in splits.values()
         for look in split.looks
         if look.hashes and look.spread >= CONSTANT
     }
-    return by_severity([*found, *leaks.across(pairs), *leaks.alike(pairs, hashes)])
+    return by_severity([*found, *leaks.across(pairs), *leaks.alike(pairs, faces)])
 
 
 def of_pictures(name: str, split: Split) -> list[Finding]:
