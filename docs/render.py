@@ -8,10 +8,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from cytoclip import config, families
+from cytoclip import config, families, kinds
 
 REFERENCE = Path(__file__).parent / "reference"
-PAGES = {REFERENCE / "config.md": config.reference, REFERENCE / "families.md": families.page}
+PAGES = {
+    REFERENCE / "config.md": config.reference,
+    REFERENCE / "families.md": families.page,
+    REFERENCE / "findings.md": kinds.page,
+}
 
 
 def main(check: bool) -> int:

@@ -132,6 +132,7 @@ def _unreadable(bed: Bed) -> None:
 # kind -> what plants it, and the names that the check must give, {} for the pair's picture
 PLANTS: dict[str, tuple[Callable[[Bed], object], list[str]]] = {
     "unreadable-split": (_unreadable, ["test/"]),
+    "no-pair": (lambda bed: bed.val.append({"img": bed.entry["img"], "caption": " "}), ["val/entry 12"]),
     "few-pairs": (lambda _: None, []),  # by the batch size that is asked for
     "leak-content": (_leaked, ["val/leaked.jpg = train/{}"]),
     "leak-alike": (_leaked_alike, ["val/again.jpg = train/{}"]),

@@ -70,12 +70,16 @@ def _read(root: Path) -> tuple[dict[str, Pairs], list[Finding]]:
     read: dict[str, Pairs] = {}
     unreadable = []
     for name in there:
+        left_out: dict[int, str] = {}
         try:
-            read[name] = sources.read(root / name)
+            read[name] = sources.read(root / name, left_out)
         except UserError as error:
             if len(there) == 1 or (name == there[-1] and not read):
                 raise
             unreadable.append(Finding("unreadable-split", name, 0, (Case(name, "", note=error.message),)))
+        if left_out:
+            cases = tuple(Case(name, f"entry {i}", note=problem) for i, problem in left_out.items())
+            unreadable.append(Finding("no-pair", name, len(left_out) + len(read[name]), cases))
     return read, unreadable
 
 

@@ -88,6 +88,9 @@ _MEND = "replace the files from where they came, or take their pairs out"
 KINDS = {
     # the splits
     "unreadable-split": Kind("error", "", "split that cannot be read", "mend the list of pairs as the message says"),
+    "no-pair": Kind(
+        "error", "entries", "entries that are no pair", "write what is missing, or take them out; entries count from 0"
+    ),
     "no-validation": Kind(
         "warning", "", "no validation split", "set some pairs apart: `cytoclip bring … --val 0.1` splits by source"
     ),
@@ -230,3 +233,18 @@ KINDS = {
         "none is needed: all are right answers (train.positives: groups)",
     ),
 }
+
+
+def page() -> str:
+    """`docs/reference/findings.md`."""
+    lines = [
+        "# What `cytoclip check` finds",
+        "",
+        "Rendered from `src/cytoclip/kinds.py` by `make docs`.",
+    ]
+    for severity, means in SEVERITIES.items():
+        lines += ["", f"## {severity}: {means}", "", "| kind | what it is | what to do |", "| --- | --- | --- |"]
+        lines += [
+            f"| `{name}` | {kind.title} | {kind.fix} |" for name, kind in KINDS.items() if kind.severity == severity
+        ]
+    return "\n".join([*lines, ""])

@@ -16,7 +16,7 @@ LIST_NAME = "img_text_pair.json"
 _LAYOUT = f'a split is a folder with `imgs/` and `{LIST_NAME}`, a list of {{"img": …, "caption": …}}'
 
 
-def read(folder: Path) -> Pairs:
+def read(folder: Path, left_out: dict[int, str] | None = None) -> Pairs:
     """The pairs of one split, in the order of its list. No picture is opened.
 
     Parameters
@@ -24,6 +24,8 @@ def read(folder: Path) -> Pairs:
     folder
         Holds `imgs/` and `img_text_pair.json`. Each entry has `img` (a path below `imgs/`) and `caption`, and may
         have `group`, `source` and `label` (text or whole numbers). Other keys are allowed.
+    left_out
+        Where given, entries that are not pairs are left out and told here, the reason by number, and not raised.
 
     Raises
     ------
@@ -34,13 +36,17 @@ def read(folder: Path) -> Pairs:
     base = folder / "imgs"
     if not base.is_dir():
         raise _data_error(f"no imgs folder in {folder}", _LAYOUT)
-    problems = [f"entry {i}: {p}" for i, entry in enumerate(entries) if (p := _problem(entry)) is not None]
-    if problems:
+    problems = {i: p for i, entry in enumerate(entries) if (p := _problem(entry)) is not None}
+    if problems and (left_out is None or len(problems) == len(entries)):
         place = folder / LIST_NAME
+        named = first_few([f"entry {i}: {problem}" for i, problem in problems.items()])
         raise _data_error(
-            f"{len(problems)} of {len(entries)} entries of {place} are not pairs: {first_few(problems)}",
+            f"{len(problems)} of {len(entries)} entries of {place} are not pairs: {named}",
             'each entry needs "img", a path below imgs/, and "caption", a text; entries count from 0',
         )
+    if left_out is not None:
+        left_out.update(problems)
+        entries = [entry for i, entry in enumerate(entries) if i not in problems]
     inside = base.resolve()
     images = tuple((inside / entry["img"]) for entry in entries)
     outside = [e["img"] for e, image in zip(entries, images, strict=True) if not _real(image).is_relative_to(inside)]
