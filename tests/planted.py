@@ -161,6 +161,7 @@ PLANTS: dict[str, tuple[Callable[[Bed], object], list[str]]] = {
     "cut-captions": (lambda bed: bed.entry.update(caption="a very long story of one cell " * 30), ["train/{}"]),
     "personal-captions": (lambda bed: bed.entry.update(caption="Smear of DOE^JANE, 12.03.2019"), ["train/{}"]),
     "personal-metadata": (lambda bed: _exif(bed, 315, "Jane Doe"), ["train/{}"]),
+    "dated-metadata": (lambda bed: _exif(bed, 306, "2019:03:12 10:00:00"), ["train/{}"]),
     "repeated-pairs": (lambda bed: bed.train.append(dict(bed.entry)), ["train/{} = train/{}"]),
     "alike": (_alike, ["train/alike.jpg = train/{}"]),
     "repeated-pictures": (

@@ -66,7 +66,7 @@ def test_the_page_is_whole_asks_for_nothing_and_is_small(page: str) -> None:
     assert "width=device-width" in page
     assert len(page.encode()) < 1e6
     assert read.tags.count("svg") == 4
-    assert read.tags.count("details") == 34
+    assert read.tags.count("details") == 35
 
 
 def test_a_thumbnail_is_what_it_is_of_and_has_no_metadata(page: str) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from cytoclip import identifiers, leaks, texts
 from cytoclip.families import Family
 from cytoclip.kinds import Case, Finding, by_severity
-from cytoclip.looks import DIED, Look
+from cytoclip.looks import DATED, DIED, Look
 from cytoclip.pairs import Pairs
 from cytoclip.pixels import PixelSpec
 
@@ -155,6 +155,10 @@ def _wrong_extension(look: Look, name: str) -> str | None:
     return f"it is {look.format}"
 
 
+def _only_dated(look: Look) -> bool:
+    return all(field.endswith(DATED) for field in look.personal)
+
+
 # kind -> what is said of a look at the file of that name, None where it is not so
 _OF_LOOKS: dict[str, Callable[[Look, str], str | None]] = {
     "wrong-extension": _wrong_extension,
@@ -164,7 +168,8 @@ _OF_LOOKS: dict[str, Callable[[Look, str], str | None]] = {
     "other-colours": lambda look, _: look.mode if look.mode in ("CMYK", "YCbCr", "LAB", "HSV") else None,
     "transparent": lambda look, _: look.mode if look.transparent else None,
     "turned": lambda look, _: f"orientation {look.orientation}" if look.orientation != 1 else None,
-    "personal-metadata": lambda look, _: ", ".join(look.personal) if look.personal else None,
+    "personal-metadata": lambda look, _: ", ".join(look.personal) if not _only_dated(look) else None,
+    "dated-metadata": lambda look, _: ", ".join(look.personal) if look.personal and _only_dated(look) else None,
 }
 
 _OF_TEXTS: dict[str, Callable[[str], bool]] = {

@@ -14,8 +14,8 @@ _KEYED = r"(?:mrn|accession|acc|case|patient|pat|record|specimen|chart|hospital|
 # Every quantifier is bounded, so that no text takes long.
 FORMS = {
     "date": re.compile(
-        r"\b(?:19|20)\d{2}([-/.:])(?:0?[1-9]|1[0-2])\1(?:0?[1-9]|[12]\d|3[01])\b"
-        r"|\b\d{1,2}([-/.])\d{1,2}\2(?:19|20)\d{2}\b"
+        r"(?<!\d)(?:19|20)\d{2}([-/.:])(?:0?[1-9]|1[0-2])\1(?:0?[1-9]|[12]\d|3[01])(?!\d)"
+        r"|(?<!\d)\d{1,2}([-/.])\d{1,2}\2(?:19|20)\d{2}(?!\d)"
         rf"|\b\d{{1,2}}(?:st|nd|rd|th)?\s{{1,3}}{_MONTH},?\s{{1,3}}(?:19|20)\d{{2}}\b"
         rf"|\b{_MONTH}\s{{1,3}}\d{{1,2}}(?:st|nd|rd|th)?,\s{{1,3}}(?:19|20)\d{{2}}\b",
         re.IGNORECASE,

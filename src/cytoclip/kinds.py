@@ -212,6 +212,12 @@ KINDS = {
         "pictures whose metadata may identify a person",
         "strip them before you share the files; training reads pixels only, and nothing was changed",
     ),
+    "dated-metadata": Kind(
+        "note",
+        "pictures",
+        "pictures whose metadata hold a day",
+        "strip it before you share them where a day identifies",
+    ),
     # repeats
     "repeated-pairs": Kind("warning", "pairs", "pairs that are there twice", "take the second ones out"),
     "alike": Kind(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import stat
 import threading
@@ -31,6 +32,8 @@ from cytoclip.files import Piece
 Place = Path | Piece
 
 DIED = "ended the process that decoded it: out of memory, or more than 120 seconds"
+
+DATED = " (date)"  # behind the name of a field of metadata in which nothing but a day was found
 
 _VERSION = "1"  # of what a look finds: another one forgets what is remembered
 _SECONDS = 120
@@ -73,7 +76,7 @@ class Look:
     thumb
         16×16 grey levels: what tells whether two pictures of nearly equal hashes are alike.
     personal
-        Names of the metadata that may identify a person or a day.
+        Names of the fields of metadata that may identify a person, or a day (they end with `DATED`).
     """
 
     content: str
@@ -183,7 +186,9 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-_TELLING = {"DateTime", "DateTimeOriginal", "DateTimeDigitized", "Artist", "CameraOwnerName", "BodySerialNumber"}
+_TELLING = {"Artist", "CameraOwnerName", "BodySerialNumber"}
+_DATED = {"DateTime", "DateTimeOriginal", "DateTimeDigitized"}
+_ADDRESS = re.compile(r"https?://\S+")  # of a program or a schema, whose years and numbers are nobody's
 
 
 def _personal(image: Image.Image) -> tuple[str, ...]:
@@ -192,18 +197,23 @@ def _personal(image: Image.Image) -> tuple[str, ...]:
         exif = image.getexif()
         tags = {**exif, **exif.get_ifd(ExifTags.IFD.Exif)}
         places = exif.get_ifd(ExifTags.IFD.GPSInfo)
-    except Exception:
+    except Exception:  # broken metadata raises nearly every kind
         tags, places = {}, {}
-    named = {ExifTags.TAGS.get(tag, f"tag {tag}"): value for tag, value in tags.items()}
-    told = [f"EXIF {name}" for name, value in named.items() if name in _TELLING and str(value).strip("\0 0:-")]
-    told += ["EXIF GPS position"] if places else []
-    texts = {f"EXIF {name}": value for name, value in named.items() if name not in _TELLING}
-    texts |= {f"{image.format} {key}": value for key, value in image.info.items() if key != "exif"}
-    for name, value in texts.items():
-        text = _text(value)
-        if text and (identifiers.found(text) or identifiers.found(f"{name.rpartition(' ')[2]}: {text}")):
-            told.append("".join(c for c in name[:40] if c.isprintable()))
-    return tuple(sorted(set(told)))
+    named = {f"EXIF {ExifTags.TAGS.get(tag, f'tag {tag}')}": value for tag, value in tags.items()}
+    named |= {f"{image.format} {key}": value for key, value in image.info.items() if key not in ("exif", "icc_profile")}
+    told = {"EXIF GPS position"} if places else set()
+    for name, value in named.items():
+        field = name.partition(" ")[2]
+        text = _ADDRESS.sub(" ", _text(value))
+        kinds = {*identifiers.found(text), *identifiers.found(f"{field}: {text}")} if text else set()
+        if field in _TELLING and text.strip("\0 "):
+            kinds.add("name")
+        if field in _DATED and text.strip("\0 0:-"):
+            kinds.add("date")
+        if kinds:
+            plain = "".join(character for character in name[:40] if character.isprintable())
+            told.add(plain + DATED if kinds == {"date"} else plain)
+    return tuple(sorted(told))
 
 
 def _text(value: object) -> str:
