@@ -36,6 +36,7 @@ def split(*looks: Look, names: tuple[str, ...] = (), captions: tuple[str, ...] =
         ((300, 400), spec(60, (60, 60))),
         ((400, 400), spec(80, (60, 60))),
         ((400, 100), spec(50, (50, 25))),
+        ((400, 100), spec(60, (80, 40))),
         ((300, 400), spec((60, 60), None)),
         ((300, 400), spec((80, 80), (60, 60))),
         ((200, 120), spec(None, (60, 60))),
@@ -105,3 +106,16 @@ def test_every_problem_of_a_scan_has_a_kind() -> None:
     }
     for problem, kind in kinds.items():
         assert [one.kind for one in findings.of_pictures("val", split(Look("", problem)))] == [kind], problem
+
+
+def test_pictures_of_nearly_one_colour_are_not_alike() -> None:
+    def one(content: str, spread: float) -> Look:
+        return replace(PLAIN, content=content, spread=spread, hashes=(5,), thumb=bytes(range(256)))
+
+    def kinds(*looks: Look) -> list[str]:
+        two = split(*looks)
+        two = replace(two, pairs=replace(two.pairs, contents=tuple(look.content for look in looks)))
+        return [finding.kind for finding in findings.find({"train": two}, None)]
+
+    assert kinds(one("a", 40), one("b", 40)) == ["alike"]
+    assert kinds(one("a", 1), one("b", 1), one("c", 40)) == ["near-constant"]

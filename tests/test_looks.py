@@ -181,6 +181,15 @@ def test_what_has_not_changed_is_not_read_again(
     second = looks.look_at(places, tmp_path, QUIET)
     assert asked == [3, 20]
     assert [one == other for one, other in zip(first, second, strict=True)].count(False) == 1
+    first_bytes = bytearray(places[5].read_bytes())
+    first_bytes[-1] ^= 1  # as long as before, and changed at another time
+    places[5].write_bytes(first_bytes)
+    os.utime(places[5], ns=(1, 1))
+    asked.clear()
+    third = looks.look_at(places, tmp_path, QUIET)
+    assert asked == [5, 20]
+    assert third[5].content != second[5].content
+    second = third
     kept.write_bytes(kept.read_bytes()[:-40])
     assert looks.look_at(places, tmp_path, QUIET) == second, "a damaged memory is no memory"
     monkeypatch.setattr(looks, "_VERSION", "another")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,15 @@ def test_what_is_proposed_follows_from_the_data(clean_one: Path, base: Path) -> 
     report = check.check(clean_one, str(base), None, QUIET)
     assert verdict.proposed(report)["model"]["context_length"] == 248
     assert {one.kind for one in report.findings} == {"cropped-away", "cut-captions", "unread-script"}
+
+
+@pytest.mark.parametrize(("long", "proposed"), [(0, None), (1, None), (5, 96), (100, 96)])
+def test_a_longer_context_needs_more_than_one_caption_in_a_hundred(
+    report: Report, long: int, proposed: int | None
+) -> None:
+    lengths = np.array([30] * (200 - long) + [91] * long)
+    facts = {"train": replace(report.facts["train"], lengths=lengths)}
+    assert verdict.proposed(replace(report, facts=facts))["model"].get("context_length") == proposed
 
 
 @pytest.mark.parametrize(("pairs", "size"), [(0, 2), (16, 2), (100, 8), (872, 64), (4096, 512), (10**6, 512)])

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import re
 import signal
-import stat
 import threading
 import time
 from collections import deque
@@ -311,7 +310,7 @@ def _key(place: Place) -> _Key | None:
         facts = path.stat()
     except (OSError, ValueError):
         return None
-    return (str(path), offset, size, facts.st_size, facts.st_mtime_ns) if stat.S_ISREG(facts.st_mode) else None
+    return str(path), offset, size, facts.st_size, facts.st_mtime_ns
 
 
 _COLUMNS = ("path", "offset", "piece", "size", "changed")
