@@ -57,6 +57,7 @@ def test_every_planted_fault_is_found_by_kind_count_and_name_and_nothing_else(be
     assert severities == sorted(severities, key=list(SEVERITIES).index)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in planted.PLANTS if kind != "few-pairs"])
 def test_each_fault_alone(kind: str, bed: Path, base: Path) -> None:
     expected = planted.plant(bed, [kind])

@@ -67,7 +67,7 @@ def test_help_lists_every_command(run: Run, word: str) -> None:
     outcome = run(word)
     assert (outcome.code, outcome.err) == (0, "")
     commands = {command.name or command.callback.__name__ for command in cli.app.registered_commands}  # type: ignore[union-attr]
-    assert len(commands) == 4
+    assert len(commands) == 5
     assert all(f" {name} " in outcome.out for name in commands)
 
 

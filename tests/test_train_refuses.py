@@ -326,4 +326,5 @@ def test_odd_things_are_said_but_not_refused(
     assert "warning: k = 30 is more than the 20 validation pairs" in said
     assert "warning: 9 warm-up steps of 4" in said
     assert "LoRA rank 4, scaling 0.25" in said, "trap 12"
-    assert said.count("warning:") == 3
+    assert "warning: groups that are in two splits" in said
+    assert said.count("warning:") == 4
