@@ -52,7 +52,7 @@ def bring(place: Path, to: Path, shares: Shares, columns: Columns, console: Cons
     UserError
         For pairs or pictures that cannot be used, a data root that is there, or pairs that cannot be split as asked.
     """
-    if shares.val + shares.test >= 1:
+    if not shares.val + shares.test < 1:  # NaN too
         raise UserError(
             f"--val {shares.val} and --test {shares.test} leave nothing to train on", "such as --val 0.1 --test 0.1"
         )

@@ -90,8 +90,8 @@ MICROSCOPY: Mapping[str, Any] = {
 class Data(Section):
     root: NonEmpty | None = Field(
         None,
-        description="Folder with `train/`, `val/` and maybe `test/`, each with `imgs/` and `img_text_pair.json`, or with "
-        "`train.csv`, `train-*.tar` and so on; or `hub:owner/name`. Formats: docs/guide/data.md.",
+        description="Folder with `train/`, `val/` and maybe `test/`, each with `imgs/` and `img_text_pair.json`, or "
+        "with `train.csv`, `train-*.tar` and so on; or `hub:owner/name`. Formats: docs/guide/data.md.",
     )
     train: NonEmpty | None = Field(
         None,

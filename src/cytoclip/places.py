@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from glob import iglob
 from itertools import islice
 from pathlib import Path
-
-from braceexpand import braceexpand
 
 from cytoclip.errors import ExitCode, UserError, first_few
 
@@ -16,6 +16,7 @@ SPLITS = ("train", "val", "test")
 HUB = "hub:"
 _NAMES = {"val": ("val", "validation", "valid")}  # ours first, then as others call it
 _SIGNS = "*?[{"
+_RANGE = re.compile(r"(-?\d{1,18})\.\.(-?\d{1,18})")
 
 
 def is_hub(place: Path) -> bool:
@@ -37,10 +38,10 @@ def expand(pattern: Path) -> list[Path]:
     """
     found: dict[Path, None] = {}
     try:
-        for one in islice(braceexpand(str(pattern)), MANY + 1):
+        for number, one in enumerate(braces(str(pattern))):
             there = iglob(one, recursive=True) if any(sign in one for sign in "*?[") else [one]  # noqa: PTH207 - any root
             found.update((Path(each), None) for each in islice(there, MANY + 1))
-            if len(found) > MANY:
+            if len(found) > MANY or number > MANY:
                 raise _data_error(f"{pattern} names more than {MANY} files", "name fewer, larger ones")
     except ValueError as error:
         raise _data_error(f"{pattern} is no pattern: {error}", "such as shards/{000..099}.tar or parts/*.csv") from None
@@ -54,6 +55,66 @@ def expand(pattern: Path) -> list[Path]:
     if not files:
         raise _data_error(f"no files match {pattern}", "look at its folder and at the ending of its files")
     return files
+
+
+def braces(text: str) -> Iterator[str]:
+    """What a shell makes of {000..099} and {a,b}, one by one: however many there are, none is held.
+
+    Raises
+    ------
+    ValueError
+        For braces that don't close.
+
+    Examples
+    --------
+    >>> list(braces("{08..10}-{a,b}"))
+    ['08-a', '08-b', '09-a', '09-b', '10-a', '10-b']
+    """
+    begin = text.find("{")
+    if begin < 0:
+        yield text
+        return
+    end = _closing(text, begin)
+    for one in _choices(text[begin + 1 : end]):
+        for rest in braces(text[end + 1 :]):
+            yield text[:begin] + one + rest
+
+
+def _choices(within: str) -> Iterator[str]:
+    numbers = _RANGE.fullmatch(within)
+    parts = _parts(within)
+    if numbers:
+        first, last = (int(numbers[which]) for which in (1, 2))
+        padded = any(number.lstrip("-").startswith("0") and len(number) > 1 for number in numbers.groups())
+        width = max(len(number) for number in numbers.groups()) if padded else 0
+        step = 1 if first <= last else -1
+        yield from (f"{number:0{width}}" for number in range(first, last + step, step))
+    elif len(parts) > 1:
+        for part in parts:
+            yield from braces(part)
+    else:
+        yield from (f"{{{one}}}" for one in braces(within))  # as a shell leaves it
+
+
+def _closing(text: str, begin: int) -> int:
+    depth = 0
+    for at in range(begin, len(text)):
+        depth += (text[at] == "{") - (text[at] == "}")
+        if not depth:
+            return at
+    raise ValueError("a { is not closed")
+
+
+def _parts(within: str) -> list[str]:
+    """Cut at the commas that are in no braces of their own."""
+    parts, depth = [""], 0
+    for sign in within:
+        depth += (sign == "{") - (sign == "}")
+        if sign == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += sign
+    return parts
 
 
 def split(root: Path, name: str) -> Path | None:
