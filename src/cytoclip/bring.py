@@ -132,8 +132,10 @@ def safe_names(pairs: Pairs) -> list[str]:
         if image in named:
             continue
         stem, ending = _safe(name, image)
+        if any(folder in taken for folder in _above(stem)):  # a picture has the name of this one's folder
+            stem = stem.replace("/", "_")
         found, number = stem + ending, 1
-        while not _fits(found, taken, above):
+        while not _is_free(found, taken, above):
             number += 1
             found = f"{stem}-{number}{ending}"
         taken.add(found.casefold())
@@ -142,9 +144,9 @@ def safe_names(pairs: Pairs) -> list[str]:
     return [named[image] for image in pairs.images]
 
 
-def _fits(name: str, taken: set[str], above: set[str]) -> bool:
+def _is_free(name: str, taken: set[str], above: set[str]) -> bool:
     plain = name.casefold()
-    return plain not in taken and plain not in above and not any(folder in taken for folder in _above(name))
+    return plain not in taken and plain not in above
 
 
 def _above(name: str) -> Iterator[str]:
