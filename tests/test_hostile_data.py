@@ -24,8 +24,8 @@ from tests import formats
 from tests.formats import put
 
 FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-WORDS = st.sampled_from(["img", "image", "caption", "images", "annotations", "id", "image_id", "file_name", "group", "a.png",
-    "../a.png", "/etc/hostname", "a\0.png", "\ud800.png", "C:\\a.png", "x", ""]) | st.text(max_size=8)  # fmt: skip
+WORDS = st.sampled_from(["img", "image", "caption", "images", "annotations", "id", "image_id", "file_name", "group",
+    "a.png", "../a.png", "/etc/hostname", "a\0.png", "\ud800.png", "C:\\a.png", "x", ""]) | st.text(max_size=8)  # fmt: skip
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | WORDS,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(WORDS, inner, max_size=4),
@@ -39,9 +39,11 @@ def outcome(place: Path) -> Any:
     try:
         found = sources.read(place)
     except UserError as error:
-        assert error.lines().count("\n") == 1
-        assert len(error.message) < 3000
-        return error
+        found = error
+    if isinstance(found, UserError):
+        assert found.lines().count("\n") == 1
+        assert len(found.message) < 3000
+        return found
     for image in found.images:
         path = image.path if isinstance(image, Piece) else image
         assert Path(os.path.realpath(path)).is_relative_to(place.parent.resolve())
@@ -118,7 +120,7 @@ def test_a_pipe_and_a_device_beside_pictures(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "x" / "000.txt")
     (tmp_path / "x" / "001.txt").unlink()
     (tmp_path / "x" / "001.txt").symlink_to("/dev/zero")
-    with pytest.raises(UserError, match="2 of 6 pictures .* its .txt is not a regular file"):
+    with pytest.raises(UserError, match=r"2 of 6 pictures .* its .txt is not a regular file"):
         sources.read(tmp_path / "x")
 
 
@@ -129,7 +131,7 @@ def test_links_that_lead_out_are_refused(tmp_path: Path, name: str) -> None:
     (picture,) = (tmp_path / "data").rglob("003.png")
     picture.unlink()
     picture.symlink_to(tmp_path / "private.png")
-    with pytest.raises(UserError, match="1 link below .* leading out of it"):
+    with pytest.raises(UserError, match=r"1 link below .* leading out of it"):
         sources.read(place)
 
 
@@ -157,7 +159,7 @@ def test_an_index_from_elsewhere_cannot_lead_out(tmp_path: Path) -> None:
     good = sources.read(place)
     (index,) = (tmp_path / ".cytoclip" / "index").glob("*.index")
     header, *lines = index.read_text().splitlines()
-    for bad in ([10**12, 5], [-5, 5], [0, 10**12], [0, 0], ["0", 5], [0.5, 1]):
+    for bad in ([10**12, 5], [-5, 5], [0, 10**12], [0, 0], ["0", 5], [0.5, 1], [True, 1]):
         name, _, _, *rest = json.loads(lines[0])
         index.write_text("\n".join([header, json.dumps([name, *bad, *rest]), *lines[1:]]) + "\n")
         assert sources.read(place) == good

@@ -48,8 +48,9 @@ def load(file: Path, facts: os.stat_result, about: Sequence[str | None]) -> Pair
                 return None
             end = facts.st_size if header["copied"] is None else header["copied"]
             while line := stream.readline(_MAX_LINE):
-                name, offset, size, caption, more, *tags = json.loads(line)
-                if not (offset >= 0 and 0 < size <= end - offset) or len(tags) != 3 or not isinstance(caption, str):
+                row = json.loads(line)
+                name, offset, size, caption, more, *tags = row
+                if not _is_row(row) or offset < 0 or not 0 < size <= end - offset:
                     return None
                 images.append(Piece(held, offset, size))
                 values = (name, caption, tuple(more), *(shared.setdefault(tag, tag) for tag in tags))
@@ -94,6 +95,13 @@ def _beside(file: Path, ending: str) -> Path:
 def _header(facts: os.stat_result, about: Sequence[str | None], copied: int | None, pairs: int) -> dict[str, Any]:
     own = {"version": _VERSION, "size": facts.st_size, "changed": facts.st_mtime_ns, "about": list(about)}
     return {**own, "copied": copied, "pairs": pairs}
+
+
+def _is_row(row: list[Any]) -> bool:
+    """An index may have come with the data."""
+    name, offset, size, caption, more, *tags = row
+    texts = all(type(text) is str for text in (name, caption, *more))
+    return texts and type(offset) is type(size) is int and all(type(tag) in (str, type(None)) for tag in tags)
 
 
 def _fits(held: Path, copied: int | None) -> bool:
