@@ -25,7 +25,7 @@ from tests.formats import put
 
 FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 WORDS = st.sampled_from(["img", "image", "caption", "images", "annotations", "id", "image_id", "file_name", "group",
-    "a.png", "../a.png", "/etc/hostname", "a\0.png", "\ud800.png", "C:\\a.png", "x", ""]) | st.text(max_size=8)  # fmt: skip
+    "a.png", "../a.png", "/etc/hostname", "a\0.png", "\ud800.png", "C:\\a.png", ""]) | st.text(max_size=8)  # fmt: skip
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | WORDS,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(WORDS, inner, max_size=4),
