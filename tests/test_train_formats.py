@@ -90,24 +90,31 @@ def test_a_wrong_column_is_said_before_the_first_step(
 
 
 _READER = """
-import resource, sys, time
+import sys, time
 from pathlib import Path
 import numpy as np
 from cytoclip import images, sources
-began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def kilobytes(which):  # not getrusage: its peak is inherited from the process that started this one
+    return int(next(line for line in open("/proc/self/status") if line.startswith(which)).split()[1])
+
+
+began = kilobytes("VmRSS")
 start = time.monotonic()
 pairs = sources.read(Path(sys.argv[1]))
 took = time.monotonic() - start
 for row in np.random.default_rng(int(sys.argv[2])).permutation(len(pairs))[:2000]:
     red, green, blue = np.asarray(images.decode(pairs.images[row]))[0, 0]
     assert pairs.captions[row] == f"cell {int(red) + 256 * int(green) + 65536 * int(blue)}", row
-print(len(pairs), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - began) / 1024, took)
+print(len(pairs), (kilobytes("VmHWM") - began) / 1024, took)
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="a process's own peak is asked of Linux")
 @pytest.mark.slow  # 200,000 members are written and read by two processes: about a minute
 def test_many_pairs_in_many_shards_are_read_by_two_processes_in_bounded_memory(tmp_path: Path) -> None:
-    """Both make the index at once, and then read it; each holds all pairs, about 1 kB of memory each at most."""
+    """Both make the index at once, and then read it; each holds all pairs, less than a kilobyte each."""
     from io import BytesIO
 
     from PIL import Image
@@ -130,5 +137,4 @@ def test_many_pairs_in_many_shards_are_read_by_two_processes_in_bounded_memory(t
             assert reader.returncode == 0, err
             count, megabytes, _ = np.array(out.split(), float)
             assert count == 200_000
-            assert megabytes < 250, out
-            print(out)
+            assert 50 < megabytes < 150, out  # 200,000 pairs cannot be nothing: the measure works
