@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
 import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,21 @@ def test_each_fault_alone(kind: str, bed: Path, base: Path) -> None:
     assert found(report) == expected
     assert report.needs_a_hand == (KINDS[kind].severity != "note")
     assert KINDS[kind].fix in report.text()
+
+
+def test_pictures_within_shards_are_checked_like_files(bed: Path) -> None:
+    """WebDataset shards beside a folder: a leak between the two, and a damaged member."""
+    with tarfile.open(bed / "test.tar", "w") as shard:
+        for name, data in (("same", (bed / "train" / "imgs" / "00.jpg").read_bytes()), ("cut", b"\xff\xd8\xff\xe0")):
+            for member, content in ((f"{name}.jpg", data), (f"{name}.txt", f"The caption of {name}.".encode())):
+                info = tarfile.TarInfo(member)
+                info.size = len(content)
+                shard.addfile(info, io.BytesIO(content))
+    report = check.check(bed, None, None, QUIET)
+    kinds = {one.kind: [case.text() for case in one.cases] for one in report.findings}
+    assert set(kinds) == {"leak-content", "truncated"}
+    assert kinds["leak-content"] == ["test/test.tar/same.jpg = train/00.jpg"]
+    assert kinds["truncated"][0].startswith("test/test.tar/cut.jpg")
 
 
 def test_no_validation_split(bed: Path) -> None:

@@ -48,6 +48,12 @@ def test_tags_are_text_and_other_keys_are_allowed(tmp_path: Path) -> None:
     assert pairs.labels == ("0", "HSIL", None)
 
 
+def test_several_captions_are_the_first_and_more(tmp_path: Path) -> None:
+    pairs = sources.read(write(tmp_path, [GOOD | {"caption": ["one", "two", "three"]}, GOOD]))
+    assert pairs.captions == ("one", "a cell")
+    assert pairs.more == (("two", "three"), ())
+
+
 def test_nested_names_and_names_with_dots_are_allowed(tmp_path: Path) -> None:
     names = ("slide 1/x/a.png", "./b.png", "..c..png", "细胞.png", "a b.png")
     pairs = sources.read(write(tmp_path, [{"img": name, "caption": "c"} for name in names]))
@@ -130,7 +136,9 @@ def test_what_is_not_a_list_is_refused(tmp_path: Path, raw: str | bytes, said: s
         ({"img": "a.png", "text": "c"}, "no 'caption'"),
         ({"img": "a.png", "caption": 3}, "its caption is a number, not a text"),
         ({"img": "a.png", "caption": None}, "its caption is null, not a text"),
-        ({"img": "a.png", "caption": ["c"]}, "its caption is a list, not a text"),
+        ({"img": "a.png", "caption": []}, "its caption is an empty list"),
+        ({"img": "a.png", "caption": ["c", 3]}, "its caption is a number, not a text"),
+        ({"img": "a.png", "caption": ["c", " "]}, "its caption is empty"),
         ({"img": "a.png", "caption": True}, "its caption is true or false, not a text"),
         ({"img": "a.png", "caption": ""}, "its caption is empty"),
         ({"img": "a.png", "caption": " \n\t"}, "its caption is empty"),

@@ -25,6 +25,7 @@ from cytoclip.files import Piece
 from cytoclip.order import Draw, Share, Wording
 from cytoclip.pairs import Pairs
 from cytoclip.pixels import PixelSpec, prepare
+from cytoclip.rows import Columns
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Batch:
 
 def open_split(folder: Path, console: Console) -> Pairs:
     """`sources.read` and `scanned` in one."""
-    return scanned(sources.read(folder), folder, console)
+    return scanned(sources.read(folder, Columns(), console), folder, console)
 
 
 def scanned(pairs: Pairs, folder: Path, console: Console, skips: bool = False) -> Pairs:
@@ -89,8 +90,8 @@ def scanned(pairs: Pairs, folder: Path, console: Console, skips: bool = False) -
         console.warn(f"{len(bad)} of {len(files)} pictures in {folder} are skipped: {first_few(bad)}")
     elif bad:
         raise UserError(
-            f"{len(bad)} of {len(files)} pictures in {folder / 'imgs'} cannot be used: {first_few(bad)}",
-            f"mend these files, or take their entries out of {folder / sources.LIST_NAME}",
+            f"{len(bad)} of {len(files)} pictures in {sources.called(folder)} cannot be used: {first_few(bad)}",
+            f"mend these files, or take their entries out of {sources.listing(folder)}",
             ExitCode.DATA,
         )
     contents = (scans[image].content or str(image) for image in pairs.images)  # what nobody can read equals nothing

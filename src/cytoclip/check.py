@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from cytoclip import checkpoint, findings, looks, sources, texts, verdict
+from cytoclip import checkpoint, findings, looks, places, sources, texts, verdict
 from cytoclip.console import Console
 from cytoclip.errors import ExitCode, UserError
 from cytoclip.findings import Reader, Split
@@ -15,9 +15,8 @@ from cytoclip.kinds import Case, Finding, by_severity
 from cytoclip.looks import Look
 from cytoclip.objectives import Objective
 from cytoclip.pairs import Pairs
+from cytoclip.rows import Columns
 from cytoclip.verdict import Facts, Report
-
-SPLITS = ("train", "val", "test")
 
 
 def check(root: Path, model: str | None, batch_size: int | None, console: Console) -> Report:
@@ -36,10 +35,12 @@ def check(root: Path, model: str | None, batch_size: int | None, console: Consol
         There is no split that can be read, or the checkpoint cannot be used.
     """
     reader = _reader(model) if model else None
-    read, unreadable = _read(root)
-    places = list(dict.fromkeys(place for pairs in read.values() for place in pairs.images))
-    seen = dict(zip(places, looks.look_at(places, root, console), strict=True))
-    splits = {name: _split(root / name, pairs, seen, reader) for name, pairs in read.items()}
+    read, unreadable = _read(root, console)
+    files = list(dict.fromkeys(place for pairs in read.values() for place in pairs.images))
+    seen = dict(zip(files, looks.look_at(files, root, console), strict=True))
+    splits = {
+        name: _split(places.split(root, name) or root / name, pairs, seen, reader) for name, pairs in read.items()
+    }
     first = next(iter(splits.values()))
     size = batch_size or verdict.batch_size(len(first.pairs))
     objective = Objective(reader.family.objective if reader else "infonce")
@@ -61,24 +62,24 @@ def _reader(model: str) -> Reader:
     return Reader(model, opened.tokenizer, opened.context, opened.encoder.family, opened.pixels)
 
 
-def _read(root: Path) -> tuple[dict[str, Pairs], list[Finding]]:
+def _read(root: Path, console: Console) -> tuple[dict[str, Pairs], list[Finding]]:
     """The splits that can be read, and a finding for each that cannot; where none can, that is the error."""
-    there = [name for name in SPLITS if (root / name).is_dir()]
+    there = places.splits(root)
     if not there:
-        what = "holds none of train/, val/ and test/" if root.is_dir() else "is no folder"
+        what = "holds no train, val or test split" if root.is_dir() else "is no folder"
         raise UserError(f"{root} {what}", "name the folder that holds the splits", ExitCode.DATA)
     read: dict[str, Pairs] = {}
     unreadable = []
     for name in there:
-        left_out: dict[int, str] = {}
+        left_out: list[str] = []
         try:
-            read[name] = sources.read(root / name, left_out)
+            read[name] = sources.read(places.split(root, name) or root / name, Columns(), console, left_out)
         except UserError as error:
             if len(there) == 1 or (name == there[-1] and not read):
                 raise
             unreadable.append(Finding("unreadable-split", name, 0, (Case(name, "", note=error.message),)))
         if left_out:
-            cases = tuple(Case(name, f"entry {i}", note=problem) for i, problem in left_out.items())
+            cases = tuple(Case(name, where, note=why) for where, _, why in (one.partition(": ") for one in left_out))
             unreadable.append(Finding("no-pair", name, len(left_out) + len(read[name]), cases))
     return read, unreadable
 

@@ -151,6 +151,25 @@ def config(
 
 
 @app.command()
+def bring(
+    source: Annotated[Path, typer.Argument(help="Pairs in any format (docs/guide/data.md).", show_default=False)],
+    to: Annotated[Path, typer.Option(help="Folder for the data root; must not be there.", show_default=False)],
+    val: Annotated[float, typer.Option(min=0, max=0.9, help="Share of the pairs for val/.")] = 0.1,
+    test: Annotated[float, typer.Option(min=0, max=0.9, help="Share of the pairs for test/.")] = 0.1,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed splits otherwise.")] = 0,
+    image_column: Annotated[str | None, typer.Option(help="Column of the picture; guessed if absent.")] = None,
+    caption_column: Annotated[str | None, typer.Option(help="Column of the caption; guessed if absent.")] = None,
+) -> None:
+    """Split pairs by source and content, and write them as a data root."""
+    from cytoclip import bring as bringing
+    from cytoclip.rows import Columns
+
+    console, shares = _console(), bringing.Shares(val, test, seed)
+    bringing.bring(source, to, shares, Columns(image_column, caption_column), console)
+    console.result(str(to))
+
+
+@app.command()
 def demo(
     to: Annotated[Path, typer.Option(help="Folder for the sample set and the run.")] = Path("demo"),
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Another seed draws other cells.")] = 0,

@@ -11,13 +11,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from cytoclip import places
 from cytoclip.options import Section
 
 NonEmpty = Annotated[str, Field(min_length=1)]
 
 
 class Replay(Section):
-    root: NonEmpty = Field(description="Folder with `imgs/` and `img_text_pair.json`, or a data root: its `train/`.")
+    root: NonEmpty = Field(description="More training pairs, in any format, or a data root: its training split.")
     weight: float = Field(gt=0, description="Pairs of it in each batch for one pair of the training split.")
 
 
@@ -88,12 +89,18 @@ MICROSCOPY: Mapping[str, Any] = {
 
 class Data(Section):
     root: NonEmpty | None = Field(
-        None, description="Folder with `train/`, `val/` and maybe `test/`, each with `imgs/` and `img_text_pair.json`."
+        None,
+        description="Folder with `train/`, `val/` and maybe `test/`, each with `imgs/` and `img_text_pair.json`, or "
+        "with `train.csv`, `train-*.tar` and so on; or `hub:owner/name`. Formats: docs/guide/data.md.",
     )
-    train: NonEmpty | None = Field(None, description="Folder of the training split, where the splits lie apart.")
-    val: NonEmpty | None = Field(None, description="Folder of the validation split, where the splits lie apart.")
+    train: NonEmpty | None = Field(
+        None,
+        description="The training split, where the splits lie apart: a folder, a table, or shards such as "
+        "`shards/{000..099}.tar`.",
+    )
+    val: NonEmpty | None = Field(None, description="The validation split, where the splits lie apart.")
     test: NonEmpty | None = Field(
-        None, description="Folder of the test split, where the splits lie apart. Checked, never trained or selected on."
+        None, description="The test split, where the splits lie apart. Checked, never trained or selected on."
     )
     replay: list[Replay] = Field(
         [],
@@ -149,9 +156,9 @@ class Data(Section):
         return self
 
     def split(self, name: str) -> Path | None:
-        """The folder of the split `train`, `val` or `test`; None for a test split that is not there."""
+        """Where the split `train`, `val` or `test` is; None for a test split that is not there."""
         if not self.root:
             apart: str | None = getattr(self, name)
             return Path(apart) if apart else None
-        folder = Path(self.root) / name
-        return folder if name != "test" or folder.is_dir() else None
+        root = Path(self.root)
+        return places.split(root, name) or (None if name == "test" else root / name)

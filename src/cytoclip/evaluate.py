@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cytoclip import batches, captions, checkpoint, config, device, encode, files, liveness, report, retrieval
+from cytoclip import batches, captions, checkpoint, config, device, encode, files, liveness, places, report, retrieval
 from cytoclip.checkpoint import Opened
 from cytoclip.console import Console
 from cytoclip.device import World
@@ -99,9 +99,10 @@ def save_as_original(scored: Scores, place: str, direction: str) -> Path:
 
 
 def split_folder(data_root: Path, split: str) -> Path:
-    """The folder of a split below a data root, with the splits there are in the message where it is not."""
-    if data_root.is_dir() and not (data_root / split).is_dir():
-        there = [name for name in ("train", "val", "test") if (data_root / name).is_dir()]
+    """Where a split of a data root is, with the splits there are in the message where it is not."""
+    found = places.split(data_root, split)
+    if data_root.is_dir() and not found:
+        there = places.splits(data_root)
         hint = f"splits there: {', '.join(there)}" if there else "a data root holds train/ and val/"
         raise UserError(f"no split {split!r} in {data_root}", hint, ExitCode.DATA)
-    return data_root / split
+    return found or data_root / split

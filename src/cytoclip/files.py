@@ -35,10 +35,10 @@ class Piece:
 def cache_folder(beside: Path) -> Path:
     """Where what was computed from the data in folder `beside` is kept: there, or where nobody may write, at home.
 
-    Everything in it can be deleted at any time.
+    Everything in it can be deleted at any time. A link is not followed: data from elsewhere may hold one.
     """
     inside = beside / CACHE
-    if os.access(inside if inside.is_dir() else beside, os.W_OK):
+    if not inside.is_symlink() and os.access(inside if inside.is_dir() else beside, os.W_OK):
         return inside
     at_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return at_home / "cytoclip" / hashlib.sha256(os.fsencode(beside.absolute())).hexdigest()[:16]

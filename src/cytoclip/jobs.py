@@ -26,6 +26,7 @@ from cytoclip import (
     model,
     optim,
     order,
+    places,
     plan,
     repeats,
     shard,
@@ -47,6 +48,7 @@ from cytoclip.objectives import Objective
 from cytoclip.order import Order, Wording
 from cytoclip.pairs import Pairs, fingerprint, identities, joined, spread
 from cytoclip.plan import Plan
+from cytoclip.rows import Columns
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def prepare(wanted: Config, run: RunFolder, world: World, console: Console, stor
     """Read, open and build all that a run needs; `storing` False computes no features, as a dry run wants it."""
     journal.check_trackers(wanted.track.to)
     shards = world.once(lambda: _shards(wanted))
-    read = world.once(lambda: _read_splits(wanted))
+    read = world.once(lambda: _read_splits(wanted, console))
     opened = checkpoint.open_model(wanted.model.name, wanted.model.context_length)
     image_tower = opened.encoder.clip.config.vision_config.model_type
     families.refuse_unsupported(opened.encoder.family, image_tower, wanted.model, wanted.train)
@@ -229,13 +231,14 @@ def _shards(wanted: Config) -> list[str]:
     return streams.shards(data.train)
 
 
-def _read_splits(wanted: Config) -> dict[str, tuple[Path, Pairs]]:
+def _read_splits(wanted: Config, console: Console) -> dict[str, tuple[Path, Pairs]]:
     found = {name: wanted.data.split(name) for name in ("train", "val", "test")}
     for number, replay in enumerate(wanted.data.replay, start=1):
         root = Path(replay.root)
-        found[f"replay {number}"] = root if (root / sources.LIST_NAME).is_file() else root / "train"
+        found[f"replay {number}"] = root if sources.is_split(root) else places.split(root, "train")
+    columns = Columns(wanted.data.image_column, wanted.data.caption_column)
     return {
-        name: (folder, sources.read(folder))
+        name: (folder, sources.read(folder, columns, console))
         for name, folder in found.items()
         if folder and not (name == "train" and streams.is_remote(str(wanted.data.train)))
     }

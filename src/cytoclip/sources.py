@@ -1,125 +1,207 @@
-"""Readers: from files on disk to `Pairs`. The one format so far is the original project's `img_text_pair.json`."""
+"""Readers: from a place on disk, in whatever format, to `Pairs`."""
 
 from __future__ import annotations
 
-import json
+import importlib.util
 import os
-import re
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
+from cytoclip import columnar, folders, places, shards, tables
+from cytoclip.console import Console
 from cytoclip.errors import ExitCode, UserError, counted, first_few, nearest
 from cytoclip.pairs import Pairs
+from cytoclip.rows import TAGS, Columns, Gathered, concatenated, data_error, kind
 
-_HALF = re.compile("[\ud800-\udfff]")  # half of a character beyond U+FFFF: valid JSON, but no file name and no token
 LIST_NAME = "img_text_pair.json"
 _LAYOUT = f'a split is a folder with `imgs/` and `{LIST_NAME}`, a list of {{"img": …, "caption": …}}'
+_ENTRY = 'each entry needs "img", a path below imgs/, and "caption", a text; entries count from 0'
+_FORMATS = "or a .csv, .tsv, .jsonl, .json, .parquet or .tar, a folder of pictures with a .txt each, or hub:owner/name"
+_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of Hugging Face's imagefolder
+_QUIET = Console(quiet=True)
 
 
-def read(folder: Path, left_out: dict[int, str] | None = None) -> Pairs:
-    """The pairs of one split, in the order of its list. No picture is opened.
+def read(
+    place: Path,
+    columns: Columns = Columns(),  # noqa: B008 - frozen
+    console: Console = _QUIET,
+    left_out: list[str] | None = None,
+) -> Pairs:
+    """The pairs of one split, in the order of its list. No picture is decoded.
 
     Parameters
     ----------
-    folder
-        Holds `imgs/` and `img_text_pair.json`. Each entry has `img` (a path below `imgs/`) and `caption`, and may
-        have `group`, `source` and `label` (text or whole numbers). Other keys are allowed.
+    place
+        - a folder with `imgs/` and `img_text_pair.json`, whose entries have `img` (a path below `imgs/`) and `caption`
+          (a text, or a list of several), and may have `group`, `source` and `label` (text or whole numbers);
+        - a table: .csv, .tsv, .jsonl, .json (a list of objects, or COCO captions), .parquet;
+        - WebDataset shards: a .tar, or a folder of them;
+        - several tables or shards by a pattern, `{000..099}` or `*`;
+        - a folder of Hugging Face's: imagefolder with `metadata.csv`, or what `save_to_disk` wrote;
+        - a folder of pictures with a .txt each;
+        - `hub:owner/name` or `hub:owner/name/split`.
+    columns
+        Of tables; what is not named is guessed, and said on `console`.
     left_out
-        Where given, entries that are not pairs are left out and told here, the reason by number, and not raised.
+        Where given, entries of the original layout that are no pairs are told here and left out, not raised.
 
     Raises
     ------
     UserError
-        For a missing folder or list, an entry that is not a pair, or a name that leaves `imgs/`.
+        For a place that is none of these, an entry that is not a pair, or a name that leaves its folder.
     """
+    if places.is_hub(place):
+        return _hub(str(place).removeprefix(places.HUB), columns, console)
+    if places.is_pattern(place):
+        return _files(places.expand(place), columns, console)
+    if place.is_dir():
+        return _folder(place, columns, console, left_out)
+    if not place.exists() and not place.suffix:
+        raise _no_folder(place)
+    return _files([place], columns, console)
+
+
+def called(place: Path) -> Path:
+    """What a message names when pictures of a place are meant: `imgs/` in the original layout, else the place."""
+    return place / "imgs" if (place / LIST_NAME).is_file() else place
+
+
+def listing(place: Path) -> Path:
+    """The file or place that lists the pairs of a place."""
+    return place / LIST_NAME if (place / LIST_NAME).is_file() else place
+
+
+def _folder(folder: Path, columns: Columns, console: Console, left_out: list[str] | None) -> Pairs:
+    if (folder / LIST_NAME).exists() or (folder / "imgs").exists():
+        return _original(folder, left_out)
+    metadata = [name for name in _METADATA if (folder / name).is_file()]
+    if metadata:
+        return _files([folder / metadata[0]], columns, console)
+    for ending in ("arrow", "parquet", "tar"):
+        found = sorted(folder.glob(f"*.{ending}"))
+        if found:
+            return _files(_in_order(folder, found), columns, console)
+    there = places.splits(folder)
+    if there:
+        raise data_error(f"{folder} holds several splits: {', '.join(there)}", f"name one: {folder / there[0]}")
+    if folders.holds_texts(folder):
+        return folders.read(folder, console)
+    others = sorted(p.name for p in folder.glob("*.json"))
+    hint = f"found {first_few(others)}; rename it, or name the file itself" if others else f"{_LAYOUT}; {_FORMATS}"
+    raise data_error(f"no {LIST_NAME} in {folder}", hint)
+
+
+def _in_order(folder: Path, found: list[Path]) -> list[Path]:
+    """Of a folder that `datasets` wrote, the files that its state lists: others may be left over."""
+    if not (folder / "state.json").is_file() or found[0].suffix != ".arrow":
+        return found
+    state = tables.load_json(folder / "state.json")
+    listed = state.get("_data_files") if isinstance(state, dict) else None
+    names = [str(one.get("filename")) for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
+    by_name = {place.name: place for place in found}
+    if not names or any(name not in by_name for name in names):
+        raise data_error(f"{folder / 'state.json'} names files that are not in {folder}", "save the data set again")
+    return [by_name[name] for name in names]
+
+
+def _files(files: list[Path], columns: Columns, console: Console) -> Pairs:
+    """Tables or shards, all of one kind."""
+    readers: dict[str, Any] = {"parquet": columnar.read, "arrow": columnar.read, "tar": shards.read}
+    endings = {file.suffix.lower().removeprefix(".") for file in files}
+    if len(endings) > 1:
+        raise data_error(f"files of several kinds: {', '.join(sorted(endings))}", "name those of one kind")
+    ending = endings.pop()
+    if ending in readers:
+        return readers[ending](files, columns, console)  # type: ignore[no-any-return]
+    if [file.name for file in files] == [LIST_NAME]:
+        return _original(files[0].parent, None)
+    if ending in places.ENDINGS:
+        return concatenated([tables.read(file, columns, console) for file in files])
+    if not files[0].exists():
+        raise _no_folder(files[0])
+    hint = "unpack it: gzip -d" if ending in ("gz", "tgz") else f"{_LAYOUT}; {_FORMATS}"
+    raise data_error(f"{files[0]} is of no known format", hint)
+
+
+def _original(folder: Path, left_out: list[str] | None) -> Pairs:
     entries = _entries(folder)
     base = folder / "imgs"
     if not base.is_dir():
-        raise _data_error(f"no imgs folder in {folder}", _LAYOUT)
-    problems = {i: p for i, entry in enumerate(entries) if (p := _problem(entry)) is not None}
-    if problems and (left_out is None or len(problems) == len(entries)):
-        place = folder / LIST_NAME
-        named = first_few([f"entry {i}: {problem}" for i, problem in problems.items()])
-        raise _data_error(
-            f"{len(problems)} of {len(entries)} entries of {place} are not pairs: {named}",
-            'each entry needs "img", a path below imgs/, and "caption", a text; entries count from 0',
-        )
-    if left_out is not None:
-        left_out.update(problems)
-        entries = [entry for i, entry in enumerate(entries) if i not in problems]
-    inside = base.resolve()
-    images = tuple((inside / entry["img"]) for entry in entries)
-    outside = [e["img"] for e, image in zip(entries, images, strict=True) if not _real(image).is_relative_to(inside)]
-    if outside:
-        raise _data_error(
-            f"{counted(len(outside), 'link')} below {base} leading out of it: {first_few(outside)}",
-            "copy the pictures into imgs/",
-        )
-    return Pairs(
-        images=images,
-        names=tuple(entry["img"] for entry in entries),
-        captions=tuple(entry["caption"] for entry in entries),
-        groups=_tags(entries, "group"),
-        sources=_tags(entries, "source"),
-        labels=_tags(entries, "label"),
-    )
+        raise data_error(f"no imgs folder in {folder}", _LAYOUT)
+    gathered = Gathered(folder / LIST_NAME, base, "entry", "entries", _ENTRY)
+    for number, entry in enumerate(entries):
+        wrong = _problem(entry)
+        if wrong:
+            gathered.skip(number, wrong)
+        else:
+            gathered.add(number, entry["img"], entry["caption"], {key: entry.get(key) for key in TAGS})
+    return gathered.pairs(left_out)
 
 
-def _real(image: Path) -> Path:
-    return Path(os.path.realpath(image))  # as resolve(), which raises for a link to itself
+def _no_folder(folder: Path) -> UserError:
+    missing = next(p for p in (*reversed(folder.parents), folder) if not p.is_dir())  # maybe the data root itself
+    siblings = [p.name for p in missing.parent.iterdir()] if missing.parent.is_dir() else []
+    if not missing.suffix:
+        siblings = [name for name in siblings if (missing.parent / name).is_dir()]
+    near = nearest(missing.name, siblings)
+    what = "file" if missing.suffix and missing == folder else "folder"
+    return data_error(f"no such {what}: {missing}", f"did you mean {missing.parent / near}?" if near else _LAYOUT)
 
 
 def _entries(folder: Path) -> list[Any]:
-    if not folder.is_dir():
-        missing = next(p for p in (*reversed(folder.parents), folder) if not p.is_dir())  # maybe the data root itself
-        siblings = [p.name for p in missing.parent.iterdir() if p.is_dir()] if missing.parent.is_dir() else []
-        near = nearest(missing.name, siblings)
-        raise _data_error(f"no such folder: {missing}", f"did you mean {missing.parent / near}?" if near else _LAYOUT)
     place = folder / LIST_NAME
-    if not place.is_file():
+    if not place.exists():
         others = sorted(p.name for p in folder.glob("*.json"))
-        raise _data_error(f"no {LIST_NAME} in {folder}", f"found {first_few(others)}; rename it" if others else _LAYOUT)
-    try:
-        entries = json.loads(place.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise _data_error(f"{place} is not JSON: {error}", _LAYOUT) from None
+        raise data_error(f"no {LIST_NAME} in {folder}", f"found {first_few(others)}; rename it" if others else _LAYOUT)
+    entries = tables.load_json(place)
     if not isinstance(entries, list):
-        raise _data_error(f"{place} holds {_kind(entries)}, not a list", _LAYOUT)
+        raise data_error(f"{place} holds {kind(entries)}, not a list", _LAYOUT)
     if not entries:
-        raise _data_error(f"{place} is an empty list", "put at least one pair into it")
+        raise data_error(f"{place} is an empty list", "put at least one pair into it")
     return entries
 
 
 def _problem(entry: Any) -> str | None:
     if not isinstance(entry, dict):
-        return f"{_kind(entry)}, not an object"
+        return f"{kind(entry)}, not an object"
     for key in ("img", "caption"):
         if key not in entry:
             near = nearest(key, [str(k) for k in entry])
             return f"no {key!r}" + (f" (it has {near!r})" if near else "")
-        if not isinstance(entry[key], str):
-            return f"its {key} is {_kind(entry[key])}, not a text"
-        if not entry[key].strip():
-            return f"its {key} is empty"
-        if _HALF.search(entry[key]):
-            return f"its {key} holds half a character, {entry[key]!r}"
-    name = PurePosixPath(entry["img"])
-    if name.is_absolute() or ".." in name.parts or "\0" in entry["img"]:
-        return f"{entry['img']!r} leaves imgs/"
-    for key in ("group", "source", "label"):
-        if not isinstance(entry.get(key), str | int | None) or isinstance(entry.get(key), bool):
-            return f"its {key} is {_kind(entry[key])}, not a text or whole number"
     return None
 
 
-def _tags(entries: list[Any], key: str) -> tuple[str | None, ...]:
-    return tuple(None if entry.get(key) is None else str(entry[key]) for entry in entries)
+def _hub(name: str, columns: Columns, console: Console) -> Pairs:
+    """A data set of the hub, downloaded by `datasets` into its own cache, and read from there like any Arrow file."""
+    if importlib.util.find_spec("datasets") is None:
+        raise UserError(
+            f"{places.HUB}{name} needs the datasets library", 'pip install "cytoclip[hub]"', ExitCode.SYSTEM
+        )
+    import datasets
+
+    owner, _, rest = name.partition("/")
+    repository, _, split = rest.partition("/")
+    wanted = "validation" if split == "val" else split or "train"
+    if not owner or not repository or "/" in split:
+        raise data_error(f"{places.HUB}{name} names no data set", f"such as {places.HUB}owner/name/train")
+    console.say(f"{places.HUB}{name}: asking the hub for {wanted}")
+    datasets.disable_progress_bars()
+    try:
+        loaded = datasets.load_dataset(f"{owner}/{repository}", split=wanted)
+    except Exception as error:  # of datasets, huggingface_hub, and the network behind them
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise data_error(f"{places.HUB}{name} cannot be read: {reason}", "check its name, split and login") from None
+    files = [Path(one["filename"]) for one in loaded.cache_files]
+    found = columnar.read(files, columns, console)
+    if len(found) != len(loaded):
+        raise data_error(f"{places.HUB}{name} has {counted(len(loaded), 'row')} and its files {len(found)}",
+                         "save it with save_to_disk, and name that folder")  # fmt: skip
+    return found
 
 
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
-
-
-def _data_error(message: str, hint: str) -> UserError:
-    return UserError(message, hint, ExitCode.DATA)
+def is_split(place: Path) -> bool:
+    """Whether a place holds pairs itself, rather than splits that do."""
+    if places.is_hub(place) or places.is_pattern(place) or not place.is_dir():
+        return True
+    own = (LIST_NAME, "imgs", *_METADATA)
+    return any(os.path.lexists(place / name) for name in own) or not places.splits(place)

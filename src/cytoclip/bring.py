@@ -1,0 +1,238 @@
+"""Write pairs of any format in our layout, split so that what belongs together stays together.
+
+Letters: N pairs, K components.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cytoclip import batches, files, sources
+from cytoclip.console import Console, size
+from cytoclip.errors import ExitCode, UserError, counted
+from cytoclip.files import Piece
+from cytoclip.pairs import Pairs
+from cytoclip.rows import Columns
+
+SPLITS = ("train", "val", "test")
+_MAX_PART = 120  # bytes of each part of a name: file systems take 255, and an ending and a number come on top
+_UNSAFE = re.compile(r'[\x00-\x1f\x7f<>:"\\|?*\ufffd]')  # what one system or another refuses in a name
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)  # Windows' devices
+_MAGIC = ((b"\xff\xd8\xff", ".jpg"), (b"\x89PNG\r\n", ".png"), (b"GIF8", ".gif"), (b"BM", ".bmp"), (b"II*\0", ".tif"),
+    (b"MM\0*", ".tif"), (b"RIFF", ".webp"))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How much of the pairs goes into `val` and `test`, and the seed that decides which."""
+
+    val: float = 0.1
+    test: float = 0.1
+    seed: int = 0
+
+
+def bring(place: Path, to: Path, shares: Shares, columns: Columns, console: Console) -> dict[str, int]:
+    """Read pairs of any format, split them, and write a data root; how many pairs each split got.
+
+    Pictures are hard-linked where they are files of the same disk, else copied byte by byte; never encoded anew. A
+    crash leaves nothing.
+
+    Raises
+    ------
+    UserError
+        For pairs or pictures that cannot be used, a data root that is there, or pairs that cannot be split as asked.
+    """
+    if not shares.val + shares.test < 1:  # NaN too
+        raise UserError(
+            f"--val {shares.val} and --test {shares.test} leave nothing to train on", "such as --val 0.1 --test 0.1"
+        )
+    if os.path.lexists(to) and not (to.is_dir() and not any(to.iterdir())):
+        raise UserError(f"{to} is already there", "name another folder, or delete it first", ExitCode.DATA)
+    pairs = batches.scanned(sources.read(place, columns, console), place, console)
+    split_N = split(pairs, shares)
+    rows = {name: np.flatnonzero(split_N == number) for number, name in enumerate(SPLITS)}
+    _refuse_empty(rows, shares, place)
+    _say(rows, pairs, shares, console)
+    names = safe_names(pairs)
+    copied = 0
+    with files.whole_folder(to) as folder, console.progress("writing pictures", len(pairs)) as bar:
+        for split_name, chosen in rows.items():
+            if len(chosen):
+                copied += _write(folder / split_name, pairs, names, chosen, bar)
+    console.say(f"{to}: {copied} pictures copied, {len(set(pairs.images)) - copied} linked")
+    return {name: len(chosen) for name, chosen in rows.items()}
+
+
+def split(pairs: Pairs, shares: Shares) -> NDArray[np.int64]:
+    """The number of each pair's split in `SPLITS`: a function of what the pairs are and the seed, not of their order.
+
+    Pairs that share a source, a group or the bytes of a picture are one component, directly or through others, and
+    components are never cut. They come in the order of a hash of the seed and their smallest content, and each goes
+    to the first of val and test that it brings nearer to its share, else to train. So no single component more would
+    bring val or test nearer, and a random order keeps them like the whole.
+
+    Returns
+    -------
+    int64 (N,)
+    """
+    component_N = components(pairs)
+    sizes_K = np.bincount(component_N)
+    first_K: list[str] = [""] * len(sizes_K)
+    for number, content in zip(component_N.tolist(), pairs.contents, strict=True):
+        first_K[number] = min(first_K[number] or content, content)
+    drawn_K = [hashlib.sha256(f"{shares.seed} {content}".encode()).digest() for content in first_K]
+    split_K = np.zeros(len(sizes_K), np.int64)
+    held = [0.0, -shares.val * len(pairs), -shares.test * len(pairs)]  # below zero: so many are still wanted
+    for number in sorted(range(len(sizes_K)), key=lambda k: drawn_K[k]):
+        count = int(sizes_K[number])
+        into = next((s for s in (1, 2) if abs(held[s] + count) < abs(held[s])), 0)
+        split_K[number] = into
+        held[into] += count
+    return split_K[component_N]
+
+
+def components(pairs: Pairs) -> NDArray[np.int64]:
+    """The number of each pair's component: those that share a source, a group or a content, closed transitively."""
+    parent = list(range(len(pairs)))
+
+    def top(row: int) -> int:
+        while parent[row] != row:
+            parent[row] = parent[parent[row]]
+            row = parent[row]
+        return row
+
+    for column in (pairs.sources, pairs.groups, pairs.contents):
+        first: dict[str, int] = {}
+        for row, value in enumerate(column):
+            if value:
+                parent[top(row)] = top(first.setdefault(value, row))
+    tops = [top(row) for row in range(len(pairs))]
+    return np.unique(np.array(tops, np.int64), return_inverse=True)[1].astype(np.int64)
+
+
+def safe_names(pairs: Pairs) -> list[str]:
+    """A name below `imgs/` for each pair's picture that any file system takes; one place, one name.
+
+    Two names are different even where upper and lower case are one, and no name is another's folder.
+    """
+    taken: set[str] = set()
+    above: set[str] = set()
+    named: dict[Path | Piece, str] = {}
+    for image, name in zip(pairs.images, pairs.names, strict=True):
+        if image in named:
+            continue
+        stem, ending = _safe(name, image)
+        if any(folder in taken for folder in _above(stem)):  # a picture has the name of this one's folder
+            stem = stem.replace("/", "_")
+        found, number = stem + ending, 1
+        while not _is_free(found, taken, above):
+            number += 1
+            found = f"{stem}-{number}{ending}"
+        taken.add(found.casefold())
+        above.update(_above(found))
+        named[image] = found
+    return [named[image] for image in pairs.images]
+
+
+def _is_free(name: str, taken: set[str], above: set[str]) -> bool:
+    plain = name.casefold()
+    return plain not in taken and plain not in above
+
+
+def _above(name: str) -> Iterator[str]:
+    return (str(folder).casefold() for folder in PurePosixPath(name).parents if folder.name)
+
+
+def _safe(name: str, image: Path | Piece) -> tuple[str, str]:
+    parts = [_safe_part(part) for part in name.split("/") if part not in ("", ".", "..")] or ["picture"]
+    ending = PurePosixPath(parts[-1]).suffix
+    if not ending:
+        begin = _begin(image)
+        ending = next((known for magic, known in _MAGIC if begin.startswith(magic)), "")
+        return "/".join(parts), ending
+    return "/".join([*parts[:-1], parts[-1].removesuffix(ending)]), ending
+
+
+def _safe_part(part: str) -> str:
+    plain = _UNSAFE.sub("_", part).rstrip(". ") or "_"
+    plain = f"_{plain}" if _RESERVED.match(plain) else plain
+    ending = PurePosixPath(plain).suffix[:16]
+    if len(plain.encode()) <= _MAX_PART:
+        return plain
+    return plain.encode()[: _MAX_PART - len(ending.encode())].decode(errors="ignore") + ending
+
+
+def _begin(image: Path | Piece) -> bytes:
+    with (image.path if isinstance(image, Piece) else image).open("rb") as stream:
+        stream.seek(image.offset if isinstance(image, Piece) else 0)
+        return stream.read(16)
+
+
+def _write(folder: Path, pairs: Pairs, names: Sequence[str], rows: NDArray[np.int64], bar: Any) -> int:
+    """One split; how many pictures were copied because they could not be linked."""
+    entries: list[dict[str, Any]] = []
+    copied = 0
+    (folder / "imgs").mkdir(parents=True)
+    for row in rows.tolist():
+        target = folder / "imgs" / names[row]
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            copied += _place(pairs.images[row], target)
+        more = pairs.more[row]
+        entry: dict[str, Any] = {"img": names[row]}
+        entry["caption"] = [pairs.captions[row], *more] if more else pairs.captions[row]
+        tags = {"group": pairs.groups[row], "source": pairs.sources[row], "label": pairs.labels[row]}
+        entries.append(entry | {key: value for key, value in tags.items() if value is not None})
+        bar.advance()
+    files.write_json(folder / sources.LIST_NAME, entries)
+    return copied
+
+
+def _place(image: Path | Piece, target: Path) -> bool:
+    """Put a picture at `target`; whether it had to be copied."""
+    if isinstance(image, Piece):
+        with image.path.open("rb") as stream:
+            stream.seek(image.offset)
+            target.write_bytes(stream.read(image.size))
+        return True
+    real = Path(os.path.realpath(image))  # a hard link to a link would be one more link
+    try:
+        os.link(real, target)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        target.write_bytes(real.read_bytes())
+        return True
+    return False
+
+
+def _refuse_empty(rows: dict[str, NDArray[np.int64]], shares: Shares, place: Path) -> None:
+    asked = {"train": 1.0, "val": shares.val, "test": shares.test}
+    empty = [name for name, share in asked.items() if share and not len(rows[name])]
+    if empty:
+        raise UserError(
+            f"{', '.join(empty)} would be empty: too many pairs of {place} share a source, group or picture",
+            "ask for other shares with --val and --test, or look at its sources and groups",
+            ExitCode.DATA,
+        )
+
+
+def _say(rows: dict[str, NDArray[np.int64]], pairs: Pairs, shares: Shares, console: Console) -> None:
+    total = len(pairs)
+    asked = {"train": 1 - shares.val - shares.test, "val": shares.val, "test": shares.test}
+    for name, chosen in rows.items():
+        if asked[name]:
+            console.say(f"{name}: {counted(len(chosen), 'pair')}, {len(chosen) / total:.3f} ({asked[name]:.3f} asked)")
+    pieces = sum(image.size for image in set(pairs.images) if isinstance(image, Piece))
+    if pieces:
+        console.say(f"{size(pieces)} of packed pictures are written out")

@@ -1,0 +1,159 @@
+"""Where a split's pairs lie: names with {000..099} or *, and what stands for a split in a data root."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from glob import iglob
+from itertools import islice
+from pathlib import Path
+
+from cytoclip.errors import ExitCode, UserError, first_few
+
+MANY = 100_000  # files that one pattern may name: `{0..999999999}` is a slip, and would never end
+ENDINGS = ("csv", "tsv", "jsonl", "ndjson", "json", "parquet", "tar")
+SPLITS = ("train", "val", "test")
+HUB = "hub:"
+_NAMES = {"val": ("val", "validation", "valid")}  # ours first, then as others call it
+_SIGNS = "*?[{"
+_RANGE = re.compile(r"(-?\d{1,18})\.\.(-?\d{1,18})")
+
+
+def is_hub(place: Path) -> bool:
+    """Whether a place is the name of a data set on the Hugging Face hub, `hub:owner/name` or with `/split` behind."""
+    return str(place).startswith(HUB)
+
+
+def is_pattern(place: Path) -> bool:
+    return any(sign in str(place) for sign in _SIGNS) and not place.exists()
+
+
+def expand(pattern: Path) -> list[Path]:
+    """The files that a pattern names, sorted by name, each once.
+
+    Raises
+    ------
+    UserError
+        For braces that don't close, no files, or more than 100,000.
+    """
+    found: dict[Path, None] = {}
+    try:
+        for number, one in enumerate(braces(str(pattern))):
+            there = iglob(one, recursive=True) if any(sign in one for sign in "*?[") else [one]  # noqa: PTH207 - any root
+            found.update((Path(each), None) for each in islice(there, MANY + 1))
+            if len(found) > MANY or number > MANY:
+                raise _data_error(f"{pattern} names more than {MANY} files", "name fewer, larger ones")
+    except ValueError as error:
+        raise _data_error(f"{pattern} is no pattern: {error}", "such as shards/{000..099}.tar or parts/*.csv") from None
+    files = sorted(place for place in found if not place.is_dir())
+    missing = [str(place) for place in files if not place.exists()]
+    if missing:
+        raise _data_error(
+            f"{len(missing)} of the {len(files)} files that {pattern} names are not there: {first_few(missing)}",
+            "name those that are there; * names whatever is there",
+        )
+    if not files:
+        raise _data_error(f"no files match {pattern}", "look at its folder and at the ending of its files")
+    return files
+
+
+def braces(text: str) -> Iterator[str]:
+    """What a shell makes of {000..099} and {a,b}, one by one: however many there are, none is held.
+
+    Raises
+    ------
+    ValueError
+        For braces that don't close.
+
+    Examples
+    --------
+    >>> list(braces("{08..10}-{a,b}"))
+    ['08-a', '08-b', '09-a', '09-b', '10-a', '10-b']
+    """
+    begin = text.find("{")
+    if begin < 0:
+        yield text
+        return
+    end = _closing(text, begin)
+    for one in _choices(text[begin + 1 : end]):
+        for rest in braces(text[end + 1 :]):
+            yield text[:begin] + one + rest
+
+
+def _choices(within: str) -> Iterator[str]:
+    numbers = _RANGE.fullmatch(within)
+    parts = _parts(within)
+    if numbers:
+        first, last = (int(numbers[which]) for which in (1, 2))
+        padded = any(number.lstrip("-").startswith("0") and len(number) > 1 for number in numbers.groups())
+        width = max(len(number) for number in numbers.groups()) if padded else 0
+        step = 1 if first <= last else -1
+        yield from (f"{number:0{width}}" for number in range(first, last + step, step))
+    elif len(parts) > 1:
+        for part in parts:
+            yield from braces(part)
+    else:
+        yield from (f"{{{one}}}" for one in braces(within))  # as a shell leaves it
+
+
+def _closing(text: str, begin: int) -> int:
+    depth = 0
+    for at in range(begin, len(text)):
+        depth += (text[at] == "{") - (text[at] == "}")
+        if not depth:
+            return at
+    raise ValueError("a { is not closed")
+
+
+def _parts(within: str) -> list[str]:
+    """Cut at the commas that are in no braces of their own."""
+    parts, depth = [""], 0
+    for sign in within:
+        depth += (sign == "{") - (sign == "}")
+        if sign == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += sign
+    return parts
+
+
+def split(root: Path, name: str) -> Path | None:
+    """What stands for a split in a data root, or None.
+
+    A folder in the original layout or with a `metadata` table; else a file, or shards, named for the split beside it
+    (`train.csv`, `train-*.tar`); else a folder.
+
+    Raises
+    ------
+    UserError
+        Where two files stand for it.
+    """
+    if is_hub(root):
+        return root / name
+    for called in _NAMES.get(name, (name,)):
+        folder = root / called
+        if any((folder / inside).exists() for inside in ("imgs", "img_text_pair.json")):
+            return folder
+        files = [root / f"{called}.{ending}" for ending in ENDINGS if (root / f"{called}.{ending}").is_file()]
+        shards = [
+            root / f"{called}{mark}*.{ending}"
+            for mark in "-_"
+            for ending in ENDINGS
+            if next(root.glob(f"{called}{mark}*.{ending}"), None)
+        ]
+        found = [*files, *shards]
+        if len(found) > 1:
+            names = first_few([place.name for place in found])
+            raise _data_error(f"more than one file stands for {name} in {root}: {names}", f"name one in data.{name}")
+        if found or folder.is_dir():
+            return found[0] if found else folder
+    return None
+
+
+def splits(root: Path) -> list[str]:
+    """The splits that a data root holds."""
+    return [name for name in SPLITS if split(root, name) is not None] if root.is_dir() else []
+
+
+def _data_error(message: str, hint: str) -> UserError:
+    return UserError(message, hint, ExitCode.DATA)

@@ -1,0 +1,294 @@
+"""What a row of any format must be to become a pair: texts, tags, and a picture's name that stays in its folder."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import stat
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from cytoclip.errors import ExitCode, UserError, counted, first_few, nearest
+from cytoclip.files import Piece
+from cytoclip.pairs import Pairs
+
+TAGS = ("group", "source", "label")
+MAX_TEXT = 1 << 20  # bytes of one caption, line or record: the longest reports have a hundredth of it
+PICTURES = frozenset(
+    f".{ending}"
+    for ending in ("jpg", "jpeg", "jpe", "jfif", "png", "tif", "tiff", "bmp", "dib", "webp", "gif", "jp2", "j2k", "jpx",
+        "ppm", "pgm", "pbm", "pnm", "tga", "avif")
+)  # fmt: skip
+_HALF = re.compile("[\ud800-\udfff]")  # half of a character beyond U+FFFF: valid JSON, but no file name and no token
+_IMAGES = ("image", "img", "image_path", "img_path", "file_name", "filename", "filepath", "file_path", "path", "file",
+    "picture", "image_file", "image_name", "image_id", "jpg", "png", "bytes")  # fmt: skip
+_CAPTIONS = ("caption", "captions", "text", "txt", "description", "sentence", "sentences", "title", "report")
+_LOOKED_AT = 100  # rows, to guess a column by what it holds
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a table hold picture and caption; None: guessed from names, else from what they hold."""
+
+    image: str | None = None
+    caption: str | None = None
+
+
+_TOLD = 1000  # rows that are no pairs are told, and more only counted
+
+
+class Gathered:
+    """The pairs of one place as they are read, in compact columns, and what is wrong with the rows that are none.
+
+    Parameters
+    ----------
+    place
+        What messages call it.
+    base
+        The folder that pictures' names are relative to and may not leave.
+    one, several
+        What a row is called.
+    hint
+        What a row must be.
+    """
+
+    def __init__(self, place: Path, base: Path, one: str = "row", several: str = "rows", hint: str = "") -> None:
+        self._place, self._base, self._inside = place, base, base.resolve()
+        self._one, self._several, self._hint = one, several, hint
+        self._images: list[Path | Piece] = []
+        self._names: list[str] = []
+        self._captions: list[str] = []
+        self._tags: tuple[list[str | None], ...] = ([], [], [])
+        self._more: list[tuple[str, ...]] = []
+        self._problems: list[str] = []
+        self._outside: list[str] = []
+        self._seen = 0
+        self._shared: dict[str, str] = {}  # one text for all rows with the same tag
+        self._parents: dict[str, bool] = {}
+
+    def add(self, where: object, image: object, caption: object, tags: Mapping[str, Any], name: str = "") -> None:
+        """One row, `where` it is in messages; `image` is a name below the folder, or a Piece called `name`."""
+        self._seen += 1
+        wrong = None if isinstance(image, Piece) else name_problem(image)
+        if wrong is None and isinstance(image, str) and leaves(image):
+            wrong = f"{shown(image)} leaves {self._base.name}/"
+        wrong = wrong or caption_problem(caption) or tags_problem(tags)
+        if wrong:
+            self.refuse(where, wrong)
+            return
+        texts = [caption] if isinstance(caption, str) else list(caption)  # type: ignore[call-overload]
+        if isinstance(image, str):
+            name, found = image, self._inside / image
+            if not self._is_inside(found):
+                self._outside.append(image)
+                return
+            self._images.append(found)
+        elif isinstance(image, Piece):
+            self._images.append(image)
+        self._names.append(name)
+        self._captions.append(texts[0])
+        self._more.append(tuple(texts[1:]))
+        for column, key in zip(self._tags, TAGS, strict=True):
+            value = None if tags.get(key) is None else str(tags[key])
+            column.append(None if value is None else self._shared.setdefault(value, value))
+
+    def refuse(self, where: object, wrong: str) -> None:
+        """A row that is no pair; it has not been given to `add`, or `add` found it."""
+        self._problems.append(f"{self._one} {where}: {wrong}" if len(self._problems) < _TOLD else "")
+
+    def skip(self, where: object, wrong: str) -> None:
+        """Count a row that never came as far as `add`."""
+        self._seen += 1
+        self.refuse(where, wrong)
+
+    def pairs(self, left_out: list[str] | None = None) -> Pairs:
+        """All of them; where `left_out` is given, rows that are no pairs are told there, if any row is one.
+
+        Raises
+        ------
+        UserError
+            Where a row is no pair, or a link leads out of the folder, or there are no rows.
+        """
+        if left_out is not None and self._images:
+            left_out += self._problems
+        elif self._problems:
+            raise data_error(
+                f"{len(self._problems)} of {self._seen} {self._several} of {self._place} are not pairs: "
+                f"{first_few(self._problems)}",
+                self._hint,
+            )
+        if self._outside:
+            raise data_error(
+                f"{counted(len(self._outside), 'link')} below {self._base} leading out of it: "
+                f"{first_few(self._outside)}",
+                f"copy the pictures into {self._base.name}/",
+            )
+        if not self._names:
+            raise data_error(f"{self._place} holds no pairs", self._hint or "put at least one pair into it")
+        groups, sources, labels = (tuple(column) for column in self._tags)
+        return Pairs(
+            images=tuple(self._images),
+            names=tuple(self._names),
+            captions=tuple(self._captions),
+            groups=groups,
+            sources=sources,
+            labels=labels,
+            more=tuple(self._more) if any(self._more) else (),
+        )
+
+    def _is_inside(self, image: Path) -> bool:
+        """By its folder, looked at once for all that it holds, and by the file itself where that is a link."""
+        parent = os.path.dirname(image)  # noqa: PTH120 - a Path for each of a million pictures is slow
+        if parent not in self._parents:
+            self._parents[parent] = Path(os.path.realpath(parent)).is_relative_to(self._inside)
+        if not image.is_symlink():
+            return self._parents[parent]
+        return Path(os.path.realpath(image)).is_relative_to(self._inside)  # as resolve(), which raises on a cycle
+
+
+def concatenated(parts: Sequence[Pairs]) -> Pairs:
+    """Several parts of one set behind one another; a group or source that comes in two of them is one."""
+    if len(parts) == 1:
+        return parts[0]
+    names = ("images", "names", "captions", "groups", "sources", "labels", "more")
+    return Pairs(**{name: tuple(value for part in parts for value in getattr(part, name)) for name in names})
+
+
+def pick(sample: Sequence[Mapping[str, Any]], asked: Columns, place: Path, say: Callable[[str], None]) -> Columns:
+    """Which columns hold picture and caption, by the first rows of a table; what was guessed is said.
+
+    Raises
+    ------
+    UserError
+        For a column that is not there, or where nothing can be guessed.
+    """
+    there = list(dict.fromkeys(name for row in sample for name in row))
+    image = _asked(asked.image, there, place, "image") or _usual(there, _IMAGES, asked.caption)
+    image = image or _best(there, lambda name: _share(sample, name, is_picture), (asked.caption,))
+    caption = _asked(asked.caption, there, place, "caption") or _usual(there, _CAPTIONS, image)
+    caption = caption or _best(there, lambda name: _length(sample, name), (image, *TAGS))
+    for what, found in (("image", image), ("caption", caption)):
+        if found is None:
+            raise data_error(
+                f"no column of {place} looks like the {what}: it has {first_few([shown(n) for n in there], 8)}",
+                f"name it: data.{what}_column=…, or --{what}-column with cytoclip bring",
+            )
+    if not (asked.image and asked.caption):
+        say(f"{place}: pictures from column {shown(image)}, captions from column {shown(caption)} (guessed)")
+    return Columns(image, caption)
+
+
+def name_problem(name: object, what: str = "img") -> str | None:
+    if not isinstance(name, str):
+        return f"its {what} is {kind(name)}, not a text"
+    if not name.strip():
+        return f"its {what} is empty"
+    return f"its {what} holds half a character, {shown(name)}" if _HALF.search(name) else None
+
+
+def caption_problem(caption: object) -> str | None:
+    """A text, or several."""
+    if isinstance(caption, list | tuple):
+        return next(
+            (wrong for text in caption if (wrong := name_problem(text, "caption"))),
+            None if caption else "its caption is an empty list",
+        )
+    return name_problem(caption, "caption")
+
+
+def tags_problem(tags: Mapping[str, Any]) -> str | None:
+    for key in TAGS:
+        value = tags.get(key)
+        if not isinstance(value, str | int | None) or isinstance(value, bool):
+            return f"its {key} is {kind(value)}, not a text or whole number"
+        if isinstance(value, str) and _HALF.search(value):
+            return f"its {key} holds half a character, {shown(value)}"
+    return None
+
+
+def leaves(name: str) -> bool:
+    """Whether a relative name may lead out of its folder, on any system."""
+    path = PurePosixPath(name)
+    windows = PureWindowsPath(name)
+    return path.is_absolute() or ".." in path.parts or "\0" in name or bool(windows.drive) or ".." in windows.parts
+
+
+def is_picture(value: object) -> bool:
+    """By the ending of a name, or as bytes, or as Hugging Face's {bytes, path}."""
+    if isinstance(value, Mapping):
+        return "bytes" in value or is_picture(value.get("path"))
+    return isinstance(value, bytes) or (isinstance(value, str) and PurePosixPath(value).suffix.lower() in PICTURES)
+
+
+def plain_tags(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Tags as tables hold them: an empty one is none, and a whole number may have become 3.0 beside a missing one."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, float):
+            return None if math.isnan(value) else int(value) if value.is_integer() else value
+        return None if value == "" else value
+
+    return {key: plain(row[key]) for key in TAGS if key in row}
+
+
+def require_regular(path: Path) -> os.stat_result:
+    """Before opening: opening a pipe would wait for its writer, and a device has no end."""
+    try:
+        facts = path.stat()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise data_error(f"{path} cannot be read: {reason}", "name a file that is there") from None
+    if not stat.S_ISREG(facts.st_mode):
+        raise data_error(f"{path} is not a regular file", "name a file: pipes and devices are not read")
+    return facts
+
+
+def shown(value: object) -> str:
+    """Short enough for a message, whatever it holds."""
+    written = repr(value)
+    return written if len(written) <= 80 else f"{written[:77]}…"
+
+
+def kind(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null",
+             bytes: "bytes"}  # fmt: skip
+    return names.get(type(value), "a number")
+
+
+def data_error(message: str, hint: str) -> UserError:
+    return UserError(message, hint, ExitCode.DATA)
+
+
+def _asked(name: str | None, there: Sequence[str], place: Path, what: str) -> str | None:
+    if name and name not in there:
+        near = nearest(name, there)
+        hint = f"did you mean {near}?" if near else f"it has {first_few([shown(n) for n in there], 8)}"
+        raise data_error(f"no column {name!r} for the {what} in {place}", hint)
+    return name
+
+
+def _usual(there: Sequence[str], usual: Iterable[str], taken: str | None) -> str | None:
+    plain = {name.strip().lower(): name for name in reversed(there) if name != taken}
+    return next((plain[word] for word in usual if word in plain), None)
+
+
+def _best(there: Sequence[str], measure: Callable[[str], float], taken: Sequence[str | None]) -> str | None:
+    measured = {name: measure(name) for name in there if name not in taken}
+    best = max(measured, key=lambda name: measured[name], default=None)
+    return best if best is not None and measured[best] > 0 else None
+
+
+def _share(sample: Sequence[Mapping[str, Any]], name: str, fits: Callable[[object], bool]) -> float:
+    share = sum(fits(row.get(name)) for row in sample) / len(sample)
+    return share if share > 0.5 else 0.0
+
+
+def _length(sample: Sequence[Mapping[str, Any]], name: str) -> float:
+    """Mean number of words where they are texts; one word is a label rather than a caption."""
+    values = [row.get(name) for row in sample[:_LOOKED_AT]]
+    texts = [value for value in values if isinstance(value, str) and not is_picture(value)]
+    words = sum(len(text.split()) for text in texts) / len(values)
+    return words if words > 1 else 0.0

@@ -1,0 +1,192 @@
+"""Splits that keep together what belongs together, and a data root that is whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cytoclip import bring, files, sources
+from cytoclip.bring import SPLITS, Shares
+from cytoclip.console import Console
+from cytoclip.errors import UserError
+from cytoclip.pairs import Pairs
+from cytoclip.rows import Columns
+from tests import formats
+from tests.test_formats import bytes_of
+
+QUIET = Console(quiet=True)
+
+
+def made(count: int, seed: int) -> Pairs:
+    """Pairs whose sources, groups and contents repeat at random."""
+    drawn = random.Random(seed)
+    names = tuple(f"{i}.png" for i in range(count))
+    tags = [tuple(drawn.choice([None, f"{k} {drawn.randrange(count)}"]) for _ in names) for k in ("group", "source")]
+    contents = tuple(f"content {drawn.choice([i, drawn.randrange(count)])}" for i in range(count))
+    images = tuple(Path("/") / name for name in names)
+    return Pairs(images, names, names, tags[0], tags[1], (None,) * count, contents)
+
+
+def taken(pairs: Pairs, rows: list[int]) -> Pairs:
+    return Pairs(**{name: tuple(column[row] for row in rows) for name, column in vars(pairs).items()})
+
+
+def together(pairs: Pairs, i: int, j: int) -> bool:
+    columns = (pairs.groups, pairs.sources, pairs.contents)
+    return any(column[i] is not None and column[i] == column[j] for column in columns)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_components_against_a_search_from_each_pair(seed: int) -> None:
+    pairs = made(60, seed)
+    found = bring.components(pairs)
+    for i in range(len(pairs)):
+        reached, waiting = {i}, [i]
+        while waiting:
+            here = waiting.pop()
+            new = {j for j in range(len(pairs)) if together(pairs, here, j)} - reached
+            reached |= new
+            waiting += new
+        assert reached == set(np.flatnonzero(found == found[i]).tolist())
+    assert 1 < len(set(found.tolist())) < 60
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_split_is_a_function_of_contents_and_seed(seed: int) -> None:
+    pairs, shares = made(300, seed), Shares(0.2, 0.1, seed)
+    split = bring.split(pairs, shares)
+    for i, j in zip(*np.triu_indices(300), strict=True):
+        assert split[i] == split[j] or not together(pairs, i, j)
+    order = random.Random(seed).sample(range(300), 300)
+    assert bring.split(taken(pairs, order), shares).tolist() == split[order].tolist()
+    assert bring.split(pairs, replace(shares, seed=seed + 1)).tolist() != split.tolist()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_shares_are_as_near_as_one_component_more_would_bring_them(seed: int) -> None:
+    pairs, shares = made(300, seed), Shares(0.2, 0.1, seed)
+    split, component = bring.split(pairs, shares), bring.components(pairs)
+    sizes = np.bincount(component)
+    in_train = {int(k) for k, s in zip(component, split, strict=True) if s == 0}
+    for number, share in ((1, 0.2), (2, 0.1)):
+        off = abs((split == number).sum() - share * 300)
+        assert off < 15
+        assert all(abs((split == number).sum() + sizes[k] - share * 300) >= off for k in in_train)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize("name", formats.WRITERS)
+def test_the_same_pairs_come_out_of_every_format(tmp_path: Path, name: str) -> None:
+    pairs = formats.drawn(20)
+    place, to = formats.WRITERS[name](tmp_path / "from", pairs), tmp_path / "to"
+    counts = bring.bring(place, to, Shares(0.2, 0.2), Columns(), QUIET)
+    assert sum(counts.values()) == 20
+    assert counts["val"] == counts["test"] == 4
+    found: dict[str, tuple[Any, ...]] = {}
+    by_source = defaultdict(set)
+    for split in SPLITS:
+        read = sources.read(to / split)
+        assert len(read) == counts[split]
+        for image, caption, source, label in zip(read.images, read.captions, read.sources, read.labels, strict=True):
+            found[caption] = (bytes_of(image), source, label)
+            by_source[source].add(split)
+    tags = name not in formats.NO_TAGS
+    wanted = {p.captions[0]: (p.picture, *((p.source, p.label) if tags else (None, None))) for p in pairs}
+    assert found == wanted
+    assert not tags or all(len(splits) == 1 for splits in by_source.values())
+
+
+def test_further_captions_and_groups_are_kept(tmp_path: Path) -> None:
+    place = formats.json_lines(tmp_path / "from", formats.drawn(several=True))
+    lines = [json.loads(line) | {"group": f"g {i // 2}"} for i, line in enumerate(place.read_text().splitlines())]
+    place.write_text("\n".join(json.dumps(line) for line in lines))
+    bring.bring(place, tmp_path / "to", Shares(0.5, 0.0), Columns(), QUIET)
+    read = [sources.read(tmp_path / "to" / split) for split in ("train", "val")]
+    assert sorted(more for one in read for more in one.more) == [(f"another {i}",) for i in range(6)]
+    assert {group for one in read for group in one.groups} == {"g 0", "g 1", "g 2"}
+    assert not (tmp_path / "to" / "test").exists()
+
+
+def test_files_are_linked_and_pieces_are_copied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = formats.table("csv")(tmp_path / "from", formats.drawn())
+    bring.bring(place, tmp_path / "to", Shares(0.4, 0.0), Columns(), Console())
+    (copy,) = (tmp_path / "to").rglob("003.png")
+    assert copy.samefile(tmp_path / "from" / "pictures" / "003.png")
+    said = capsys.readouterr().err
+    assert "0 pictures copied, 6 linked" in said
+    assert "val: 2 pairs, 0.333 (0.400 asked)" in said
+
+
+def test_what_cannot_be_linked_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    place = formats.table("csv")(tmp_path / "from", formats.drawn())
+    bring.bring(place, tmp_path / "to", Shares(0.4, 0.0), Columns(), QUIET)
+    (copy,) = (tmp_path / "to").rglob("003.png")
+    assert not copy.samefile(tmp_path / "from" / "pictures" / "003.png")
+    assert copy.read_bytes() == formats.drawn()[3].picture
+
+
+def test_a_second_run_is_refused_and_a_crash_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, to = formats.tar(tmp_path / "from", formats.drawn()), tmp_path / "to"
+    write = files.write_json
+
+    def crash(path: Path, value: Any) -> None:
+        if path.parent.name == "val":
+            raise KeyboardInterrupt
+        write(path, value)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "write_json", crash)
+        with pytest.raises(KeyboardInterrupt):
+            bring.bring(place, to, Shares(0.4, 0.0), Columns(), QUIET)
+    assert [p.name for p in tmp_path.iterdir()] == ["from"]
+    bring.bring(place, to, Shares(0.4, 0.0), Columns(), QUIET)
+    before = tree(to)
+    with pytest.raises(UserError, match="is already there"):
+        bring.bring(place, to, Shares(0.4, 0.0), Columns(), QUIET)
+    assert tree(to) == before
+
+
+@pytest.mark.parametrize(
+    ("shares", "said"),
+    [
+        (Shares(0.5, 0.5), "leave nothing to train on"),
+        (Shares(float("nan"), 0.1), "leave nothing to train on"),
+        (Shares(0.2, 0.2), "val, test would be empty"),
+    ],
+)
+def test_splits_that_cannot_be(tmp_path: Path, shares: Shares, said: str) -> None:
+    pairs = [replace(one, source="the only slide") for one in formats.drawn()]
+    with pytest.raises(UserError, match=said):
+        bring.bring(formats.tar(tmp_path / "from", pairs), tmp_path / "to", shares, Columns(), QUIET)
+    assert not (tmp_path / "to").exists()
+
+
+def test_names_are_safe_and_unique(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(formats.drawn(1)[0].picture)
+    names = ("../a.png", "/a.png", "A.PNG", "a.png/b.png", "x/con.png", "q?:*.png", "é" * 300 + ".png", "dot. ", "p")
+    images = tuple(files.Piece(tmp_path / "x", 0, i + 1) for i in range(len(names)))
+    none = (None,) * len(names)
+    found = bring.safe_names(Pairs(images, names, names, none, none, none))
+    assert found[:6] == ["a.png", "a-2.png", "A-3.PNG", "a.png_b.png", "x/_con.png", "q___.png"]
+    assert len({name.casefold() for name in found}) == len(names)
+    for name in found:
+        target = tmp_path / "imgs" / name
+        assert ".." not in Path(name).parts
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.touch(exist_ok=False)
+    assert found[8] == "p.png"  # by what its bytes begin with

@@ -1,0 +1,182 @@
+"""One reader for all: the same pairs come out of every format, with the bytes that were put in."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cytoclip import images, sources
+from cytoclip.console import Console
+from cytoclip.errors import UserError
+from cytoclip.files import Piece
+from cytoclip.pairs import Pairs
+from cytoclip.rows import Columns
+from tests import formats
+from tests.formats import Drawn
+
+
+def bytes_of(image: Path | Piece) -> bytes:
+    if isinstance(image, Path):
+        return image.read_bytes()
+    return image.path.read_bytes()[image.offset : image.offset + image.size]
+
+
+def assert_same(found: Pairs, pairs: list[Drawn], several: bool, tags: bool = True) -> None:
+    assert [bytes_of(image) for image in found.images] == [one.picture for one in pairs]
+    assert found.captions == tuple(one.captions[0] for one in pairs)
+    assert found.more == tuple(one.captions[1:] if several else () for one in pairs)
+    assert found.sources == tuple(one.source if tags else None for one in pairs)
+    assert found.labels == tuple(one.label if tags else None for one in pairs)
+    assert found.groups == (None,) * len(pairs)
+    assert len(set(found.names)) == len(pairs)
+
+
+def test_how_many_formats_there_are() -> None:
+    assert len(formats.WRITERS) == 21
+    assert len(formats.ONE_CAPTION) == 6
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one caption", "several"])
+@pytest.mark.parametrize("name", formats.WRITERS)
+def test_every_format_holds_the_same_pairs(tmp_path: Path, name: str, several: bool) -> None:
+    if several and name in formats.ONE_CAPTION:
+        several = False  # the format holds the first one only
+    pairs = formats.drawn(several=several)
+    place = formats.WRITERS[name](tmp_path / "data", pairs)
+    for _ in range(2):  # the second time from the index, where there is one
+        found = sources.read(place)
+        assert_same(found, pairs, several, name not in formats.NO_TAGS)
+    decoded = np.asarray(images.decode(found.images[3]))
+    assert decoded[0, 0].tolist() == [21, 0, 90]
+
+
+@pytest.mark.parametrize("name", ["tar", "parquet of bytes, plain", "parquet of bytes, compressed", "save_to_disk"])
+def test_a_packed_file_is_looked_through_once(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cytoclip import columnar, shards
+
+    place = formats.WRITERS[name](tmp_path / "data", formats.drawn())
+    first = sources.read(place)
+    for module, function in ((shards, "_pairs"), (columnar, "_parquet"), (columnar, "_arrow")):
+        monkeypatch.setattr(module, function, None)
+    assert sources.read(place) == first
+    with pytest.raises(TypeError):
+        sources.read(place, Columns(caption="caption"))  # another question is another index
+
+
+def test_a_file_that_changed_is_looked_through_again(tmp_path: Path) -> None:
+    pairs = formats.drawn()
+    place = formats.tar(tmp_path, pairs)
+    sources.read(place)
+    formats.tar(tmp_path, pairs[::-1])
+    assert_same(sources.read(place), pairs[::-1], False)
+
+
+@pytest.mark.parametrize("name", ["tar", "parquet of bytes, plain", "save_to_disk"])
+def test_pictures_are_read_where_they_lie(tmp_path: Path, name: str) -> None:
+    found = sources.read(formats.WRITERS[name](tmp_path, formats.drawn()))
+    assert {image.path.suffix for image in found.images if isinstance(image, Piece)} <= {".tar", ".parquet", ".arrow"}
+
+
+def test_a_value_that_repeats_in_a_dictionary_is_found_where_it_was(tmp_path: Path) -> None:
+    pairs = formats.drawn(3) * 3
+    place = formats.parquet("bytes", compression="none")(tmp_path, pairs)
+    found = sources.read(place)
+    assert [bytes_of(image) for image in found.images] == [one.picture for one in pairs]
+    assert {image.path for image in found.images if isinstance(image, Piece)} == {place}
+
+
+def test_compressed_pages_are_copied_once_and_that_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = formats.parquet("bytes", compression="zstd")(tmp_path, formats.drawn())
+    found = sources.read(place, Columns(), Console())
+    assert "holds compressed pages: its pictures, about" in capsys.readouterr().err
+    (copied,) = {image.path for image in found.images if isinstance(image, Piece)}
+    assert copied.parent == tmp_path / ".cytoclip" / "index"
+    copied.write_bytes(b"another size")  # damaged: copied anew
+    assert [bytes_of(image) for image in sources.read(place).images] == [one.picture for one in formats.drawn()]
+
+
+def test_no_space_for_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cytoclip import columnar
+
+    monkeypatch.setattr(columnar, "free_bytes", lambda _: 10)
+    with pytest.raises(UserError, match="are to be copied, and 10 B are free"):
+        sources.read(formats.parquet("bytes")(tmp_path, formats.drawn()))
+
+
+def test_a_pattern_of_tables_and_a_folder_of_shards(tmp_path: Path) -> None:
+    pairs = formats.drawn()
+    formats.parquet("bytes")(tmp_path / "a", pairs[:3]).rename(tmp_path / "a" / "0.parquet")
+    formats.parquet("bytes")(tmp_path / "a", pairs[3:]).rename(tmp_path / "a" / "1.parquet")
+    assert_same(sources.read(tmp_path / "a" / "*.parquet"), pairs, False)
+    formats.tar(tmp_path / "b", pairs)
+    assert_same(sources.read(tmp_path / "b"), pairs, False)
+    assert_same(sources.read(tmp_path / "b" / "*.tar"), pairs, False)
+
+
+def test_files_of_several_kinds_are_refused(tmp_path: Path) -> None:
+    formats.tar(tmp_path, formats.drawn())
+    formats.json_lines(tmp_path, formats.drawn())
+    with pytest.raises(UserError, match="files of several kinds: jsonl, tar"):
+        sources.read(tmp_path / "*.*")
+
+
+@pytest.mark.parametrize(
+    ("place", "said", "hint"),
+    [
+        ("pairs.csb", "no such file: .*pairs.csb", "did you mean .*pairs.csv"),
+        ("pairs.doc", "of no known format", "a split is a folder"),
+        ("pairs.tar.gz", "of no known format", "gzip -d"),
+        ("packed.tar", "is compressed", "gzip -d .*packed.tar"),
+        ("{0..3}.tar", "3 of the 4 files .* are not there", r"\*"),
+        ("*.parquet", "no files match", "ending"),
+        ("{0..3.tar", "is no pattern", "such as"),
+    ],
+)  # fmt: skip
+def test_a_place_that_is_nothing_is_refused(tmp_path: Path, place: str, said: str, hint: str) -> None:
+    for name in ("pairs.csv", "pairs.doc", "pairs.tar.gz", "0.tar"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "packed.tar").write_bytes(b"\x1f\x8b" + bytes(600))
+    with pytest.raises(UserError, match=said) as caught:
+        sources.read(tmp_path / place)
+    assert re.search(hint, caught.value.hint)
+
+
+def test_the_hub_through_the_datasets_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub itself is stood in for by a folder of Parquet, which `datasets` reads the same way."""
+    import datasets
+
+    pairs = formats.drawn()
+    place = formats.parquet("struct")(tmp_path / "data", pairs)
+    asked: list[Any] = []
+    load = datasets.load_dataset
+
+    def instead(name: str, split: str) -> Any:
+        asked.append((name, split))
+        return load("parquet", data_files=str(place), split="train", cache_dir=str(tmp_path / "cache"))
+
+    monkeypatch.setattr(datasets, "load_dataset", instead)
+    assert_same(sources.read(Path("hub:owner/name/val")), pairs, False)
+    assert_same(sources.read(Path("hub:owner/name")), pairs, False)
+    assert asked == [("owner/name", "validation"), ("owner/name", "train")]
+
+
+@pytest.mark.parametrize("name", ["hub:name", "hub:a/b/c/d", "hub:/x"])
+def test_no_name_of_the_hub(name: str) -> None:
+    with pytest.raises(UserError, match="names no data set"):
+        sources.read(Path(name))
+
+
+def test_the_hub_without_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(UserError, match="needs the datasets library") as caught:
+        sources.read(Path("hub:owner/name"))
+    assert caught.value.hint == 'pip install "cytoclip[hub]"'
+
+
+def test_a_hub_that_cannot_be_reached_is_two_lines() -> None:
+    with pytest.raises(UserError, match="hub:owner/no-such-name-of-ours cannot be read"):
+        sources.read(Path("hub:owner/no-such-name-of-ours"))
