@@ -12,12 +12,13 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, CLIPModel, CLIPProcessor
+from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
 from cytoclip import adapters, checkpoint, model
 from cytoclip.checkpoint import RunFolder
 from cytoclip.config import Model
 from cytoclip.errors import UserError
+from cytoclip.pixels import PixelSpec
 
 MODES = ("full", "frozen", "lora")
 COMBINATIONS = list(itertools.product(MODES, MODES))
@@ -208,3 +209,22 @@ def test_the_image_processor_is_always_the_pil_one(base: Path, monkeypatch: pyte
     monkeypatch.setattr(model.AutoImageProcessor, "from_pretrained", noted)
     checkpoint.open_model(str(base))
     assert asked == ["pil"]
+
+
+@pytest.mark.parametrize("towers", ["full", "lora"])
+@pytest.mark.parametrize("crop", ["auto", "center", "pad", "squash"])
+def test_a_saved_model_reads_pictures_by_the_crop_that_it_was_trained_with(
+    crop: str, towers: str, base: Path, tmp_path: Path
+) -> None:
+    """An adapter is opened on its base, whose image processor has the base's crop."""
+    wanted = Model.model_validate({"image_tower": towers, "text_tower": towers})
+    opened = checkpoint.with_crop(checkpoint.open_model(str(base)), crop)
+    checkpoint.save_model(tmp_path / "model", opened, adapters.set_moving(opened.encoder, wanted), wanted)
+
+    loaded = checkpoint.open_model(str(tmp_path / "model"))
+
+    assert (loaded.pixels, loaded.crop) == (opened.pixels, crop)
+    plain = PixelSpec.from_processor(CLIPImageProcessorPil.from_pretrained(str(tmp_path / "model")))
+    assert plain == opened.pixels.fitted("center" if crop == "pad" else crop)
+    if crop in ("pad", "squash"):
+        assert loaded.pixels != checkpoint.open_model(str(base)).pixels

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cytoclip import checkpoint, config, evaluate, features, jobs, train
 from cytoclip.checkpoint import RunFolder
@@ -307,3 +309,23 @@ def test_a_tower_with_dropout_keeps_its_chunks(others: dict[str, Path], experime
     with pytest.raises(UserError, match=r"begun with another train\.micro_batch_size"):
         train.fit(experiment(**one, train={"steps": 4, "micro_batch_size": 5}), QUIET)
     train.fit(experiment(**one, train={"steps": 4}), QUIET)
+
+
+# data.crop
+
+
+def test_a_run_is_evaluated_by_the_crop_that_it_was_trained_with(experiment: Experiment, tmp_path: Path) -> None:
+    """Opened again, the saved model gives the validation's own numbers, and reads pictures by the run's policy."""
+    wide = Path(shutil.copytree(str(experiment().data.root), tmp_path / "wide"))  # the drawn ones are square
+    for file in sorted(wide.glob("*/imgs/*")):
+        image = Image.open(file)
+        image.resize((image.width * 2, image.height)).save(file)
+    own = ran(experiment, tmp_path, "own", data={"root": str(wide)})
+    padded = ran(experiment, tmp_path, "padded", data={"root": str(own.data.root), "crop": "pad"})
+    assert losses(own) != losses(padded)
+    assert "would cut" in log(padded)
+    scored = json.loads((Path(padded.output) / "results.json").read_text())["last"]
+    again = evaluate.evaluate(f"{padded.output}/model", Path(str(own.data.root)) / "val",
+                              evaluate.Question([1, 5]), QUIET, 12, 0)  # fmt: skip
+    assert again["image_to_text"] == scored["image_to_text"]
+    assert checkpoint.open_model(f"{padded.output}/model").pixels.pad

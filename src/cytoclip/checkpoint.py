@@ -8,6 +8,7 @@ run/checkpoints/step-N/        what a run resumes from (state.py)
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from cytoclip.model import DualEncoder
 from cytoclip.pixels import PixelSpec, to_floats
 
 BESIDE = "cytoclip.safetensors"  # projections and logit scale, beside a peft adapter
+CROP = "cytoclip_crop.json"  # the crop policy: transformers' file cannot say pad, and an adapter's base has its own
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class Opened:
         Whether plain transformers opens `name`: only then can an adapter name it as its base.
     stretched
         Whether the text tower reads more tokens than the checkpoint's own.
+    crop
+        The policy of `data.crop` that it was given, or saved with.
     """
 
     encoder: DualEncoder
@@ -64,6 +68,7 @@ class Opened:
     name: str
     plain: bool
     stretched: bool = False
+    crop: str = "auto"
 
 
 def open_model(name: str, context_length: int | None = None) -> Opened:
@@ -80,8 +85,36 @@ def open_model(name: str, context_length: int | None = None) -> Opened:
     return replace(opened, context=read.context, plain=False, stretched=True)
 
 
+def with_crop(opened: Opened, crop: str) -> Opened:
+    """The same model reading pictures by a policy of `data.crop`; auto leaves it as it was opened.
+
+    Its image processor says the same, so that plain transformers does too; for pad, which it cannot say, center.
+    """
+    if crop == "auto":
+        return opened
+    said = opened.pixels.fitted("center" if crop == "pad" else crop)
+    processor = copy.deepcopy(opened.image_processor)
+    processor.do_resize, processor.do_center_crop = True, said.crop is not None
+    if said.crop is not None:
+        processor.size = {"shortest_edge": said.resize}
+        processor.crop_size = dict(zip(("height", "width"), said.crop, strict=True))
+    else:
+        processor.size = dict(zip(("height", "width"), said.size, strict=True))
+    return replace(opened, pixels=opened.pixels.fitted(crop), image_processor=processor, crop=crop)
+
+
 def _open(name: str) -> Opened:
     place = locate(name)
+    opened = _read(place, name)
+    if not (Path(place) / CROP).is_file():
+        return opened
+    try:
+        return with_crop(opened, str(files.read_json(Path(place) / CROP)["crop"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{Path(place) / CROP} cannot be read: {error}", "train it again", ExitCode.MODEL) from None
+
+
+def _read(place: str, name: str) -> Opened:
     folder = Path(place)
     adapter = folder / "adapter_config.json"
     if not adapter.is_file():
@@ -164,6 +197,8 @@ def save_model(folder: Path, opened: Opened, adapter: PeftModel | None, wanted: 
             clip.save_pretrained(str(new), state_dict=adapters.merged_state(clip))
         opened.tokenizer.save_pretrained(str(new))
         opened.image_processor.save_pretrained(str(new))
+        if opened.crop != "auto":
+            files.write_json(new / CROP, {"crop": opened.crop})
 
 
 def weights_digest(folder: Path) -> str:

@@ -115,8 +115,8 @@ class Data(Section):
     )
     crop: Literal["auto", "center", "pad", "squash"] = Field(
         "auto",
-        description="How a picture of another shape becomes the model's: cut its long sides off (center), mirror "
-        "nothing and fill up with its border's colour (pad), or change its shape (squash); auto: as the checkpoint.",
+        description="How a picture of another shape becomes the model's: cut its long sides off (center), "
+        "fill up with the median colour of its border (pad), or change its shape (squash); auto: as the checkpoint.",
     )
     augment: Augment | None = Field(
         None, description="Random changes of the training pictures, drawn for each pair and epoch; null: none."

@@ -91,6 +91,9 @@ def prepare(wanted: Config, run: RunFolder, world: World, console: Console, stor
     shards = world.once(lambda: _shards(wanted))
     read = world.once(lambda: _read_splits(wanted, console))
     opened = checkpoint.open_model(wanted.model.name, wanted.model.context_length)
+    opened = checkpoint.with_crop(opened, wanted.data.crop)
+    if opened.crop == "pad":
+        console.warn("data.crop=pad: plain transformers, which cannot say it, would cut the saved model's pictures")
     image_tower = opened.encoder.clip.config.vision_config.model_type
     families.refuse_unsupported(opened.encoder.family, image_tower, wanted.model, wanted.train)
     objective = _objective(wanted, opened)

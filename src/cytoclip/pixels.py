@@ -6,7 +6,7 @@ Letters: B pictures, C channels (3), H height, W width.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -36,6 +36,9 @@ class PixelSpec:
         Per channel, subtracted and divided by after the rescaling.
     rescale
         Factor of the stored values: 1/255 brings them to 0..1.
+    pad
+        Whether the whole picture is brought into `size` in its own shape, and the rest filled with the median colour
+        of its border, instead of `resize` and `crop`: no processor of transformers does that.
     """
 
     resize: int | tuple[int, int] | None
@@ -44,6 +47,7 @@ class PixelSpec:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     rescale: float
+    pad: bool = False
 
     @property
     def size(self) -> tuple[int, int]:
@@ -53,6 +57,20 @@ class PixelSpec:
         if isinstance(self.resize, tuple):
             return self.resize
         raise _refused("the image processor", _RAGGED)
+
+    def fitted(self, crop: str) -> PixelSpec:
+        """The same with another policy of `data.crop`, for as many pixels: auto changes nothing.
+
+        center: the shortest edge to the size (the longer one of a size that is not square), then its middle.
+        pad: the longest edge to the size, then filled up. squash: to the size, whatever the shape.
+        """
+        if crop == "auto":
+            return self
+        if crop == "center":
+            return replace(self, resize=max(self.size), crop=self.size, pad=False)
+        if crop in ("pad", "squash"):
+            return replace(self, resize=self.size, crop=None, pad=crop == "pad")
+        raise ValueError(f"no crop policy {crop!r}")
 
     @classmethod
     def from_processor(cls, processor: Any) -> PixelSpec:
@@ -92,8 +110,11 @@ def prepare(image_rgb: Image.Image, spec: PixelSpec) -> NDArray[np.uint8]:
     """Resize and crop one picture: uint8 (3, H, W), contiguous, bit-equal to transformers' PIL image processor.
 
     Of a plain picture, as `normalise` gives it. The long edge after a resize to the shortest is rounded down, and the
-    crop starts at floor((edge - crop) / 2), below 0 where the picture is smaller: so transformers 5.23.
+    crop starts at floor((edge - crop) / 2), below 0 where the picture is smaller: so transformers 5.23. With `pad`, as
+    `PixelSpec` says it.
     """
+    if spec.pad:
+        return _padded(image_rgb, spec)
     target = _resized(image_rgb.size, spec.resize)
     if target != image_rgb.size:
         image_rgb = image_rgb.resize(target, resample=spec.resample)
@@ -158,6 +179,27 @@ def _prove(spec: PixelSpec, processor: Any, name: str) -> None:
         raise _refused(name, f"does not take a picture ({error})") from error
     if theirs.shape != ours.shape or not np.allclose(ours, theirs, rtol=1e-5, atol=1e-5):
         raise _refused(name, "gives other pixels than a plain resize, crop, rescale and normalise with its numbers")
+
+
+def _padded(image_rgb: Image.Image, spec: PixelSpec) -> NDArray[np.uint8]:
+    """The whole picture in the middle of (3, H, W), around it the median of its border, each channel by itself.
+
+    The border, not one colour for all: what lies around a field is white on a slide and black beside a round one. The
+    median, because cells on the border are the fewer pixels.
+    """
+    (width, height), (rows, columns) = image_rgb.size, spec.size
+    scale = min(rows / height, columns / width)
+    target = min(columns, max(1, round(width * scale))), min(rows, max(1, round(height * scale)))
+    if target != image_rgb.size:
+        image_rgb = image_rgb.resize(target, resample=spec.resample)
+    picture_HWC = np.asarray(image_rgb)
+    border = [picture_HWC[0], picture_HWC[-1], picture_HWC[:, 0], picture_HWC[:, -1]]
+    colour = np.median(np.concatenate(border), axis=0).astype(np.uint8)
+    padded_CHW = np.empty((3, rows, columns), dtype=np.uint8)
+    padded_CHW[:] = colour[:, None, None]
+    top, left = (rows - target[1]) // 2, (columns - target[0]) // 2
+    padded_CHW[:, top : top + target[1], left : left + target[0]] = picture_HWC.transpose(2, 0, 1)
+    return padded_CHW
 
 
 def _resized(size: tuple[int, int], resize: int | tuple[int, int] | None) -> tuple[int, int]:
