@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 
 from cytoclip import batches, config, device, jobs, train
-from cytoclip.batches import Share
 from cytoclip.checkpoint import RunFolder
 from cytoclip.config import Config
 from cytoclip.console import Console
+from cytoclip.order import Share
 
 STEPS = 6
 

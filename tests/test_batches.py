@@ -1,4 +1,4 @@
-"""The order is a pure function of (seed, epoch, position); batches hold what it says, whoever decodes them."""
+"""Batches hold what the order says, whoever decodes them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,67 +16,17 @@ import pytest
 import torch
 from PIL import Image
 
-from cytoclip import batches, captions, checkpoint, images
-from cytoclip.batches import Batch, Order, PatchDropout, Pictures, Rows, Share
+from cytoclip import batches, captions, checkpoint, images, sources
+from cytoclip.batches import Batch, PatchDropout, Pictures, Rows, Texts
 from cytoclip.console import Bar, Console
 from cytoclip.errors import ExitCode, UserError
+from cytoclip.order import Order, Share, Wording
+from cytoclip.pairs import spread
 from cytoclip.pixels import prepare
 
 QUIET = Console(quiet=True)
 CPU = torch.device("cpu")
-ORDER = Order(pairs=23, batch_size=4, seed=7)  # 5 steps an epoch, 3 pairs over
-
-
-def epoch_rows(order: Order, epoch: int) -> list[int]:
-    per = order.steps_per_epoch
-    return np.concatenate([order.rows(step) for step in range(epoch * per, (epoch + 1) * per)]).tolist()
-
-
-def test_each_pair_comes_once_an_epoch() -> None:
-    order = Order(pairs=24, batch_size=4, seed=7)
-    assert order.steps_per_epoch == 6
-    for epoch in range(3):
-        assert sorted(epoch_rows(order, epoch)) == list(range(24))
-
-
-def test_two_epochs_differ_and_are_reproducible() -> None:
-    """Trap 25: the same batches every epoch train on the same negatives, and nothing shows it."""
-    one, two = epoch_rows(ORDER, 0), epoch_rows(ORDER, 1)
-    assert one != two
-    assert [epoch_rows(Order(23, 4, 7), epoch) for epoch in (0, 1)] == [one, two]
-    assert epoch_rows(Order(23, 4, 8), 0) != one
-    assert one != sorted(one)
-
-
-def test_the_remainder_is_dropped_and_is_another_one_each_epoch() -> None:
-    """A pair that is dropped always would never be trained on."""
-    assert ORDER.steps_per_epoch == 5
-    dropped = [frozenset(range(23)) - frozenset(epoch_rows(ORDER, epoch)) for epoch in range(20)]
-    assert {len(some) for some in dropped} == {3}
-    assert len(set(dropped)) > 10
-    assert frozenset.union(*dropped) == frozenset(range(23))
-
-
-def test_a_batch_never_holds_a_pair_twice() -> None:
-    assert all(len(set(ORDER.rows(step).tolist())) == 4 for step in range(50))
-
-
-def test_steps_are_rows_one_after_another_from_anywhere() -> None:
-    """Resuming in the middle of an epoch, and across its end, is the same as skipping."""
-    expected = [ORDER.rows(step).tolist() for step in range(17)]
-    for first in (0, 3, 5, 11, 17):
-        assert [rows.tolist() for rows, _ in ORDER.draws(first, 17)] == expected[first:]
-
-
-@pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize("first", [0, 7])
-def test_the_shares_of_all_processes_are_the_global_batch_in_order(size: int, first: int) -> None:
-    """The loss takes its own rows from that place of the global identity; another order would pair others."""
-    shares = [Share(ORDER, first, 13, rank, size) for rank in range(size)]
-    assert {len(share) for share in shares} == {13 - first}
-    together = [[draw for part in parts for draw in part] for parts in zip(*shares, strict=True)]
-    assert [[row for row, _ in draws] for draws in together] == [ORDER.rows(step).tolist() for step in range(first, 13)]
-    assert [{epoch for _, epoch in draws} for draws in together] == [{step // 5} for step in range(first, 13)]
+Capsys = pytest.CaptureFixture[str]
 
 
 def pictures_and_tokens(root: Path, base: Path) -> tuple[Pictures, captions.Tokens]:
@@ -84,8 +35,13 @@ def pictures_and_tokens(root: Path, base: Path) -> tuple[Pictures, captions.Toke
     return Pictures(pairs.images, opened.pixels), captions.tokenise(opened.tokenizer, pairs.captions, opened.context)
 
 
+def texts(table: captions.Tokens | Rows) -> Texts:
+    """One caption a pair."""
+    return Texts(table, Wording(np.arange(len(table)), np.ones(len(table), np.int64), seed=0))
+
+
 def read_all(pictures: Pictures, tokens: captions.Tokens | None, share: Share, workers: int) -> list[Batch]:
-    source = iter(batches.loader(pictures, tokens, share, workers, CPU))
+    source = iter(batches.loader(pictures, tokens and texts(tokens), share, workers, CPU))
     return [batches.next_batch(source) for _ in range(len(share))]
 
 
@@ -119,7 +75,7 @@ def test_the_loader_draws_nothing_from_the_global_random_state(root: Path, base:
     before = torch.get_rng_state()
     numpy_before = np.random.get_state()[1].tolist()  # type: ignore[index]
     read_all(pictures, tokens, Share(Order(48, 12, 0), 0, 2, 0, 1), workers=0)
-    iter(batches.loader(pictures, tokens, Share(Order(48, 12, 0), 0, 2, 0, 1), 1, CPU))
+    iter(batches.loader(pictures, texts(tokens), Share(Order(48, 12, 0), 0, 2, 0, 1), 1, CPU))
     assert torch.equal(torch.get_rng_state(), before)
     assert np.random.get_state()[1].tolist() == numpy_before  # type: ignore[index]
 
@@ -216,7 +172,7 @@ def test_chunks_are_views_cut_to_their_own_longest_caption(root: Path, base: Pat
     pairs = batches.open_split(root / "val", Console(quiet=True))
     tokens = captions.tokenise(opened.tokenizer, ["cell", "a cell", "two round cells", "cell"], opened.context)
     share = [[(row, 0) for row in range(4)]]
-    (batch,) = batches.loader(Pictures(pairs.images, opened.pixels), tokens, share, 0, torch.device("cpu"))
+    (batch,) = batches.loader(Pictures(pairs.images, opened.pixels), texts(tokens), share, 0, torch.device("cpu"))
     chunks = batch.chunks(3)
     assert [len(pixels) for pixels, _ in chunks] == [3, 1]
     assert [ids.shape[1] for _, ids in chunks] == [max(tokens.lengths()[:3]), tokens.lengths()[3]]
@@ -224,35 +180,6 @@ def test_chunks_are_views_cut_to_their_own_longest_caption(root: Path, base: Pat
     for rows, (_, ids) in zip(([0, 1, 2], [3]), chunks, strict=True):
         assert torch.equal(ids, tokens.batch(rows))
     assert chunks[0][0].data_ptr() == batch.images.data_ptr()
-
-
-MIXED = Order(pairs=23, batch_size=10, seed=7, replay=((9, 3), (40, 2)))  # 5 + 3 + 2 a batch
-
-
-def test_a_replayed_root_has_its_share_of_every_batch_and_epochs_of_its_own() -> None:
-    assert (MIXED.own, MIXED.steps_per_epoch) == (5, 4)
-    seen: dict[int, list[int]] = {}
-    for rows, epochs in MIXED.draws(0, 12):
-        assert [sum(low <= row < high for row in rows) for low, high in ((0, 23), (23, 32), (32, 72))] == [5, 3, 2]
-        assert len(set(rows.tolist())) == 10
-        for row, epoch in zip(rows[5:8].tolist(), epochs[5:8].tolist(), strict=True):
-            seen.setdefault(epoch, []).append(row)
-    assert {epoch: sorted(rows) for epoch, rows in seen.items()} == {key: list(range(23, 32)) for key in range(4)}
-    assert len({tuple(rows) for rows in seen.values()}) == 4, "each epoch in another order"
-    assert [rows.tolist() for rows, _ in MIXED.draws(7, 9)] == [MIXED.rows(step).tolist() for step in (7, 8)]
-
-
-def test_the_training_split_comes_in_the_same_order_with_and_without_a_replay() -> None:
-    alone = Order(pairs=23, batch_size=5, seed=7)
-    assert [MIXED.rows(step)[:5].tolist() for step in range(9)] == [alone.rows(step).tolist() for step in range(9)]
-
-
-def test_weights_are_pairs_for_one_of_the_training_split() -> None:
-    assert batches.replayed(100, [1.0]) == [50]
-    assert batches.replayed(100, [0.25]) == [20]
-    assert batches.replayed(100, [0.5, 0.5]) == [25, 25]
-    assert batches.replayed(8, [0.001]) == [1], "never none at all"
-    assert batches.replayed(8, []) == []
 
 
 def test_dropped_patches_are_a_function_of_seed_epoch_and_pair() -> None:
@@ -285,8 +212,85 @@ def test_patches_are_the_same_in_any_share_of_the_batch(workers: int, root: Path
 def test_stored_features_stand_in_the_place_of_pictures_and_captions() -> None:
     table = np.arange(12, dtype=np.float32).reshape(4, 3)
     rows = Rows(table, np.array([3, 3, 0, 1, 2]))
-    (batch,) = batches.loader(rows, rows, [[(4, 7), (0, 7), (2, 7)]], 2, CPU)
+    (batch,) = batches.loader(rows, texts(rows), [[(4, 7), (0, 7), (2, 7)]], 2, CPU)
     assert torch.equal(batch.images, torch.from_numpy(table[[2, 3, 0]]))
     assert torch.equal(batch.texts, batch.images)
     assert batch.lengths is None
     assert [tuple(part.shape) for part in batch.chunks(2)[0]] == [(2, 3), (2, 3)]
+
+
+def hole(path: Path) -> None:
+    """A picture whose bytes are there to the end, but damaged in the middle: the scan takes it for whole."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 20] = bytes(20)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_picture_gives_way_to_the_first_standby_that_is_good(
+    workers: int, root: Path, base: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(root / "train", tmp_path / "train")
+    pictures, tokens = pictures_and_tokens(tmp_path, base)
+    share = Share(Order(48, 6, seed=3), 2, 4, rank=0, size=1, skips=True)
+    draws = [draw for some in share for draw in some]
+    bad = {draws[1][0], draws[4][0], draws[4][2]}  # the fifth one's first standby too
+    for row in bad:
+        hole(tmp_path / "train" / "imgs" / f"{row:03}.png")
+    came = read_all(pictures, tokens, share, workers)
+    expected = [next(row for row in (draw[0], *draw[2:]) if row not in bad) for draw in draws]
+    assert [row for batch in came for row in batch.indices] == expected
+    assert expected[1] == draws[1][2]
+    assert expected[4] == draws[4][3]
+    for batch in came:
+        for index, pixels, ids in zip(batch.indices, batch.images, batch.texts, strict=True):
+            assert np.array_equal(pixels, pictures[index, 0][1])
+            assert torch.equal(ids[: tokens.lengths()[index]], tokens.batch([index])[0]), (
+                "its own caption comes with it"
+            )
+
+
+def test_where_no_standby_is_good_the_picture_is_named(root: Path, base: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "train", tmp_path / "train")
+    pictures, _ = pictures_and_tokens(tmp_path, base)
+    for row in (1, 2):
+        hole(tmp_path / "train" / "imgs" / f"{row:03}.png")
+    assert isinstance(pictures[1, 0, 2][1], UserError)
+    assert pictures[1, 0, 2, 3][0] == (3, 0)
+
+
+def test_skipping_says_what_the_scan_found_and_keeps_the_pairs(root: Path, tmp_path: Path, capsys: Capsys) -> None:
+    shutil.copytree(root / "train", tmp_path / "train")
+    for row in (1, 2):
+        (tmp_path / "train" / "imgs" / f"{row:03}.png").write_bytes(b"")
+    pairs = batches.scanned(sources.read(tmp_path / "train"), tmp_path / "train", Console(), skips=True)
+    assert len(pairs) == 48
+    assert pairs.contents[1] != pairs.contents[2], "what nobody can read equals nothing"
+    assert "2 of 48 pictures" in (said := capsys.readouterr().err)
+    assert "001.png (empty file)" in said
+
+
+def test_features_of_a_bad_picture_give_way_too() -> None:
+    table = np.arange(12, dtype=np.float32).reshape(4, 3)
+    table[1] = np.nan
+    rows = Rows(table, np.array([3, 1, 0, 1, 2]))
+    assert rows[1, 5, 3, 4][0] == (4, 5)
+    assert np.array_equal(rows[1, 5, 3, 4][1], table[2])
+    failed = rows[1, 5, 3][1]
+    assert isinstance(failed, UserError)
+    assert "pair 1" in failed.message
+
+
+def test_further_captions_are_read_in_their_epochs(root: Path, base: Path) -> None:
+    pairs = batches.open_split(root / "val", QUIET)
+    pairs = replace(pairs, more=(("uno", "un"), *[()] * 18, ("dos",)))
+    opened = checkpoint.open_model(str(base))
+    tokens = captions.tokenise(opened.tokenizer, spread(pairs).captions, opened.context)
+    both = Texts(tokens, Wording.of(pairs, seed=0))
+    draws = [[(row, epoch) for row in (0, 1, 19)] for epoch in range(6)]
+    read = {0: set(), 1: set(), 19: set()}
+    for batch in batches.loader(Pictures(pairs.images, opened.pixels), both, draws, 0, CPU):
+        for row, ids, length in zip(batch.indices.tolist(), batch.texts, batch.lengths, strict=True):
+            read[row].add(tuple(ids[:length].tolist()))
+    alone = [tuple(tokens.batch([row])[0].tolist()) for row in range(23)]
+    assert read == {0: set(alone[:3]), 1: {alone[3]}, 19: set(alone[21:])}

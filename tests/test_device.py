@@ -239,3 +239,19 @@ def test_one_that_came_may_take_its_time() -> None:
 def test_autocast_is_the_precision(precision: str, dtype: torch.dtype) -> None:
     with World(torch.device("cpu"), precision=precision).autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+
+
+PARTS = """
+import atexit, torch.distributed as dist
+atexit.register(lambda: print("still there" if dist.is_initialized() else "ended before"))
+from cytoclip import device
+device.start("cpu", "no").wait()
+"""
+
+
+def test_the_group_ends_before_python_does() -> None:
+    """Else its threads let go of tensors in a Python that shuts down, which aborts 1 process in 20."""
+    with started(PARTS, []) as group:
+        said = [process.communicate(timeout=120)[0] for process in group]
+    assert [process.returncode for process in group] == [0, 0]
+    assert said == ["ended before\n"] * 2

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from cytoclip.pairs import Identity, Pairs, identities, joined, right_answers, same_caption_key
+from cytoclip.pairs import Identity, Pairs, fingerprint, identities, joined, right_answers, same_caption_key, spread
 
 
 def make_pairs(captions: list[str], **columns: tuple[Any, ...]) -> Pairs:
@@ -177,3 +177,22 @@ def test_joined_sets_stand_behind_one_another_and_their_groups_stay_apart() -> N
     assert not right[0, 2]
     assert right[2, 3]
     assert right[0, 3], "a caption is the same wherever it stands"
+
+
+def test_spread_makes_each_caption_a_pair_of_the_same_picture() -> None:
+    pairs = Pairs(
+        (Path("a"), Path("b")), ("a", "b"), ("one", "two"), (None, "g"), ("s", "t"), (None, None),
+        more=(("uno", "un"), ()),
+    )  # fmt: skip
+    every = spread(pairs)
+    assert every.captions == ("one", "uno", "un", "two")
+    assert every.names == ("a", "a", "a", "b")
+    assert every.groups == (None, None, None, "g")
+    assert every.more == ((),) * 4
+    identity = identities(every)
+    assert right_answers(identity, identity).tolist() == [[i // 3 == j // 3 for j in range(4)] for i in range(4)]
+
+
+def test_further_captions_make_another_fingerprint() -> None:
+    one = Pairs((Path("a"),), ("a",), ("one",), (None,), (None,), (None,))
+    assert fingerprint(one) != fingerprint(replace(one, more=(("two",),)))

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from cytoclip import adapters, checkpoint, files, plan, train
-from cytoclip.batches import Order
 from cytoclip.checkpoint import RunFolder
 from cytoclip.config import Config
 from cytoclip.console import Console
 from cytoclip.device import World
 from cytoclip.errors import ExitCode, UserError
+from cytoclip.order import Order
 from cytoclip.plan import Plan
 
 Experiment = Callable[..., Config]

@@ -1,6 +1,6 @@
-"""From pairs on disk to batches on the device, in an order that is a pure function of (seed, epoch, position).
+"""From pairs on disk to batches on the device.
 
-Letters: N pairs, B pairs of the global batch, b of this process, H×W pixels, L tokens.
+Letters: N pairs, b pairs of a batch in this process, H×W pixels, L tokens.
 """
 
 from __future__ import annotations
@@ -22,10 +22,9 @@ from cytoclip.captions import Tokens
 from cytoclip.console import Console
 from cytoclip.errors import ExitCode, UserError, first_few
 from cytoclip.files import Piece
+from cytoclip.order import Draw, Share, Wording
 from cytoclip.pairs import Pairs
 from cytoclip.pixels import PixelSpec, prepare
-
-Draw = tuple[int, int]  # a pair, and the epoch in which it is drawn: what its randomness is a function of
 
 
 @dataclass(frozen=True)
@@ -69,8 +68,10 @@ def open_split(folder: Path, console: Console) -> Pairs:
     return scanned(sources.read(folder), folder, console)
 
 
-def scanned(pairs: Pairs, folder: Path, console: Console) -> Pairs:
+def scanned(pairs: Pairs, folder: Path, console: Console, skips: bool = False) -> Pairs:
     """Read every picture's bytes once: its content hash, and whether it is there and whole.
+
+    With `skips`, those that are not are said and stay in: others will stand in for them.
 
     Raises
     ------
@@ -84,97 +85,16 @@ def scanned(pairs: Pairs, folder: Path, console: Console) -> Pairs:
         )
     names = dict(zip(pairs.images, pairs.names, strict=True))
     bad = [f"{names[file]} ({scan.problem})" for file, scan in scans.items() if scan.problem]
-    if bad:
+    if bad and skips:
+        console.warn(f"{len(bad)} of {len(files)} pictures in {folder} are skipped: {first_few(bad)}")
+    elif bad:
         raise UserError(
             f"{len(bad)} of {len(files)} pictures in {folder / 'imgs'} cannot be used: {first_few(bad)}",
             f"mend these files, or take their entries out of {folder / sources.LIST_NAME}",
             ExitCode.DATA,
         )
-    return replace(pairs, contents=tuple(scans[image].content for image in pairs.images))
-
-
-@dataclass(frozen=True)
-class Order:
-    """Which pairs are in the global batch of which step, and in which of their epochs.
-
-    Each epoch is a fresh permutation, drawn from (seed, epoch) alone, and drops the pairs that do not fill a last
-    batch: a batch never mixes epochs, so no pair meets itself. Replayed roots have permutations and epochs of their
-    own, and stand behind the training split in the numbering of the pairs and in every batch.
-
-    Parameters
-    ----------
-    pairs
-        Of the training split.
-    replay
-        (pairs, pairs in each batch) of each replayed root.
-    """
-
-    pairs: int
-    batch_size: int
-    seed: int
-    replay: tuple[tuple[int, int], ...] = ()
-
-    @property
-    def own(self) -> int:
-        """Pairs of the training split in each batch."""
-        return self.batch_size - sum(each for _, each in self.replay)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.pairs // self.own
-
-    def rows(self, step: int) -> NDArray[np.int64]:
-        """Indices of the pairs of step `step`, counted from 0: int64 (B,)."""
-        return next(self.draws(step, step + 1))[0]
-
-    def draws(self, first: int, last: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        """Indices (B,) and epochs (B,) of the pairs of steps `first` up to and without `last`."""
-        parts, begin = [], 0
-        for stream, (pairs, each) in enumerate(((self.pairs, self.own), *self.replay)):
-            parts.append(self._part(stream, begin, pairs, each, range(first, last)))
-            begin += pairs
-        for drawn in zip(*parts, strict=True):
-            rows, epochs = zip(*drawn, strict=True)
-            sizes = [len(some) for some in rows]
-            yield np.concatenate(rows), np.repeat(np.array(epochs, np.int64), sizes)
-
-    def _part(
-        self, stream: int, begin: int, pairs: int, each: int, steps: range
-    ) -> Iterator[tuple[NDArray[np.int64], int]]:
-        """Rows and epoch of one root, step by step; each epoch is drawn once."""
-        permutation, drawn = np.empty(0, np.int64), -1
-        for step in steps:
-            epoch, place = divmod(step, pairs // each)
-            if epoch != drawn:
-                key = [self.seed, epoch, stream] if stream else [self.seed, epoch]
-                permutation, drawn = np.random.default_rng(key).permutation(pairs) + begin, epoch
-            yield permutation[place * each : (place + 1) * each], epoch
-
-
-def replayed(batch_size: int, weights: Sequence[float]) -> list[int]:
-    """Pairs of each replayed root in a batch: `weight` of it for each one of the training split, at least one."""
-    whole = 1 + sum(weights)
-    return [max(1, round(batch_size * weight / whole)) for weight in weights]
-
-
-@dataclass(frozen=True)
-class Share:
-    """The (pair, epoch) of one process out of each global batch: process r has the r-th of equal slices."""
-
-    order: Order
-    first: int
-    last: int
-    rank: int
-    size: int
-
-    def __iter__(self) -> Iterator[list[Draw]]:
-        each = self.order.batch_size // self.size
-        own = slice(self.rank * each, (self.rank + 1) * each)
-        for rows, epochs in self.order.draws(self.first, self.last):
-            yield list(zip(rows[own].tolist(), epochs[own].tolist(), strict=True))
-
-    def __len__(self) -> int:
-        return self.last - self.first
+    contents = (scans[image].content or str(image) for image in pairs.images)  # what nobody can read equals nothing
+    return replace(pairs, contents=tuple(contents))
 
 
 @dataclass(frozen=True)
@@ -200,8 +120,11 @@ class PatchDropout:
         return torch.from_numpy(np.sort(drawn))
 
 
-class Pictures(Dataset[tuple[int, "NDArray[np.uint8] | UserError", "torch.Tensor | None"]]):
-    """Decoded pictures at the size of the model; a picture that fails becomes its error, raised by `next_batch`."""
+class Pictures(Dataset[tuple[Draw, "NDArray[np.uint8] | UserError", "torch.Tensor | None"]]):
+    """Decoded pictures at the size of the model, each with the draw that it is of.
+
+    One that fails gives way to the first of its standbys that does not, or becomes its error, raised by `next_batch`.
+    """
 
     def __init__(self, files: Sequence[Path | Piece], spec: PixelSpec, dropout: PatchDropout | None = None) -> None:
         self._files, self._spec, self._dropout = files, spec, dropout
@@ -209,22 +132,25 @@ class Pictures(Dataset[tuple[int, "NDArray[np.uint8] | UserError", "torch.Tensor
     def __len__(self) -> int:
         return len(self._files)
 
-    def __getitem__(self, draw: Draw) -> tuple[int, NDArray[np.uint8] | UserError, torch.Tensor | None]:
-        index, epoch = draw
-        keep = self._dropout.keep(index, epoch) if self._dropout else None
-        try:
-            return index, prepare(images.decode(self._files[index]), self._spec), keep
-        except UserError as error:  # the loader would rebuild it from its text alone
-            return index, error, None
+    def __getitem__(self, draw: Draw) -> tuple[Draw, NDArray[np.uint8] | UserError, torch.Tensor | None]:
+        pair, epoch, *standbys = draw
+        for index in (pair, *standbys):
+            try:
+                picture = prepare(images.decode(self._files[index]), self._spec)
+            except UserError as error:  # the loader would rebuild it from its text alone
+                failed = error
+            else:
+                return (index, epoch), picture, self._dropout.keep(index, epoch) if self._dropout else None
+        return (pair, epoch), failed, None
 
 
-class Rows(Dataset[tuple[int, "NDArray[np.float32]", None]]):
+class Rows(Dataset[tuple[Draw, "NDArray[np.float32] | UserError", None]]):
     """Stored features of a frozen tower, one row a pair, in the place of pictures or captions.
 
     Parameters
     ----------
     table
-        float32 (U, width): a row for each different picture or caption; may be memory-mapped.
+        float32 (U, width): a row for each different picture or caption; may be memory-mapped. NaN for a bad picture.
     of
         int64 (N,): the row of each pair.
     """
@@ -235,17 +161,35 @@ class Rows(Dataset[tuple[int, "NDArray[np.float32]", None]]):
     def __len__(self) -> int:
         return len(self.of)
 
-    def __getitem__(self, draw: Draw) -> tuple[int, NDArray[np.float32], None]:
-        return draw[0], np.array(self.table[self.of[draw[0]]]), None  # a copy: the table may be mapped read-only
+    def __getitem__(self, draw: Draw) -> tuple[Draw, NDArray[np.float32] | UserError, None]:
+        pair, epoch, *standbys = draw
+        for index in (pair, *standbys):
+            row = np.array(self.table[self.of[index]])  # a copy: the table may be mapped read-only
+            if not np.isnan(row[0]):
+                return (index, epoch), row, None
+        return (pair, epoch), _no_features(pair), None
 
     def batch(self, indices: NDArray[np.int64]) -> torch.Tensor:
         """The rows of the pairs at `indices`: float32 (B, width)."""
         return torch.from_numpy(np.array(self.table[self.of[indices]]))
 
 
+def _no_features(pair: int) -> UserError:
+    what = f"the picture of pair {pair} could not be used when its features were stored, nor those that may stand in"
+    return UserError(what, "mend the pictures that `cytoclip check` names", ExitCode.DATA)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What the text tower reads: `table` has a row for every caption, and `wording` says which one is drawn."""
+
+    table: Tokens | Rows
+    wording: Wording
+
+
 def loader(
     pictures: Pictures | Rows,
-    texts: Tokens | Rows | None,
+    texts: Texts | None,
     batches: Share | list[list[Draw]],
     workers: int,
     device: torch.device,
@@ -274,15 +218,17 @@ def next_batch(source: Iterator[Batch | UserError]) -> Batch:
     return batch
 
 
-def _collate(texts: Tokens | Rows | None, rows: list[tuple[int, Any, torch.Tensor | None]]) -> Batch | UserError:
+def _collate(texts: Texts | None, rows: list[tuple[Draw, Any, torch.Tensor | None]]) -> Batch | UserError:
     pictures = []
     for _, picture, _ in rows:
         if isinstance(picture, UserError):
             return picture
         pictures.append(torch.from_numpy(picture))
     keep = torch.stack([kept for *_, kept in rows if kept is not None]) if rows[0][2] is not None else None
-    batch = Batch(np.array([index for index, *_ in rows]), torch.stack(pictures), keep=keep)
+    indices, epochs = np.array([draw for draw, *_ in rows], np.int64).T
+    batch = Batch(indices, torch.stack(pictures), keep=keep)
     if texts is None:
         return batch
-    lengths = texts.lengths(batch.indices) if isinstance(texts, Tokens) else None
-    return replace(batch, texts=texts.batch(batch.indices), lengths=lengths)
+    captions = texts.wording.rows(indices, epochs)
+    lengths = texts.table.lengths(captions) if isinstance(texts.table, Tokens) else None
+    return replace(batch, texts=texts.table.batch(captions), lengths=lengths)

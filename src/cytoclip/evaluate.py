@@ -13,7 +13,7 @@ from cytoclip.console import Console
 from cytoclip.device import World
 from cytoclip.encode import Reading
 from cytoclip.errors import ExitCode, UserError, counted
-from cytoclip.pairs import Pairs, identities
+from cytoclip.pairs import Pairs, identities, spread
 from cytoclip.report import Scores
 
 RESULT_NAME = "eval_result.json"  # the original project's
@@ -59,7 +59,7 @@ def evaluate(
     precision, said_by = _precision(name)
     world = device.start(precision=precision, said_by=said_by)
     with liveness.watched(world):
-        pairs = world.once(lambda: batches.open_split(folder, console))
+        pairs = world.once(lambda: spread(batches.open_split(folder, console)))
         opened = checkpoint.open_model(name)
         opened.encoder.to(world.device)
         for k in question.ks:

@@ -28,6 +28,7 @@ from cytoclip.device import World
 from cytoclip.encode import different
 from cytoclip.errors import ExitCode, UserError
 from cytoclip.model import DualEncoder, fingerprint
+from cytoclip.order import STANDBYS
 from cytoclip.pairs import Pairs
 from cytoclip.pixels import PixelSpec
 
@@ -35,20 +36,32 @@ FOLDER = ".features"  # beside the run folders
 
 
 def of_pictures(
-    encoder: DualEncoder, pairs: Pairs, spec: PixelSpec, batch_size: int, workers: int, place: Place
+    encoder: DualEncoder,
+    pairs: Pairs,
+    spec: PixelSpec,
+    batch_size: int,
+    workers: int,
+    place: Place,
+    skips: bool = False,
 ) -> Rows:
-    """The image tower's features of every different picture of `pairs`, computed or found at `place`."""
+    """The image tower's features of every different picture of `pairs`, computed or found at `place`.
+
+    With `skips`, a picture that cannot be used has a row of NaN: another one stood in when it was computed.
+    """
     first, of = different(pairs.contents)
     sources = [pairs.images[row] for row in first]
     key = _key(encoder.image_tower, place.world, [repr(spec), *(pairs.contents[row] for row in first)])
 
     def blocks(cuts: list[list[int]]) -> Iterable[torch.Tensor]:
-        draws = [[(row, 0) for row in cut] for cut in cuts]
+        ahead = range(1 + STANDBYS if skips else 1)
+        draws = [[(row, 0, *((row + i) % len(first) for i in ahead[1:])) for row in cut] for cut in cuts]
         source = iter(loader(Pictures(sources, spec), None, draws, workers, place.world.device))
-        for _ in cuts:
-            pixels_B3HW = next_batch(source).images.to(place.world.device, non_blocking=True)
+        for cut in cuts:
+            batch = next_batch(source)
             with place.world.autocast():
-                yield encoder.image_features(pixels_B3HW)
+                rows = encoder.image_features(batch.images.to(place.world.device, non_blocking=True))
+            rows[torch.from_numpy(batch.indices != np.array(cut)).to(rows.device)] = torch.nan
+            yield rows
 
     return Rows(place.table(key, len(first), batch_size, blocks, "features of the frozen image tower"), of)
 

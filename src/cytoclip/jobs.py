@@ -23,14 +23,14 @@ from cytoclip import (
     journal,
     model,
     optim,
+    order,
     plan,
     repeats,
     shard,
     sources,
 )
 from cytoclip.averages import Averages
-from cytoclip.batches import Order, PatchDropout, Pictures, Rows
-from cytoclip.captions import Tokens
+from cytoclip.batches import PatchDropout, Pictures, Rows, Texts
 from cytoclip.checkpoint import Opened, RunFolder
 from cytoclip.config import Config
 from cytoclip.console import Console
@@ -39,7 +39,8 @@ from cytoclip.encode import Reading
 from cytoclip.errors import UserError, counted
 from cytoclip.loss import Encoder
 from cytoclip.objectives import Objective
-from cytoclip.pairs import Identity, Pairs, fingerprint, identities, joined
+from cytoclip.order import Order, Wording
+from cytoclip.pairs import Identity, Pairs, fingerprint, identities, joined, spread
 from cytoclip.plan import Plan
 
 
@@ -52,9 +53,11 @@ class Job:
     start
         The starting model, where the objective is anchored to it.
     train, identity
-        The training pairs, replayed roots behind them; and who is right for whom, on the device.
+        The training pairs, replayed roots behind them; and who is right for whom, of every caption, on the device.
     pictures, texts
         What the two towers read of them: decoded pictures and tokens, or stored features of a frozen tower.
+    val
+        Each caption a pair of its own.
     inputs
         Digests of all that the run was begun with.
     """
@@ -74,7 +77,7 @@ class Job:
     train: Pairs
     identity: Identity
     pictures: Pictures | Rows
-    texts: Tokens | Rows
+    texts: Texts
     order: Order
     val: Pairs
     inputs: dict[str, str]
@@ -95,15 +98,16 @@ def prepare(wanted: Config, run: RunFolder, world: World, console: Console, stor
     adapter = adapters.set_moving(opened.encoder, wanted.model, bias=objective.kind == "sigmoid")
     optim.refuse_idle(opened.encoder, wanted.train)
     _switch(wanted, opened, console)
-    order = _order(wanted, read)
-    planned = plan.plan(wanted, opened, order, world)
-    splits = world.once(lambda: {n: batches.scanned(pairs, folder, console) for n, (folder, pairs) in read.items()})
+    steps = _order(wanted, read)
+    planned = plan.plan(wanted, opened, steps, world)
+    splits = world.once(lambda: _scanned(wanted, read, console))
     opened.encoder.to(world.device).train()
     wanted = _with_chunks(wanted, opened, planned, world, console)
     torch.manual_seed(wanted.train.seed + world.rank)  # dropout is not
     train = joined([pairs for name, pairs in splits.items() if name not in ("val", "test")])
-    inputs = _inputs(wanted, opened, train, splits["val"], features.Place(run.path, world, console), storing)
-    encoder, identity = opened.encoder, identities(train)
+    val = spread(splits["val"])
+    inputs = _inputs(wanted, opened, train, val, features.Place(run.path, world, console), storing)
+    encoder, identity = opened.encoder, identities(spread(train))
     if wanted.train.shard:
         shard.share_out(encoder, world, console)
     optimizer = optim.build(encoder, wanted.train)
@@ -125,8 +129,8 @@ def prepare(wanted: Config, run: RunFolder, world: World, console: Console, stor
         identity=identity.map(lambda ids: torch.from_numpy(ids).to(world.device)),
         pictures=inputs.pictures,
         texts=inputs.texts,
-        order=order,
-        val=splits["val"],
+        order=steps,
+        val=val,
         inputs=_digests(wanted, opened, began_from, splits, world),
         reading=inputs.reading,
     )
@@ -156,7 +160,7 @@ class _Inputs:
     """What the towers read, in training and in validation; and how many training captions lose their end."""
 
     pictures: Pictures | Rows
-    texts: Tokens | Rows
+    texts: Texts
     reading: Reading
     truncated: int
 
@@ -164,19 +168,21 @@ class _Inputs:
 def _inputs(wanted: Config, opened: Opened, train: Pairs, val: Pairs, place: features.Place, storing: bool) -> _Inputs:
     encoder, each = opened.encoder, plan.held(wanted, place.world.size)
     workers = place.world.loaders(wanted.data.workers)
-    tokens = captions.tokenise(opened.tokenizer, train.captions, opened.context, encoder.family)
+    said = spread(train)
+    tokens = captions.tokenise(opened.tokenizer, said.captions, opened.context, encoder.family)
     reading = evaluate.reading(opened, val, each, workers)
     dropped = wanted.train.patch_dropout
     dropout = PatchDropout(encoder.patches, dropped, wanted.train.seed) if dropped else None
     pictures: Pictures | Rows = Pictures(train.images, opened.pixels, dropout)
-    texts: Tokens | Rows = tokens
+    texts = Texts(tokens, Wording.of(train, wanted.train.seed))
     if storing and wanted.model.image_tower == "frozen":
         pictures, rows = (
-            features.of_pictures(encoder, pairs, opened.pixels, each, workers, place) for pairs in (train, val)
+            features.of_pictures(encoder, pairs, opened.pixels, each, workers, place, skips)
+            for pairs, skips in ((train, wanted.data.on_bad_image == "skip"), (val, False))
         )
         reading = replace(reading, image_rows=rows)
     if storing and wanted.model.text_tower == "frozen":
-        texts = features.of_captions(encoder, train, tokens, each, place)
+        texts = replace(texts, table=features.of_captions(encoder, said, tokens, each, place))
         reading = replace(reading, text_rows=features.of_captions(encoder, val, reading.tokens, each, place))
     return _Inputs(pictures, texts, reading, tokens.truncated)
 
@@ -189,9 +195,18 @@ def _read_splits(wanted: Config) -> dict[str, tuple[Path, Pairs]]:
     return {name: (folder, sources.read(folder)) for name, folder in found.items() if folder}
 
 
+def _scanned(wanted: Config, read: dict[str, tuple[Path, Pairs]], console: Console) -> dict[str, Pairs]:
+    """Only training may go on without a picture: a number of validation is one of all of its pairs."""
+    skips = wanted.data.on_bad_image == "skip"
+    return {
+        name: batches.scanned(pairs, folder, console, skips and name not in ("val", "test"))
+        for name, (folder, pairs) in read.items()
+    }
+
+
 def _order(wanted: Config, read: dict[str, tuple[Path, Pairs]]) -> Order:
     batch = wanted.train.batch_size
-    each = batches.replayed(batch, [replay.weight for replay in wanted.data.replay])
+    each = order.replayed(batch, [replay.weight for replay in wanted.data.replay])
     there = [len(pairs) for name, (_, pairs) in read.items() if name.startswith("replay")]
     return Order(len(read["train"][1]), batch, wanted.train.seed, tuple(zip(there, each, strict=True)))
 
@@ -263,21 +278,22 @@ def _scaler(world: World, precision: str) -> torch.amp.GradScaler:
 
 
 def _say_what_is_odd(job: Job, identity: Identity, truncated: int) -> None:
-    say, wanted, order = job.console, job.config, job.order
-    replay = "".join(f" and {each} of {there} replayed ones" for there, each in order.replay)
+    say, wanted, steps = job.console, job.config, job.plan.steps
+    replay = "".join(f" and {each} of {there} replayed ones" for there, each in job.order.replay)
     say.say(
-        f"{order.pairs} training and {len(job.val)} validation pairs, {job.plan.steps} steps of {order.own}{replay}: "
+        f"{job.order.pairs} training and {len(job.val)} validation pairs, {steps} steps of {job.order.own}{replay}: "
         f"each pair is seen {job.plan.times_seen:.1f} times"
     )
-    shown = [identity.take(rows) for rows, _ in order.draws(0, min(repeats.TYPICAL, job.plan.steps))]
-    say.say(repeats.line(repeats.typical(shown, job.objective), order.batch_size, job.objective))
+    draws = job.order.draws(0, min(repeats.TYPICAL, job.plan.steps))
+    shown = [identity.take(job.texts.wording.rows(rows, epochs)) for rows, epochs in draws]
+    say.say(repeats.line(repeats.typical(shown, job.objective), job.order.batch_size, job.objective))
     if wanted.model.lora and job.adapter:
         lora = wanted.model.lora
         over = "√rank" if lora.rslora else "rank"
         kind = "DoRA" if lora.dora else "LoRA"
         say.say(f"{kind} rank {lora.rank}, scaling {adapters.scaling(lora):g} (alpha ÷ {over})")
     if truncated:
-        share = truncated / len(job.train)
+        share = truncated / len(identity)
         say.warn(f"{share:.1%} of the training captions are longer than {job.opened.context} tokens and lose their end")
     else:
         say.say(f"no training caption is longer than the {job.opened.context} tokens of the text tower")

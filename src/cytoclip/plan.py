@@ -9,12 +9,12 @@ from typing import Any
 import psutil
 
 from cytoclip import files
-from cytoclip.batches import Order
 from cytoclip.checkpoint import Opened, is_adapter_only
 from cytoclip.config import Config
 from cytoclip.console import size
 from cytoclip.device import World
 from cytoclip.errors import ExitCode, UserError
+from cytoclip.order import Order
 
 _FLOAT = 4  # bytes of a float32
 _ADAM = 2 * _FLOAT  # two moments a weight

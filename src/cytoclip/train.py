@@ -10,7 +10,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from cytoclip import (
     alarms,
@@ -32,14 +34,15 @@ from cytoclip import (
     signals,
     state,
 )
-from cytoclip.batches import Batch, Share
+from cytoclip.batches import Batch
 from cytoclip.checkpoint import RunFolder
 from cytoclip.config import Config
 from cytoclip.console import Console, duration
-from cytoclip.errors import ExitCode, Stopped, UserError
+from cytoclip.errors import ExitCode, Stopped, UserError, counted, first_few
 from cytoclip.evaluate import Question
 from cytoclip.jobs import Job
 from cytoclip.loss import Logits, contrastive_step
+from cytoclip.order import Share
 from cytoclip.pairs import Identity
 from cytoclip.plan import Plan
 from cytoclip.report import Scores
@@ -122,6 +125,7 @@ class _Progress:
     seconds: float = 0.0
     scaler: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, int] = field(default_factory=dict)  # names of pictures, and how often others stood in
 
 
 def _finished(run: RunFolder, wanted: Config) -> RunResult | None:
@@ -195,7 +199,8 @@ def _best_weights(run: RunFolder) -> str:
 
 def _train(job: Job, progress: _Progress) -> None:
     steps = job.plan.steps
-    share = Share(job.order, progress.step, steps, job.world.rank, job.world.size)
+    skips = job.config.data.on_bad_image == "skip"
+    share = Share(job.order, progress.step, steps, job.world.rank, job.world.size, skips)
     source = iter(batches.loader(job.pictures, job.texts, share, job.reading.workers, job.world.device))
     chance = job.objective.chance_loss(job.config.train.batch_size), job.objective.chance_name
     watch, began = journal.Stopwatch(), time.perf_counter() - progress.seconds
@@ -204,14 +209,16 @@ def _train(job: Job, progress: _Progress) -> None:
         bar = stack.enter_context(job.console.progress("training", steps, start=progress.step))
         asked_to_stop = stack.enter_context(signals.heard())
         losses: list[float] | None = []  # since the warm-up; None once their alarm has rung
-        for rows, _ in job.order.draws(progress.step, steps):
+        for rows, epochs in job.order.draws(progress.step, steps):
             asked = time.perf_counter()
             batch = batches.next_batch(source)
             watch.waited(asked)
             if progress.step == 0 and batch.images.ndim == 4:
                 held = batch.images[: plan.held(job.config, job.world.size)]  # the whole batch as floats need not fit
                 _ring(job, alarms.no_contrast(job.opened.encoder.to_floats(held)))
-            identity = job.identity.take(torch.from_numpy(rows).to(job.world.device))
+            came = _who_came(job, progress, rows, batch) if skips else rows
+            captions = torch.from_numpy(job.texts.wording.rows(came, epochs))
+            identity = job.identity.take(captions.to(job.world.device))
             row, curves = _step(job, progress.step, batch, identity)
             progress.step += 1
             curves |= watch.read(job.config.train.batch_size)
@@ -231,6 +238,15 @@ def _train(job: Job, progress: _Progress) -> None:
             if stopped and progress.step < steps:
                 raise Stopped(stopped, progress.step)
             watch.read(0)  # the next step's speed is its own
+
+
+def _who_came(job: Job, progress: _Progress, rows: NDArray[np.int64], batch: Batch) -> NDArray[np.int64]:
+    """The pairs (B,) that are in the batch of all processes instead of `rows`, and a note of those that are not."""
+    came: NDArray[np.int64] = job.world.gather(torch.from_numpy(batch.indices).to(job.world.device)).cpu().numpy()
+    for missing in rows[came != rows]:
+        name = job.train.names[missing]
+        progress.skipped[name] = progress.skipped.get(name, 0) + 1
+    return came
 
 
 def _step(job: Job, step: int, batch: Batch, identity: Identity) -> tuple[dict[str, float], dict[str, float]]:
@@ -327,7 +343,14 @@ def _finish(job: Job, progress: _Progress) -> RunResult:
         "pairs_seen": steps * job.config.train.batch_size,
         "processes": job.world.size,
         "device": job.world.device.type,
+        "skipped": progress.skipped,
     }
+    if progress.skipped:
+        job.console.warn(
+            f"{counted(len(progress.skipped), 'picture')} could not be used, and others stood in "
+            f"{counted(sum(progress.skipped.values()), 'time')}: {first_few(list(progress.skipped))}; "
+            "`cytoclip check` says what is wrong with each"
+        )
 
     _save_model(job, job.run.model)
     job.world.once(lambda: files.write_json(job.run.results, written))  # last: it is what makes the run finished
