@@ -229,11 +229,11 @@ class Decoded:
 
     def missing(self) -> NDArray[np.int64]:
         """Pairs whose picture is not filled, the first of each picture."""
-        filled = [table.filled() for table in self.tables]
-        open_ = np.array([not filled[t][row] for t, row in zip(self.table_of, self.row_of, strict=True)], bool)
-        pairs = np.flatnonzero(open_)
-        places = np.stack([self.table_of[pairs], self.row_of[pairs]], axis=1)
-        return cast(NDArray[np.int64], np.sort(pairs[np.unique(places, axis=0, return_index=True)[1]]))
+        begins = np.cumsum([0, *(len(table) for table in self.tables)])
+        filled = np.concatenate([table.filled() for table in self.tables])
+        rows = begins[self.table_of] + self.row_of
+        pairs = np.flatnonzero(~filled[rows])
+        return cast(NDArray[np.int64], pairs[np.sort(np.unique(rows[pairs], return_index=True)[1])])
 
     def mended(self) -> int:
         """`Table.mended` of all of them."""
