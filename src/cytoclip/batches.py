@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import torch
 from numpy.typing import NDArray
-from PIL import __version__ as PIL_VERSION
 from torch.utils.data import DataLoader, Dataset
 
 from cytoclip import images, signals, sources
@@ -61,8 +61,9 @@ class Batch:
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         """`function` of each tensor that the towers read."""
-        parts = {"images": self.images, "texts": self.texts, "keep": self.keep}
-        return replace(self, **{name: function(part) for name, part in parts.items() if part is not None})
+        texts = None if self.texts is None else function(self.texts)
+        keep = None if self.keep is None else function(self.keep)
+        return replace(self, images=function(self.images), texts=texts, keep=keep)
 
     def chunks(self, each: int) -> list[tuple[torch.Tensor, ...]]:
         """Views of `each` pairs as the encoder's arguments, the last maybe fewer; tokens cut to the chunk's longest."""
@@ -154,7 +155,7 @@ class Pictures(Dataset[tuple[Draw, "NDArray[np.uint8] | UserError", "torch.Tenso
     def settings(self) -> str:
         """All that their pixels depend on beside the file, in words: what comes after the bytes are read does not."""
         plain = replace(self._spec, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), rescale=1.0)
-        return f"{plain}, Pillow {PIL_VERSION}"
+        return f"{plain}, Pillow {PIL.__version__}"
 
     def kept_in(self, kept: Decoded) -> Pictures:
         """The same pictures, read from `kept` where they are there, else put there once they are decoded."""
@@ -305,7 +306,7 @@ def _kept(
 ) -> Iterator[Batch | UserError]:
     """Epoch by epoch with decoding processes, until at most `_FEW` of the pictures are left to decode."""
     assert pictures.kept is not None  # noqa: S101 - `loader` looked
-    parts = deque(batches.epochs() if isinstance(batches, Share) else [batches])
+    parts: deque[Share | list[list[Draw]]] = deque(batches.epochs() if isinstance(batches, Share) else [batches])
     while parts and len(pictures.kept.missing()) > _FEW * len(pictures.kept):
         yield from _decoding(pictures, texts, parts.popleft(), workers, device)
     rest = (draws for part in parts for draws in part)
@@ -340,7 +341,7 @@ def _on_device(source: Iterable[Batch | UserError], device: torch.device) -> Ite
     used it. A batch above `_COPIED` bytes stays pinned, and `loss` copies it chunk by chunk: two of them on the device
     would break the promise that a batch takes the memory of its chunks.
     """
-    batches, stream = iter(source), torch.cuda.Stream(device)
+    batches, stream = iter(source), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def fetch() -> Batch | UserError | None:
         batch = next(batches, None)

@@ -28,7 +28,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -56,6 +56,14 @@ def keys_there(folder: Path) -> list[bytes]:
     return [written[begin : begin + _KEY] for begin in range(0, len(written) - _KEY + 1, _KEY)]
 
 
+def filled_there(folder: Path, rows: int) -> NDArray[np.bool_]:
+    """Which of the first `rows` rows of the table in `folder` are filled: bool (rows,)."""
+    path, filled = folder / "marks", np.zeros(rows, bool)
+    marks = np.fromfile(path, "<i8", rows) if path.is_file() else np.empty(0, np.int64)
+    filled[: len(marks)] = (marks & _FILLED).astype(bool)
+    return filled
+
+
 class Table:
     """The table in a folder, as one process sees it; made, and its missing pictures added, by `opened`.
 
@@ -69,7 +77,7 @@ class Table:
         self._sound = np.zeros(len(keys), bool)  # compared with its checksum by this process
         self._damaged: set[int] = set()
         self._handles = threading.local()
-        self._mended_before = self._count(_MENDED)
+        self._mended_before = self._marked_mended()
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -114,17 +122,14 @@ class Table:
 
     def filled(self) -> NDArray[np.bool_]:
         """Which rows are filled, by any process: bool (U,). A damaged one counts until it is read."""
-        return (self._marks() & _FILLED).astype(bool)
+        return filled_there(self.folder, len(self))
 
     def mended(self) -> int:
         """Damaged rows that were decoded again since this process opened the table, by any process."""
-        return self._count(_MENDED) - self._mended_before
+        return self._marked_mended() - self._mended_before
 
-    def _count(self, flag: int) -> int:
-        return int(np.count_nonzero(self._marks() & flag))
-
-    def _marks(self) -> NDArray[np.int64]:
-        return np.fromfile(self.folder / "marks", "<i8", len(self))
+    def _marked_mended(self) -> int:
+        return int(np.count_nonzero(np.fromfile(self.folder / "marks", "<i8", len(self)) & _MENDED))
 
     def _mark(self, row: int) -> int:
         stream = self._stream("marks")
@@ -134,7 +139,7 @@ class Table:
     def _read(self, row: int, picture_3HW: NDArray[np.uint8]) -> bool:
         stream = self._stream("pixels")
         stream.seek(row * self.row_bytes)
-        return bool(stream.readinto(memoryview(picture_3HW).cast("B")) == self.row_bytes)
+        return bool(stream.readinto(picture_3HW.data) == self.row_bytes)
 
     def _put(self, name: str, at: int, written: bytes) -> None:
         stream = self._stream(name)
@@ -221,11 +226,11 @@ class Decoded:
 
     def read(self, pair: int, picture_3HW: NDArray[np.uint8]) -> bool:
         """`Table.read` of the picture of pair `pair`."""
-        return self.tables[self.table_of[pair]].read(int(self.row_of[pair]), picture_3HW)
+        return self.tables[int(self.table_of[pair])].read(int(self.row_of[pair]), picture_3HW)
 
     def write(self, pair: int, picture_3HW: NDArray[np.uint8]) -> None:
         """`Table.write` of the picture of pair `pair`."""
-        self.tables[self.table_of[pair]].write(int(self.row_of[pair]), picture_3HW)
+        self.tables[int(self.table_of[pair])].write(int(self.row_of[pair]), picture_3HW)
 
     def missing(self) -> NDArray[np.int64]:
         """Pairs whose picture is not filled, the first of each picture."""
@@ -233,7 +238,7 @@ class Decoded:
         filled = np.concatenate([table.filled() for table in self.tables])
         rows = begins[self.table_of] + self.row_of
         pairs = np.flatnonzero(~filled[rows])
-        return cast(NDArray[np.int64], pairs[np.sort(np.unique(rows[pairs], return_index=True)[1])])
+        return pairs[np.sort(np.unique(rows[pairs], return_index=True)[1])]
 
     def mended(self) -> int:
         """`Table.mended` of all of them."""

@@ -14,9 +14,11 @@ from cytoclip import (
     adapters,
     autosize,
     batches,
+    cache,
     captions,
     checkpoint,
     config,
+    decoded,
     evaluate,
     families,
     features,
@@ -107,6 +109,9 @@ def prepare(wanted: Config, run: RunFolder, world: World, console: Console, stor
     train = joined([pairs for name, pairs in splits.items() if name not in ("val", "test")])
     val = spread(splits["val"])
     inputs = _inputs(wanted, opened, train, val, features.Place(run.path, world, console), storing)
+    if wanted.data.cache:
+        folders = {name: folder for name, (folder, _) in read.items()}
+        inputs = _keeping(wanted, inputs, folders, splits | {"val": val}, world, console, storing)
     encoder, identity = opened.encoder, identities(spread(train))
     if wanted.train.shard:
         shard.share_out(encoder, world, console)
@@ -185,6 +190,32 @@ def _inputs(wanted: Config, opened: Opened, train: Pairs, val: Pairs, place: fea
         texts = replace(texts, table=features.of_captions(encoder, said, tokens, each, place))
         reading = replace(reading, text_rows=features.of_captions(encoder, val, reading.tokens, each, place))
     return _Inputs(pictures, texts, reading, tokens.truncated)
+
+
+def _keeping(
+    wanted: Config,
+    inputs: _Inputs,
+    folders: dict[str, Path],
+    splits: dict[str, Pairs],
+    world: World,
+    console: Console,
+    storing: bool,
+) -> _Inputs:
+    """With the pictures kept decoded, those of validation too: they are read twice at least, before and after."""
+    if wanted.model.image_tower == "frozen" or isinstance(inputs.pictures, Rows):
+        console.say("data.cache: nothing to keep: the frozen image tower's features are stored, and no picture is read")
+        return inputs
+    spec, parts = inputs.reading.pixels, {}
+    for name, pairs in splits.items():
+        if name != "test":
+            shown = Pictures(pairs.images, spec) if name == "val" else inputs.pictures
+            parts[name] = cache.Part(folders[name], pairs.contents, shown)
+    world.once(lambda: cache.announce(wanted.data, list(parts.values()), console))
+    if not storing:
+        return inputs
+    kept = {name: cache.opened(part) for name, part in parts.items()}
+    reading = replace(inputs.reading, kept=kept.pop("val"))
+    return replace(inputs, pictures=inputs.pictures.kept_in(decoded.joined(list(kept.values()))), reading=reading)
 
 
 def _read_splits(wanted: Config) -> dict[str, tuple[Path, Pairs]]:
