@@ -2,8 +2,8 @@
 
     python bench/loader.py [--pairs 384] [--rounds 5] [--workers 2]
 
-JPEGs like photographs (drawn cells, out of focus, with a sensor's noise) at 360×363 and 1024×768 are made in a temporary
-folder, with a CLIP processor of 224×224 and a tokenizer. Each way yields whole batches of 64 with captions:
+JPEGs like photographs (drawn cells, out of focus, with a sensor's noise) at 360×363 and 1024×768 are made in a
+temporary folder, with a CLIP processor of 224×224 and a tokenizer. Each way yields whole batches of 64 with captions:
 
 - plain: a PyTorch Dataset that opens the file with Pillow and calls the transformers processor for each pair, the
   tokenizer with it, and a DataLoader around it: what most people write. Its image processor is the one on Pillow,
@@ -12,7 +12,8 @@ folder, with a CLIP processor of 224×224 and a tokenizer. Each way yields whole
 - ours: `batches.loader`, decoding in full; and from a cache that is filled, each row compared with its checksum once.
 
 A round goes once through all pairs each way, so that whatever else the machine does falls on all alike. The workers of
-the others live on between rounds; ours are started in each, which is counted. Medians over the rounds, and ratios to plain within each round.
+the others live on between rounds; ours are started in each, which is counted. Medians over the rounds, and ratios to
+plain within each round.
 A card for people, and one JSON line last.
 """
 
@@ -121,7 +122,7 @@ def by_webdataset(pairs: Pairs, processor: Any, workers: int, folder: Path) -> W
 
 
 def ours(pictures: Pictures, texts: Texts, workers: int) -> Way:
-    """A loader for each round: in training one goes on over all epochs, but here it would decode ahead while others run."""
+    """A loader for each round: in training one goes on over all epochs, but would here decode while the others run."""
     count, random = len(pictures), np.random.default_rng(0)
 
     def epoch() -> Iterable[int]:

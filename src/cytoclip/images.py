@@ -47,8 +47,8 @@ _FROM_PILLOW = re.compile(r"PIL\.")
 _SCAN_BLOCK = 1024  # files handed to the threads at once: five million futures would take gigabytes
 
 
-def decode(place: Path | Piece) -> Image.Image:
-    """Read a file as a plain RGB picture (see `normalise`), completely, or say what is wrong with it.
+def decode(place: Path | Piece | bytes) -> Image.Image:
+    """Read a file, or the bytes of one, as a plain RGB picture (see `normalise`), completely, or say what is wrong.
 
     Only a regular file is opened, in any format of Pillow's but EPS, and the size that its header claims is checked
     before a pixel is decoded. Safe in threads and forked workers. Pillow's warnings are silent from the first call on.
@@ -64,7 +64,8 @@ def decode(place: Path | Piece) -> Image.Image:
             return normalise(_open(stream))
     except Exception as error:  # Pillow's plugins raise nearly every kind for a damaged file
         why = _why(error)
-        raise UserError(f"{place}: {why}", _HINTS.get(why, _HINT), ExitCode.DATA) from error
+        where = "a picture" if isinstance(place, bytes) else place
+        raise UserError(f"{where}: {why}", _HINTS.get(why, _HINT), ExitCode.DATA) from error
 
 
 def normalise(image: Image.Image) -> Image.Image:
@@ -153,7 +154,10 @@ def _hush() -> None:
 
 
 @contextmanager
-def _reading(place: Path | Piece) -> Iterator[BufferedReader | BytesIO]:
+def _reading(place: Path | Piece | bytes) -> Iterator[BufferedReader | BytesIO]:
+    if isinstance(place, bytes):
+        yield BytesIO(place)
+        return
     path = place.path if isinstance(place, Piece) else place
     facts = path.stat()  # before opening: opening a pipe would wait for its writer
     if not stat.S_ISREG(facts.st_mode):

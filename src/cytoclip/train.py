@@ -34,7 +34,7 @@ from cytoclip import (
     signals,
     state,
 )
-from cytoclip.batches import Batch
+from cytoclip.batches import Batch, Pictures
 from cytoclip.checkpoint import RunFolder
 from cytoclip.config import Config
 from cytoclip.console import Console, duration
@@ -198,12 +198,12 @@ def _best_weights(run: RunFolder) -> str:
 
 
 def _train(job: Job, progress: _Progress) -> None:
-    steps = job.plan.steps
-    skips = job.config.data.on_bad_image == "skip"
+    steps, skips = job.plan.steps, job.config.data.on_bad_image == "skip"
     share = Share(job.order, progress.step, steps, job.world.rank, job.world.size, skips)
     source = iter(batches.loader(job.pictures, job.texts, share, job.reading.workers, job.world.device))
     chance = job.objective.chance_loss(job.config.train.batch_size), job.objective.chance_name
     watch, began = journal.Stopwatch(), time.perf_counter() - progress.seconds
+    waiting = alarms.Waiting(job.config.data, job.reading.workers, _unwatched(job, progress.step))
     with ExitStack() as stack:
         book = stack.enter_context(_journal(job, progress.step))
         bar = stack.enter_context(job.console.progress("training", steps, start=progress.step))
@@ -228,6 +228,7 @@ def _train(job: Job, progress: _Progress) -> None:
             if book:
                 book.step(row, curves)
             bar.advance(note=journal.note(row, curves, *chance))
+            _ring(job, waiting.line(curves["waiting_for_data"]))
             save = _due(progress.step, job.config.checkpoint.every, steps)
             if _due(progress.step, job.config.validation.every, steps):
                 save |= _note_validation(job, progress, book)  # best/ and the state that made it belong together
@@ -238,6 +239,12 @@ def _train(job: Job, progress: _Progress) -> None:
             if stopped and progress.step < steps:
                 raise Stopped(stopped, progress.step)
             watch.read(0)  # the next step's speed is its own
+
+
+def _unwatched(job: Job, done: int) -> int:
+    """Steps whose waiting is no sign: the rest of the warm-up, and of what a cache still lacks an epoch."""
+    filling = isinstance(job.pictures, Pictures) and job.pictures.kept is not None and len(job.pictures.kept.missing())
+    return max(job.config.train.warmup_steps - done, job.order.steps_per_epoch if filling else 0)
 
 
 def _who_came(job: Job, progress: _Progress, rows: NDArray[np.int64], batch: Batch) -> NDArray[np.int64]:
@@ -345,6 +352,7 @@ def _finish(job: Job, progress: _Progress) -> RunResult:
         "device": job.world.device.type,
         "skipped": progress.skipped,
     }
+    _say_what_was_mended(job)
     if progress.skipped:
         job.console.warn(
             f"{counted(len(progress.skipped), 'picture')} could not be used, and others stood in "
@@ -356,6 +364,13 @@ def _finish(job: Job, progress: _Progress) -> RunResult:
     job.world.once(lambda: files.write_json(job.run.results, written))  # last: it is what makes the run finished
     job.console.say(f"finished {steps} steps in {duration(progress.seconds)}")
     return result
+
+
+def _say_what_was_mended(job: Job) -> None:
+    kept = [job.pictures.kept if isinstance(job.pictures, Pictures) else None, job.reading.kept]
+    mended = sum(some.mended() for some in kept if some)
+    if mended:
+        job.console.warn(f"data.cache: {counted(mended, 'damaged picture')} decoded again; is the disk sound?")
 
 
 def _versions() -> str:
