@@ -187,7 +187,7 @@ def _refuse_beyond(budget_gb: float | None, whole: int, needs: dict[Path, _Needs
                 f"data.cache needs {size(to_come)} more for {_listed(folders)}, more than "
                 f"{FREE_SHARE:.0%} of the {size(free)} that are free",
                 "free some space, give data.cache_budget_gb to use more of it, or set data.cache=false",
-                ExitCode.DATA,
+                ExitCode.SYSTEM,
             )
 
 
