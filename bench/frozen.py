@@ -15,13 +15,11 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-
-from cytoclip import batches, config, device, jobs, train
+from cytoclip import config, device, jobs, train
 from cytoclip.checkpoint import RunFolder
 from cytoclip.config import Config
 from cytoclip.console import Console
-from cytoclip.order import Share
+from cytoclip.feed import Read
 
 STEPS = 6
 
@@ -31,15 +29,13 @@ def measure(wanted: Config, storing: bool) -> tuple[float, float]:
     world, began = device.start(wanted.train.device, wanted.train.precision), time.perf_counter()
     job = jobs.prepare(wanted, RunFolder(Path(wanted.output)), world, Console(), storing)
     before = time.perf_counter() - began
-    share = Share(job.order, 0, STEPS, 0, 1)
-    source = iter(batches.loader(job.pictures, job.texts, share, job.reading.workers, world.device))
     took = []
-    for step, (rows, _) in enumerate(job.order.draws(0, STEPS)):
-        began = time.perf_counter()
-        batch = batches.next_batch(source)
-        train._step(job, step, batch, job.identity.take(torch.from_numpy(rows).to(world.device)))
+    began = time.perf_counter()
+    for step, arrival in enumerate(job.feed.arrivals(0, STEPS, world, Read())):
+        train._step(job, step, arrival)
         took.append(time.perf_counter() - began)
-    return job.order.batch_size / statistics.median(took[1:]), before
+        began = time.perf_counter()
+    return wanted.train.batch_size / statistics.median(took[1:]), before
 
 
 def main(model: str, root: str, overrides: list[str]) -> None:

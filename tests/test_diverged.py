@@ -18,6 +18,7 @@ from cytoclip import checkpoint, config, optim, train
 from cytoclip.device import World
 from cytoclip.diverged import refuse_non_finite
 from cytoclip.errors import ExitCode, UserError
+from cytoclip.order import Order
 from tests.conftest import weights
 from tests.numerics.test_processes import spawn
 from tests.test_train import QUIET, Experiment, losses
@@ -111,7 +112,7 @@ def test_a_planted_picture_is_named_and_nothing_moves(experiment: Experiment, mo
     wanted = experiment(train={"micro_batch_size": 5})
     with pytest.raises(UserError, match=r"step 1: the loss is nan .*; 1 of 12 pairs .* not: (\d+)\.png;") as caught:
         train.fit(wanted, QUIET)
-    row = train.batches.Order(48, 12, 0).rows(0)[2]
+    row = Order(48, 12, 0).rows(0)[2]
     assert f"not: {row:03}.png;" in caught.value.message
     assert not moved
     assert losses(Path(wanted.output)) == []
@@ -122,7 +123,7 @@ def test_the_pair_of_another_process_is_named_once(
     experiment: Experiment, root: Path, base: Path, tmp_path: Path
 ) -> None:
     """A weight is NaN that only one caption reads, of a pair that the second process holds."""
-    row = train.batches.Order(48, 12, 0).rows(0)[8]
+    row = Order(48, 12, 0).rows(0)[8]
     data, broken = shutil.copytree(root, tmp_path / "data"), shutil.copytree(base, tmp_path / "broken")
     place = data / "train" / "img_text_pair.json"
     entries = json.loads(place.read_text())

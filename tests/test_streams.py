@@ -239,10 +239,10 @@ REFUSED = [
     ("nowhere://a/{{0..3}}.tar", Columns(), "cannot be opened"),
     ("file://{}/000.txt", Columns(), "none of a known kind"),
     ("file://{}/999.tar", Columns(), "cannot be read"),
-    ("file://{}/000.tar", Columns(image="imge"), "has no column imge"),
-    ("file://{}/000.tar", Columns(caption="png"), "empty caption"),
-    ("file://{}/names.csv", Columns(), "has no bytes of a picture"),
-    ("file://{}/other.csv", Columns(), "has no picture: a, b"),
+    ("file://{}/000.tar", Columns(image="pgn"), "has no pgn"),
+    ("file://{}/000.tar", Columns(caption="png"), "has in png not text"),
+    ("file://{}/names.csv", Columns(), "has no bytes of a picture in image, caption"),
+    ("file://{}/other.csv", Columns(), "has no bytes of a picture in a, b"),
 ]
 
 

@@ -91,9 +91,12 @@ class Waiting:
 
 
 def _quicker(options: Data, workers: int) -> list[str]:
-    ways = [] if options.cache else ["set data.cache=true: each is decoded once"]
-    if not options.cache and workers < (os.cpu_count() or 1):
+    if options.cache:
+        return []
+    here = "://" not in (options.train or "")  # what comes from afar is not kept
+    ways = ["set data.cache=true: each is decoded once" if here else "copy the shards to this machine"]
+    if workers < (os.cpu_count() or 1):
         ways.append(f"raise data.workers, which is {workers}")
-    if options.augment and not options.cache and not options.reduced_decode:
+    if options.augment and not options.reduced_decode:
         ways.append("set data.reduced_decode=true")
     return ways

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,19 +31,22 @@ from cytoclip import (
     repeats,
     shard,
     sources,
+    streams,
 )
 from cytoclip.averages import Averages
 from cytoclip.batches import PatchDropout, Pictures, Rows, Texts
+from cytoclip.captions import Tokens
 from cytoclip.checkpoint import Opened, RunFolder
 from cytoclip.config import Config
 from cytoclip.console import Console
 from cytoclip.device import World
 from cytoclip.encode import Reading
 from cytoclip.errors import UserError, counted
+from cytoclip.feed import FromAfar, FromDisk
 from cytoclip.loss import Encoder
 from cytoclip.objectives import Objective
 from cytoclip.order import Order, Wording
-from cytoclip.pairs import Identity, Pairs, fingerprint, identities, joined, spread
+from cytoclip.pairs import Pairs, fingerprint, identities, joined, spread
 from cytoclip.plan import Plan
 
 
@@ -54,10 +58,8 @@ class Job:
     ----------
     start
         The starting model, where the objective is anchored to it.
-    train, identity
-        The training pairs, replayed roots behind them; and who is right for whom, of every caption, on the device.
-    pictures, texts
-        What the two towers read of them: decoded pictures and tokens, or stored features of a frozen tower.
+    feed
+        The training pairs, replayed roots behind them, as they come step by step.
     val
         Each caption a pair of its own.
     inputs
@@ -76,11 +78,7 @@ class Job:
     optimizer: torch.optim.AdamW
     averages: Averages | None
     scaler: torch.amp.GradScaler
-    train: Pairs
-    identity: Identity
-    pictures: Pictures | Rows
-    texts: Texts
-    order: Order
+    feed: FromDisk | FromAfar
     val: Pairs
     inputs: dict[str, str]
     reading: Reading
@@ -89,6 +87,7 @@ class Job:
 def prepare(wanted: Config, run: RunFolder, world: World, console: Console, storing: bool = True) -> Job:
     """Read, open and build all that a run needs; `storing` False computes no features, as a dry run wants it."""
     journal.check_trackers(wanted.track.to)
+    shards = world.once(lambda: _shards(wanted))
     read = world.once(lambda: _read_splits(wanted))
     opened = checkpoint.open_model(wanted.model.name, wanted.model.context_length)
     image_tower = opened.encoder.clip.config.vision_config.model_type
@@ -100,19 +99,25 @@ def prepare(wanted: Config, run: RunFolder, world: World, console: Console, stor
     adapter = adapters.set_moving(opened.encoder, wanted.model, bias=objective.kind == "sigmoid")
     optim.refuse_idle(opened.encoder, wanted.train)
     _switch(wanted, opened, console)
-    steps = _order(wanted, read)
+    steps = None if shards else _order(wanted, read)
     planned = plan.plan(wanted, opened, steps, world)
     splits = world.once(lambda: _scanned(wanted, read, console))
     opened.encoder.to(world.device).train()
     wanted = _with_chunks(wanted, opened, planned, world, console)
     torch.manual_seed(wanted.train.seed + world.rank)  # dropout is not
-    train = joined([pairs for name, pairs in splits.items() if name not in ("val", "test")])
-    val = spread(splits["val"])
-    inputs = _inputs(wanted, opened, train, val, features.Place(run.path, world, console), storing)
-    if wanted.data.cache:
-        folders = {name: folder for name, (folder, _) in read.items()}
-        inputs = _keeping(wanted, inputs, folders, splits | {"val": val}, world, console, storing)
-    encoder, identity = opened.encoder, identities(spread(train))
+    encoder, val = opened.encoder, spread(splits["val"])
+    reading = evaluate.reading(opened, val, plan.held(wanted, world.size), world.loaders(wanted.data.workers))
+    feed: FromDisk | FromAfar
+    truncated = 0
+    if steps:
+        train = joined([pairs for name, pairs in splits.items() if name not in ("val", "test")])
+        place = features.Place(run.path, world, console)
+        feed, reading, truncated = _from_disk(wanted, opened, train, val, steps, reading, place, storing)
+        if wanted.data.cache:
+            folders = {name: folder for name, (folder, _) in read.items()}
+            feed, reading = _keeping(wanted, feed, reading, folders, splits, world, console, storing)
+    else:
+        feed = _from_afar(wanted, opened, shards, reading.workers, world)
     if wanted.train.shard:
         shard.share_out(encoder, world, console)
     optimizer = optim.build(encoder, wanted.train)
@@ -130,16 +135,12 @@ def prepare(wanted: Config, run: RunFolder, world: World, console: Console, stor
         optimizer=optimizer,
         averages=Averages(encoder.moving(), wanted.train.ema) if wanted.train.ema else None,
         scaler=_scaler(world, wanted.train.precision),
-        train=train,
-        identity=identity.map(lambda ids: torch.from_numpy(ids).to(world.device)),
-        pictures=inputs.pictures,
-        texts=inputs.texts,
-        order=steps,
+        feed=feed,
         val=val,
-        inputs=_digests(wanted, opened, began_from, splits, world),
-        reading=inputs.reading,
+        inputs=_digests(wanted, opened, began_from, splits, world) | ({"shards": repr(shards)} if shards else {}),
+        reading=reading,
     )
-    _say_what_is_odd(job, identity, inputs.truncated)
+    _say_what_is_odd(job, truncated)
     return job
 
 
@@ -160,62 +161,104 @@ def first_line(wanted: Config, world: World) -> str:
     )
 
 
-@dataclass(frozen=True)
-class _Inputs:
-    """What the towers read, in training and in validation; and how many training captions lose their end."""
+def _from_disk(
+    wanted: Config,
+    opened: Opened,
+    train: Pairs,
+    val: Pairs,
+    steps: Order,
+    reading: Reading,
+    place: features.Place,
+    storing: bool,
+) -> tuple[FromDisk, Reading, int]:
+    """The training pairs, how those of validation are read, and how many training captions lose their end.
 
-    pictures: Pictures | Rows
-    texts: Texts
-    reading: Reading
-    truncated: int
-
-
-def _inputs(wanted: Config, opened: Opened, train: Pairs, val: Pairs, place: features.Place, storing: bool) -> _Inputs:
-    encoder, each = opened.encoder, plan.held(wanted, place.world.size)
-    workers = place.world.loaders(wanted.data.workers)
-    said = spread(train)
+    Features of a frozen tower are stored for both.
+    """
+    encoder, each, world = opened.encoder, reading.batch_size, place.world
+    said, skips = spread(train), wanted.data.on_bad_image == "skip"
     tokens = captions.tokenise(opened.tokenizer, said.captions, opened.context, encoder.family)
-    reading = evaluate.reading(opened, val, each, workers)
-    dropped = wanted.train.patch_dropout
-    dropout = PatchDropout(encoder.patches, dropped, wanted.train.seed) if dropped else None
-    pictures: Pictures | Rows = Pictures(train.images, opened.pixels, dropout)
+    pictures: Pictures | Rows = Pictures(train.images, opened.pixels, _dropout(wanted, opened))
     texts = Texts(tokens, Wording.of(train, wanted.train.seed))
     if storing and wanted.model.image_tower == "frozen":
         pictures, rows = (
-            features.of_pictures(encoder, pairs, opened.pixels, each, workers, place, skips)
-            for pairs, skips in ((train, wanted.data.on_bad_image == "skip"), (val, False))
+            features.of_pictures(encoder, pairs, opened.pixels, each, reading.workers, place, may_skip)
+            for pairs, may_skip in ((train, skips), (val, False))
         )
         reading = replace(reading, image_rows=rows)
     if storing and wanted.model.text_tower == "frozen":
         texts = replace(texts, table=features.of_captions(encoder, said, tokens, each, place))
         reading = replace(reading, text_rows=features.of_captions(encoder, val, reading.tokens, each, place))
-    return _Inputs(pictures, texts, reading, tokens.truncated)
+    identity = identities(said).map(lambda ids: torch.from_numpy(ids).to(world.device))
+    feed = FromDisk(pictures, texts, steps, identity, train.names, reading.workers, skips)
+    return feed, reading, tokens.truncated
+
+
+def _from_afar(wanted: Config, opened: Opened, shards: list[str], workers: int, world: World) -> FromAfar:
+    def tokenise(said: Sequence[str]) -> Tokens:
+        return captions.tokenise(opened.tokenizer, said, opened.context, opened.encoder.family)
+
+    data = wanted.data
+    planned = streams.Plan(
+        shards=shards,
+        columns=streams.Columns(data.image_column, data.caption_column),
+        each=wanted.train.batch_size // world.size,
+        spec=opened.pixels,
+        tokenise=tokenise,
+        seed=wanted.train.seed,
+        rank=world.rank,
+        size=world.size,
+        skips=data.on_bad_image == "skip",
+        dropout=_dropout(wanted, opened),
+    )
+    return FromAfar(planned, workers)
+
+
+def _dropout(wanted: Config, opened: Opened) -> PatchDropout | None:
+    dropped = wanted.train.patch_dropout
+    return PatchDropout(opened.encoder.patches, dropped, wanted.train.seed) if dropped else None
+
+
+def _shards(wanted: Config) -> list[str]:
+    """Of training pairs from afar; none where they are here."""
+    data = wanted.data
+    if not data.train or not streams.is_remote(data.train):
+        return []
+    for option, given in (("replay", data.replay), ("cache", data.cache), ("augment", data.augment)):
+        if given:
+            raise UserError(
+                f"data.{option} needs training pairs that are here, and data.train is {data.train}",
+                f"delete data.{option}, or copy the shards to this machine and name their path",
+            )
+    return streams.shards(data.train)
 
 
 def _keeping(
     wanted: Config,
-    inputs: _Inputs,
+    feed: FromDisk,
+    reading: Reading,
     folders: dict[str, Path],
     splits: dict[str, Pairs],
     world: World,
     console: Console,
     storing: bool,
-) -> _Inputs:
+) -> tuple[FromDisk, Reading]:
     """With the pictures kept decoded, those of validation too: they are read twice at least, before and after."""
-    if wanted.model.image_tower == "frozen" or isinstance(inputs.pictures, Rows):
+    if wanted.model.image_tower == "frozen" or isinstance(feed.pictures, Rows):
         console.say("data.cache: nothing to keep: the frozen image tower's features are stored, and no picture is read")
-        return inputs
-    spec, parts = inputs.reading.pixels, {}
-    for name, pairs in splits.items():
-        if name != "test":
-            shown = Pictures(pairs.images, spec) if name == "val" else inputs.pictures
-            parts[name] = cache.Part(folders[name], pairs.contents, shown)
-    world.once(lambda: cache.announce(wanted.data, list(parts.values()), console))
+        return feed, reading
+    val = spread(splits["val"])
+    parts = [cache.Part(folders["val"], val.contents, Pictures(val.images, reading.pixels))]
+    parts += [
+        cache.Part(folders[name], pairs.contents, feed.pictures)
+        for name, pairs in splits.items()
+        if name not in ("val", "test")
+    ]
+    world.once(lambda: cache.announce(wanted.data, parts, console))
     if not storing:
-        return inputs
-    kept = {name: cache.opened(part) for name, part in parts.items()}
-    reading = replace(inputs.reading, kept=kept.pop("val"))
-    return replace(inputs, pictures=inputs.pictures.kept_in(decoded.joined(list(kept.values()))), reading=reading)
+        return feed, reading
+    of_val, *of_train = (cache.opened(part) for part in parts)
+    return replace(feed, pictures=feed.pictures.kept_in(decoded.joined(of_train))), replace(reading, kept=of_val)
 
 
 def _read_splits(wanted: Config) -> dict[str, tuple[Path, Pairs]]:
@@ -223,7 +266,11 @@ def _read_splits(wanted: Config) -> dict[str, tuple[Path, Pairs]]:
     for number, replay in enumerate(wanted.data.replay, start=1):
         root = Path(replay.root)
         found[f"replay {number}"] = root if (root / sources.LIST_NAME).is_file() else root / "train"
-    return {name: (folder, sources.read(folder)) for name, folder in found.items() if folder}
+    return {
+        name: (folder, sources.read(folder))
+        for name, folder in found.items()
+        if folder and not (name == "train" and streams.is_remote(str(wanted.data.train)))
+    }
 
 
 def _scanned(wanted: Config, read: dict[str, tuple[Path, Pairs]], console: Console) -> dict[str, Pairs]:
@@ -308,28 +355,40 @@ def _scaler(world: World, precision: str) -> torch.amp.GradScaler:
     return scaler
 
 
-def _say_what_is_odd(job: Job, identity: Identity, truncated: int) -> None:
-    say, wanted, steps = job.console, job.config, job.plan.steps
-    replay = "".join(f" and {each} of {there} replayed ones" for there, each in job.order.replay)
-    say.say(
-        f"{job.order.pairs} training and {len(job.val)} validation pairs, {steps} steps of {job.order.own}{replay}: "
-        f"each pair is seen {job.plan.times_seen:.1f} times"
-    )
-    draws = job.order.draws(0, min(repeats.TYPICAL, job.plan.steps))
-    shown = [identity.take(job.texts.wording.rows(rows, epochs)) for rows, epochs in draws]
-    say.say(repeats.line(repeats.typical(shown, job.objective), job.order.batch_size, job.objective))
+def _say_what_is_odd(job: Job, truncated: int) -> None:
+    say, wanted = job.console, job.config
+    if isinstance(job.feed, FromDisk):
+        _say_what_comes(job, job.feed, truncated)
+    else:
+        say.say(
+            f"training pairs from afar, {counted(len(job.feed.plan.shards), 'shard')}, and {len(job.val)} validation "
+            f"pairs, {job.plan.steps} steps of {wanted.train.batch_size}, no more than {job.opened.context} tokens each"
+        )
     if wanted.model.lora and job.adapter:
         lora = wanted.model.lora
         over = "√rank" if lora.rslora else "rank"
         kind = "DoRA" if lora.dora else "LoRA"
         say.say(f"{kind} rank {lora.rank}, scaling {adapters.scaling(lora):g} (alpha ÷ {over})")
-    if truncated:
-        share = truncated / len(identity)
-        say.warn(f"{share:.1%} of the training captions are longer than {job.opened.context} tokens and lose their end")
-    else:
-        say.say(f"no training caption is longer than the {job.opened.context} tokens of the text tower")
     for k in wanted.validation.ks:
         if k > len(job.val):
             say.warn(f"k = {k} is more than the {len(job.val)} validation pairs: hit@{k} is 1")
     if wanted.train.warmup_steps >= job.plan.steps:
         say.warn(f"{wanted.train.warmup_steps} warm-up steps of {job.plan.steps}: the peak learning rate is not passed")
+
+
+def _say_what_comes(job: Job, feed: FromDisk, truncated: int) -> None:
+    say, steps, context = job.console, job.plan.steps, job.opened.context
+    replay = "".join(f" and {each} of {there} replayed ones" for there, each in feed.order.replay)
+    say.say(
+        f"{feed.order.pairs} training and {len(job.val)} validation pairs, {steps} steps of {feed.order.own}{replay}: "
+        f"each pair is seen {job.plan.times_seen:.1f} times"
+    )
+    identity = feed.identity.map(lambda ids: ids.cpu().numpy())
+    draws = feed.order.draws(0, min(repeats.TYPICAL, steps))
+    shown = [identity.take(feed.texts.wording.rows(rows, epochs)) for rows, epochs in draws]
+    say.say(repeats.line(repeats.typical(shown, job.objective), feed.order.batch_size, job.objective))
+    if truncated:
+        share = truncated / len(identity)
+        say.warn(f"{share:.1%} of the training captions are longer than {context} tokens and lose their end")
+    else:
+        say.say(f"no training caption is longer than the {context} tokens of the text tower")

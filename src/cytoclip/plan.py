@@ -32,7 +32,7 @@ class Plan:
     steps, steps_per_epoch
         Optimizer steps in all, and full batches in one pass over the training split.
     times_seen
-        How often each pair is seen, on average.
+        How often each pair is seen, on average. Both None for pairs from afar, which nobody has counted.
     sizes
         (training, all) parameters by part.
     memory, disk
@@ -40,17 +40,17 @@ class Plan:
     """
 
     steps: int
-    steps_per_epoch: int
-    times_seen: float
+    steps_per_epoch: int | None
+    times_seen: float | None
     sizes: dict[str, tuple[int, int]]
     memory: int
     disk: int
 
     def text(self) -> str:
-        lines = [
-            f"steps        {self.steps}: {self.steps / self.steps_per_epoch:.1f} epochs of {self.steps_per_epoch}",
-            f"each pair    seen {self.times_seen:.1f} times",
-        ]
+        lines = [f"steps        {self.steps}"]
+        if self.steps_per_epoch:
+            lines[0] += f": {self.steps / self.steps_per_epoch:.1f} epochs of {self.steps_per_epoch}"
+            lines += [f"each pair    seen {self.times_seen:.1f} times"]
         lines += [
             f"{part:<12} {moving:,} of {total:,} parameters train" for part, (moving, total) in self.sizes.items()
         ]
@@ -61,18 +61,23 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan(config: Config, opened: Opened, order: Order, world: World) -> Plan:
-    """The plan of `config` for the pairs of `order`, after `adapters.set_moving`.
+def plan(config: Config, opened: Opened, order: Order | None, world: World) -> Plan:
+    """The plan of `config` for the pairs of `order`, after `adapters.set_moving`; None: for pairs from afar.
 
     Raises
     ------
     UserError
-        For fewer pairs than a batch, or a batch that the processes don't divide.
+        For fewer pairs than a batch, a batch that the processes don't divide, or epochs of pairs from afar.
     """
     check_batch(config, world.size)
-    _check_pairs(config, order, world)
-    per_epoch = order.steps_per_epoch
-    steps = config.train.steps or per_epoch * (config.train.epochs or 0)
+    if order:
+        _check_pairs(config, order, world)
+    elif config.train.epochs:
+        raise UserError(
+            f"train.epochs is {config.train.epochs}, and nobody has counted pairs from afar", "set train.steps instead"
+        )
+    per_epoch = order.steps_per_epoch if order else None
+    steps = config.train.steps or (per_epoch or 0) * (config.train.epochs or 0)
     sizes = opened.encoder.sizes()
     moving, total = (sum(column) for column in zip(*sizes.values(), strict=True))
     activations = held(config, world.size) * bytes_per_pair(config, opened)
@@ -82,7 +87,7 @@ def plan(config: Config, opened: Opened, order: Order, world: World) -> Plan:
     return Plan(
         steps=steps,
         steps_per_epoch=per_epoch,
-        times_seen=steps * order.own / order.pairs,
+        times_seen=steps * order.own / order.pairs if order else None,
         sizes=sizes,
         memory=total * _FLOAT + moving * (_FLOAT + _ADAM) + copies * _FLOAT + activations,
         disk=(config.checkpoint.keep_last + 1) * state + 3 * saved,  # a new one is written before the oldest goes

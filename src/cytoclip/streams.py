@@ -244,28 +244,36 @@ def samples(address: str, columns: Columns) -> Iterator[Sample]:
 def _sample(row: dict[str, Any], columns: Columns, name: str) -> Sample:
     nested = row.get("json")
     fields = {**(nested if isinstance(nested, dict) else {}), **{key: row[key] for key in row if key != "json"}}
-    picture = fields[_column(fields, columns.image, _PICTURES, "picture", "data.image_column", name)]
-    written = fields[_column(fields, columns.caption, _CAPTIONS, "caption", "data.caption_column", name)]
-    picture = picture.get("bytes") if isinstance(picture, dict) else picture
-    captions = tuple(written if isinstance(written, list) else [written])
-    if not isinstance(picture, bytes):
-        raise _no_pair(name, "has no bytes of a picture", "shards hold the pictures themselves, not their names")
+    pictures = {key: value for key, given in fields.items() if isinstance(value := _bytes(given), bytes)}
+    written = {key: value for key, value in fields.items() if isinstance(value, str | list) and key[:2] != "__"}
+    picture = pictures[_column(pictures, fields, columns.image, _PICTURES, "image", name)]
+    said = written[_column(written, fields, columns.caption, _CAPTIONS, "caption", name)]
+    captions = tuple(said) if isinstance(said, list) else (said,)
     if not captions or not all(isinstance(caption, str) and caption.strip() for caption in captions):
         raise _no_pair(name, "has an empty caption", "take its pair out of the shard")
     group = fields.get("group")
     return Sample(name, picture, captions, None if group is None else str(group))
 
 
-def _column(fields: dict[str, Any], asked: str | None, usual: Sequence[str], what: str, option: str, name: str) -> str:
-    if asked:
-        if asked not in fields:
-            near = nearest(asked, list(fields))
-            hint = f"did you mean {near}?" if near else f"it has {first_few(list(fields))}"
-            raise _no_pair(name, f"has no column {asked}", hint)
-        return asked
-    found = next((key for word in usual for key in fields if key.lower() == word), None)
+def _bytes(value: Any) -> Any:
+    return value.get("bytes") if isinstance(value, dict) else value
+
+
+def _column(
+    fit: dict[str, Any], there: dict[str, Any], asked: str | None, usual: Sequence[str], what: str, name: str
+) -> str:
+    """The key of picture or caption among those that `fit`: the one that was asked for, else one with a usual name."""
+    if asked and asked not in there:
+        near = nearest(asked, list(there))
+        raise _no_pair(name, f"has no {asked}", f"did you mean {near}?" if near else f"it has {first_few(list(there))}")
+    if asked and asked not in fit:
+        wanted = "the bytes of a picture" if what == "image" else "text"
+        hint = f"set data.{what}_column to another of {first_few(list(there))}"
+        raise _no_pair(name, f"has in {asked} not {wanted}", hint)
+    found = asked or next((key for word in usual for key in fit if key.lower() == word), None)
     if found is None:
-        raise _no_pair(name, f"has no {what}: {first_few(list(fields))}", f"name its column with {option}")
+        kind = "bytes of a picture" if what == "image" else "caption"
+        raise _no_pair(name, f"has no {kind} in {first_few(list(there))}", f"name it with data.{what}_column")
     return found
 
 

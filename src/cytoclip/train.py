@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from cytoclip import (
     alarms,
-    batches,
     checkpoint,
     claim,
     config,
@@ -33,17 +31,18 @@ from cytoclip import (
     shard,
     signals,
     state,
+    streams,
 )
-from cytoclip.batches import Batch, Pictures
+from cytoclip.batches import Pictures
 from cytoclip.checkpoint import RunFolder
 from cytoclip.config import Config
 from cytoclip.console import Console, duration
+from cytoclip.decoded import Decoded
 from cytoclip.errors import ExitCode, Stopped, UserError, counted, first_few
 from cytoclip.evaluate import Question
+from cytoclip.feed import Arrival, FromAfar, FromDisk, Read
 from cytoclip.jobs import Job
 from cytoclip.loss import Logits, contrastive_step
-from cytoclip.order import Share
-from cytoclip.pairs import Identity
 from cytoclip.plan import Plan
 from cytoclip.report import Scores
 
@@ -126,6 +125,7 @@ class _Progress:
     scaler: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)  # names of pictures, and how often others stood in
+    positions: list[list[streams.Position]] = field(default_factory=list)  # of each process's readers, from afar
 
 
 def _finished(run: RunFolder, wanted: Config) -> RunResult | None:
@@ -183,6 +183,8 @@ def _resume(job: Job, step: int, folder: Path) -> _Progress:
             "put it back, or name another output to train anew",
             ExitCode.RUN,
         )
+    if isinstance(job.feed, FromAfar):
+        job.feed.refuse_other_readers(progress.positions, job.world)
     job.scaler.load_state_dict(progress.scaler)
     if step < job.plan.steps and progress.best_weights != job.world.once(lambda: _best_weights(job.run)):
         # best/ is of a later step than this checkpoint, and so better than all before that step: what is best from
@@ -198,9 +200,9 @@ def _best_weights(run: RunFolder) -> str:
 
 
 def _train(job: Job, progress: _Progress) -> None:
-    steps, skips = job.plan.steps, job.config.data.on_bad_image == "skip"
-    share = Share(job.order, progress.step, steps, job.world.rank, job.world.size, skips)
-    source = iter(batches.loader(job.pictures, job.texts, share, job.reading.workers, job.world.device))
+    steps = job.plan.steps
+    read = _read_so_far(job, progress)
+    arrivals = job.feed.arrivals(progress.step, steps, job.world, read)
     chance = job.objective.chance_loss(job.config.train.batch_size), job.objective.chance_name
     watch, began = journal.Stopwatch(), time.perf_counter() - progress.seconds
     waiting = alarms.Waiting(job.config.data, job.reading.workers, _unwatched(job, progress.step))
@@ -209,17 +211,15 @@ def _train(job: Job, progress: _Progress) -> None:
         bar = stack.enter_context(job.console.progress("training", steps, start=progress.step))
         asked_to_stop = stack.enter_context(signals.heard())
         losses: list[float] | None = []  # since the warm-up; None once their alarm has rung
-        for rows, epochs in job.order.draws(progress.step, steps):
+        while progress.step < steps:
             asked = time.perf_counter()
-            batch = batches.next_batch(source)
+            arrival = next(arrivals)
             watch.waited(asked)
-            if progress.step == 0 and batch.images.ndim == 4:
-                held = batch.images[: plan.held(job.config, job.world.size)]  # the whole batch as floats need not fit
+            if progress.step == 0 and arrival.batch.images.ndim == 4:
+                few = plan.held(job.config, job.world.size)  # the whole batch as floats need not fit
+                held = arrival.batch.images[:few]
                 _ring(job, alarms.no_contrast(job.opened.encoder.to_floats(held)))
-            came = _who_came(job, progress, rows, batch) if skips else rows
-            captions = torch.from_numpy(job.texts.wording.rows(came, epochs))
-            identity = job.identity.take(captions.to(job.world.device))
-            row, curves = _step(job, progress.step, batch, identity)
+            row, curves = _step(job, progress.step, arrival)
             progress.step += 1
             curves |= watch.read(job.config.train.batch_size)
             if losses is not None and progress.step > job.config.train.warmup_steps:
@@ -235,6 +235,7 @@ def _train(job: Job, progress: _Progress) -> None:
             progress.seconds = time.perf_counter() - began
             stopped = job.world.largest(asked_to_stop())  # all processes stop after the same step
             if save or stopped:
+                _note_reading(job, progress, read)
                 _save(job, progress, book)
             if stopped and progress.step < steps:
                 raise Stopped(stopped, progress.step)
@@ -243,39 +244,42 @@ def _train(job: Job, progress: _Progress) -> None:
 
 def _unwatched(job: Job, done: int) -> int:
     """Steps whose waiting is no sign: the rest of the warm-up, and of what a cache still lacks an epoch."""
-    filling = isinstance(job.pictures, Pictures) and job.pictures.kept is not None and len(job.pictures.kept.missing())
-    return max(job.config.train.warmup_steps - done, job.order.steps_per_epoch if filling else 0)
+    kept = _kept(job)[:1]
+    epoch = job.plan.steps_per_epoch if kept and len(kept[0].missing()) else None
+    return max(job.config.train.warmup_steps - done, epoch or 0)
 
 
-def _who_came(job: Job, progress: _Progress, rows: NDArray[np.int64], batch: Batch) -> NDArray[np.int64]:
-    """The pairs (B,) that are in the batch of all processes instead of `rows`, and a note of those that are not."""
-    came: NDArray[np.int64] = job.world.gather(torch.from_numpy(batch.indices).to(job.world.device)).cpu().numpy()
-    for missing in rows[came != rows]:
-        name = job.train.names[missing]
-        progress.skipped[name] = progress.skipped.get(name, 0) + 1
-    return came
+def _read_so_far(job: Job, progress: _Progress) -> Read:
+    """Where this process goes on reading; what all have skipped is counted on by the first."""
+    positions = [streams.Position(*each) for each in progress.positions[job.world.rank]] if progress.positions else []
+    return Read(Counter(progress.skipped if job.world.first else {}), positions)
 
 
-def _step(job: Job, step: int, batch: Batch, identity: Identity) -> tuple[dict[str, float], dict[str, float]]:
+def _note_reading(job: Job, progress: _Progress, read: Read) -> None:
+    every = job.world.listed([read])
+    progress.skipped = dict(sum((one.skipped for one in every), Counter()))
+    progress.positions = [one.positions for one in every] if read.positions else []
+
+
+def _step(job: Job, step: int, arrival: Arrival) -> tuple[dict[str, float], dict[str, float]]:
     """One optimizer step; what it was, and what is only worth a curve."""
     encoder, world, wanted = job.opened.encoder, job.world, job.config.train
     moving = encoder.moving()
     rate = optim.learning_rate(step, job.plan.steps, wanted)
     optim.set_rates(job.optimizer, rate)
     job.optimizer.zero_grad()
-    chunks = batch.chunks(plan.held(job.config, world.size))
+    chunks = arrival.batch.chunks(plan.held(job.config, world.size))
     factor = job.scaler.get_scale() if job.scaler.is_enabled() else 1.0
     logits = Logits(encoder.logit_scale, encoder.logit_bias)
-    result = contrastive_step(encoder, logits, chunks, identity, world, job.objective, factor, job.start)
+    result = contrastive_step(encoder, logits, chunks, arrival.identity, world, job.objective, factor, job.start)
     world.sum_gradients(moving.values())
     job.scaler.unscale_(job.optimizer)
     clipped = optim.clip(moving, wanted.max_grad_norm)
     scale = encoder.logit_scale.detach().reshape(())
     values = torch.stack([result.loss, clipped, scale, result.hit_at_1, result.anchor]).tolist()
     skips = job.scaler.is_enabled() and factor >= 1  # fp16 tries again at half the scale
-    names = [job.train.names[row] for row in batch.indices]
     norm = 0.0 if skips else values[1]
-    diverged.refuse_non_finite(step + 1, values[0], norm, encoder, chunks, names, world)
+    diverged.refuse_non_finite(step + 1, values[0], norm, encoder, chunks, arrival.names, world)
     job.scaler.step(job.optimizer)
     job.scaler.update()
     encoder.clamp_scale()
@@ -367,10 +371,15 @@ def _finish(job: Job, progress: _Progress) -> RunResult:
 
 
 def _say_what_was_mended(job: Job) -> None:
-    kept = [job.pictures.kept if isinstance(job.pictures, Pictures) else None, job.reading.kept]
-    mended = sum(some.mended() for some in kept if some)
+    mended = sum(kept.mended() for kept in _kept(job))
     if mended:
         job.console.warn(f"data.cache: {counted(mended, 'damaged picture')} decoded again; is the disk sound?")
+
+
+def _kept(job: Job) -> list[Decoded]:
+    """The decoded pictures on disk, of training and of validation, where there are."""
+    pictures = job.feed.pictures if isinstance(job.feed, FromDisk) else None
+    return [kept for kept in (pictures.kept if isinstance(pictures, Pictures) else None, job.reading.kept) if kept]
 
 
 def _versions() -> str:
