@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -18,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cytoclip import batches, cache, checkpoint, files, images, train
+from cytoclip import batches, cache, checkpoint, decoded, files, images, train
 from cytoclip.batches import Batch, Pictures
 from cytoclip.config import Config
 from cytoclip.console import Bar, Console
@@ -274,15 +275,20 @@ def test_who_may_not_write_there_has_it_at_home(own: Path, tmp_path: Path, monke
 
 
 def test_a_full_disk_is_no_bad_picture(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Skipped as one, it would end with no picture at all."""
+    """Skipped as one, it would silently give way to another that is kept already."""
     part = part_of(own / "train")
     kept = part.pictures.kept_in(cache.opened(part))
-    (part.folder / "pixels").unlink()
-    (part.folder / "pixels").symlink_to("/dev/full")
+
+    def full(table: Any, row: int, picture: Any) -> None:
+        with files.disk_errors(table.folder):
+            raise OSError(errno.ENOSPC, "full")
+
+    assert kept.kept is not None
+    kept.kept.write(4, part.pictures[4, 0][1])
+    monkeypatch.setattr(decoded.Table, "write", full)
     failed = kept[3, 0, 4, 5][1]
     assert isinstance(failed, UserError)
     assert failed.code is ExitCode.SYSTEM
-    monkeypatch.setattr(cache, "opened", lambda _: kept.kept)
     with pytest.raises(UserError, match="no space left"):
         cache.fill(part, 0, QUIET)
 

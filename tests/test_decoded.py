@@ -133,6 +133,7 @@ def test_a_crash_while_pictures_are_added_loses_none(tmp_path: Path) -> None:
     table, rows = decoded.opened(tmp_path, SHAPE, [decoded.key_of("new")])
     assert rows.tolist() == [12]
     table.write(12, picture(12))
+    assert decoded.opened(tmp_path, SHAPE, [decoded.key_of("new")])[1].tolist() == [12], "added once"
     assert all(np.array_equal(read(again(tmp_path), row), picture(row)) for row in range(12))
 
 
