@@ -27,6 +27,7 @@ from cytoclip.data_options import Data
 from cytoclip.errors import ExitCode, UserError
 from cytoclip.order import Order, Share
 from cytoclip.pixels import PixelSpec
+from tests.numerics.test_processes import spawn
 
 Experiment = Callable[..., Config]
 QUIET = Console(quiet=True)
@@ -338,7 +339,22 @@ def test_a_picture_that_was_never_decoded_is_when_threads_read(own: Path) -> Non
     assert pictures.kept.missing().tolist() == []
 
 
-@pytest.mark.slow  # 15 s
+@pytest.mark.slow  # 10 s
+def test_two_processes_of_a_run_share_it(experiment: Experiment, own: Path, tmp_path: Path) -> None:
+    """Each opens it, and fills and reads its own part."""
+    listed = []
+    for name, options in (("plain", {}), ("filling", {"cache": True}), ("filled", {"cache": True})):
+        data = {"root": str(own), **options}
+        wanted = experiment(data=data, train={"steps": 12}, output=str(tmp_path / name))
+        listed.append({"config": wanted.model_dump(mode="json", by_alias=True), "float64": False, "die_at": None})
+    (tmp_path / "cases.json").write_text(json.dumps(listed))
+    spawn("tests.numerics.one_rank", [str(tmp_path / "cases.json")], 2)
+    plain, filling, filled = ((tmp_path / name / "losses.jsonl").read_text() for name in ("plain", "filling", "filled"))
+    assert plain == filling == filled
+    assert tables(own) == {"train": 48, "val": 20}
+
+
+@pytest.mark.slow  # 6 s
 @pytest.mark.parametrize("kept", [False, True])
 def test_memory_does_not_grow_over_five_epochs(kept: bool, base: Path, tmp_path: Path) -> None:
     """Of this process and its loading ones, after each epoch of 288 pictures of 224×224 (43 MB decoded)."""
