@@ -318,6 +318,7 @@ def test_batches_are_copied_to_a_device_one_ahead(most: int, monkeypatch: pytest
             yield Batch(np.array([i]), torch.full((1, 3, 4, 4), i, dtype=torch.uint8), texts=torch.zeros(1, 2))
         yield wrong
 
+    assert batches.bytes_ahead(5, (4, 6)) == (2 * 5 * 3 * 24 if most else 0)
     found = batches._on_device(made(), torch.device("meta"))
     first = next(found)
     time.sleep(0.05)

@@ -215,6 +215,8 @@ def test_settings_that_change_the_stored_pixels_are_others_and_only_those(own: P
     assert part_of(own / "train", replace(SPEC, mean=(0.1,) * 3, std=(0.9,) * 3, rescale=1.0)).folder == part.folder
     other = [replace(SPEC, resize=40), replace(SPEC, crop=(30, 32)), replace(SPEC, resample=2)]
     assert len({part_of(own / "train", spec).folder for spec in (SPEC, *other)}) == 4
+    cache.opened(part)
+    assert "crop=(32, 32)" in json.loads((part.folder / "about.json").read_text())["settings"]
 
 
 def test_caches_of_other_settings_stay_and_their_size_is_said(own: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import pickle
@@ -56,6 +57,7 @@ def test_what_is_written_is_read_and_nothing_else_is_there(tmp_path: Path) -> No
         assert all(np.array_equal(read(seen, row), picture(row)) for row in range(5))
         assert all(read(seen, row) is None for row in range(5, 12))
     assert (tmp_path / "pixels").stat().st_size == 12 * ROW
+    assert json.loads((tmp_path / "about.json").read_text()) == {"shape": [3, 5, 4], "settings": ""}
     assert len(table) == 12
 
 

@@ -253,6 +253,12 @@ def loader(
     return _on_device(found, device) if device.type == "cuda" else found
 
 
+def bytes_ahead(pairs: int, size: tuple[int, int]) -> int:
+    """Bytes of a GPU that a batch copied ahead takes beside the one in use, of (height, width); 0: it is too large."""
+    each = pairs * 3 * size[0] * size[1]
+    return 2 * each if each <= _COPIED else 0
+
+
 def next_batch(source: Iterator[Batch | UserError]) -> Batch:
     """The next batch, or the error of a picture that was whole when the run began and no longer is."""
     batch = next(source)

@@ -84,10 +84,8 @@ def opened(part: Part) -> Decoded:
     UserError
         The folder of the data, or the user's cache folder instead, cannot be written to.
     """
-    about = part.folder / "about.json"
-    table, row_of = decoded.opened(part.folder, part.pictures.shape, [decoded.key_of(c) for c in part.contents])
-    if not about.is_file():
-        files.write_json(about, {"shape": part.pictures.shape, "settings": part.pictures.settings})
+    keys = [decoded.key_of(content) for content in part.contents]
+    table, row_of = decoded.opened(part.folder, part.pictures.shape, keys, part.pictures.settings)
     return Decoded((table,), np.zeros(len(row_of), np.int64), row_of)
 
 

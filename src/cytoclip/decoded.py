@@ -163,8 +163,10 @@ class Table:
         return held[name]
 
 
-def opened(folder: Path, shape: Shape, keys: Sequence[bytes]) -> tuple[Table, NDArray[np.int64]]:
+def opened(folder: Path, shape: Shape, keys: Sequence[bytes], about: str = "") -> tuple[Table, NDArray[np.int64]]:
     """The table in `folder` with a row for each of `keys`, and which row that is: int64, one for each key.
+
+    A new one is told apart from others by people by `about`, in `about.json`.
 
     Pictures that it lacks are added behind the others; files cut short, by whatever, are made long enough again, with
     rows that are not filled.
@@ -188,6 +190,8 @@ def opened(folder: Path, shape: Shape, keys: Sequence[bytes]) -> tuple[Table, ND
                 with (folder / "contents").open("ab") as stream:
                     stream.truncate(len(there) * _KEY)  # a crash may have cut the last one
                     stream.write(b"".join(new))
+                if not (folder / "about.json").is_file():
+                    files.write_json(folder / "about.json", {"shape": shape, "settings": about})
         except Timeout:
             raise UserError(
                 f"{folder / 'lock'} is held by another process for more than {_PATIENCE:.0f} s",

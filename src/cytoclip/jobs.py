@@ -336,6 +336,7 @@ def _with_chunks(wanted: Config, opened: Opened, planned: Plan, world: World, co
         if world.device.type == "cuda":
             moving = sum(parameter.numel() for parameter in opened.encoder.moving().values())
             reserved = 8 * moving + 24 * wanted.train.batch_size * opened.encoder.width  # moments, embeddings; float32
+            reserved += batches.bytes_ahead(share, opened.pixels.size)
             fits = autosize.trial(opened.encoder, opened.pixels.size, opened.context, reserved, world)
             found, how = autosize.largest(fits, share), "found by trying"
         else:
