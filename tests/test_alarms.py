@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
-from cytoclip import alarms, train
+from cytoclip import alarms, batches, train
 from cytoclip.config import Config
 from cytoclip.console import Console
+from cytoclip.data_options import Augment, Data
 
 Experiment = Callable[..., Config]
 
@@ -63,3 +66,54 @@ def test_a_run_rings_once_each_and_only_where_it_should(
     train.fit(well, Console())
     assert "contrast" not in (tmp_path / "well" / "train.log").read_text()
     assert "stays at" not in (tmp_path / "well" / "train.log").read_text()
+
+
+def said(shares: list[float], first: int = 0, workers: int = 64, **options: Any) -> list[tuple[int, str]]:
+    """(step, line) of all that is said."""
+    waiting = alarms.Waiting(Data(root="x", **options), workers, first)
+    lines = [waiting.line(share) for share in shares]
+    return [(step, line) for step, line in enumerate(lines) if line]
+
+
+def test_waiting_for_pictures_is_said_once_with_what_mends_it() -> None:
+    ((step, line),) = said([0.2] * 300)
+    assert step == 49
+    assert line == (
+        "20% of the time of the last 50 steps was spent waiting for pictures; set data.cache=true: each is decoded once"
+    )
+    assert said([0.2] * 300, first=30)[0][0] == 79
+    assert "or raise data.workers, which is 0" in said([0.2] * 50, workers=0)[0][1]
+    augment = Augment(preset="microscopy")
+    assert "or set data.reduced_decode=true" in said([0.2] * 50, augment=augment)[0][1]
+    assert "reduced_decode" not in said([0.2] * 50, augment=augment, reduced_decode=True)[0][1]
+    kept = said([0.2] * 50, workers=0, cache=True, augment=augment)[0][1]
+    assert kept == "20% of the time of the last 50 steps was spent waiting for pictures: the disk gives no more"
+
+
+def test_a_tenth_of_the_time_or_one_long_wait_is_no_sign() -> None:
+    assert said([0.1] * 300) == []
+    assert said([1.0, 1.0, *[0.05] * 300]) == []
+    assert said([0.05] * 200 + [0.3] * 50)[0][0] > 205
+
+
+def test_a_run_that_waits_says_so_unless_it_fills_its_cache(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare = batches.prepare
+
+    def slow(*given: Any) -> Any:
+        time.sleep(0.01)
+        return prepare(*given)
+
+    monkeypatch.setattr(alarms, "WINDOW", 2)
+    monkeypatch.setattr(batches, "prepare", slow)
+    for name, options, steps, expected in (
+        ("slow", {}, 4, 1),
+        ("warming up", {}, 3, 0),
+        ("filling", {"cache": True}, 4, 0),
+    ):
+        output = tmp_path / name
+        train.fit(experiment(data=options, train={"steps": steps, "warmup_steps": 2}, output=str(output)), Console())
+        log = (output / "train.log").read_text()
+        assert log.count("was spent waiting for pictures; set data.cache=true") == expected, name
+        assert log.count("waiting for pictures") == expected, name

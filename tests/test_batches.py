@@ -7,9 +7,10 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -294,3 +295,39 @@ def test_further_captions_are_read_in_their_epochs(root: Path, base: Path) -> No
             read[row].add(tuple(ids[:length].tolist()))
     alone = [tuple(tokens.batch([row])[0].tolist()) for row in range(23)]
     assert read == {0: set(alone[:3]), 1: {alone[3]}, 19: set(alone[21:])}
+
+
+@pytest.mark.parametrize("most", [0, 10**9])
+def test_batches_are_copied_to_a_device_one_ahead(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device that holds nothing, with streams that are played: order, errors, and what is too large to copy."""
+    events: list[str] = []
+
+    class Stream:
+        def wait_stream(self, _: Any) -> None:
+            events.append("waited")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: Stream())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream())
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(batches, "_COPIED", most)
+    wrong = UserError("wrong", "mend it")
+
+    def made() -> Iterator[Batch | UserError]:
+        for i in range(3):
+            events.append(f"read {i}")
+            yield Batch(np.array([i]), torch.full((1, 3, 4, 4), i, dtype=torch.uint8), texts=torch.zeros(1, 2))
+        yield wrong
+
+    assert batches.bytes_ahead(5, (4, 6)) == (2 * 5 * 3 * 24 if most else 0)
+    found = batches._on_device(made(), torch.device("meta"))
+    first = next(found)
+    time.sleep(0.05)
+    assert events[:3] == ["read 0", "waited", "read 1"], "the next is on its way while this one is worked on"
+    rest = list(found)
+    assert [batch.indices.tolist() for batch in (first, *rest[:2]) if isinstance(batch, Batch)] == [[0], [1], [2]]
+    assert rest[2] is wrong
+    kind = "meta" if most else "cpu"
+    assert {batch.images.device.type for batch in (first, *rest) if isinstance(batch, Batch)} == {kind}
+    assert {
+        batch.texts.device.type for batch in (first, *rest) if isinstance(batch, Batch) and batch.texts is not None
+    } == {kind}

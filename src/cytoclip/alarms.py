@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-WINDOW = 50  # steps whose mean loss is looked at
+from cytoclip.data_options import Data
+
+WINDOW = 50  # steps whose mean loss, or time waited, is looked at
+WAITING = 0.1  # share of the time that steps may wait for their pictures
 CONTRAST = 0.1  # standard deviation of normalised pixels below which a batch shows next to nothing
 
 
@@ -50,3 +55,48 @@ def no_contrast(floats_B3HW: torch.Tensor) -> str | None:
     if spread >= CONTRAST:
         return None
     return f"the pictures have nearly no contrast: the median standard deviation of normalised pixels is {spread:.3f}"
+
+
+class Waiting:
+    """The steps wait for their pictures: said once, with the options that are left to mend it.
+
+    Parameters
+    ----------
+    options, workers
+        Of the run, and how many processes decode.
+    first
+        Steps that are not looked at: the warm-up, and the epoch in which a cache is filled.
+    """
+
+    def __init__(self, options: Data, workers: int, first: int) -> None:
+        self._options, self._workers, self._left = options, workers, first
+        self._shares: deque[float] = deque(maxlen=WINDOW)
+        self._said = False
+
+    def line(self, share: float) -> str | None:
+        """After each step, with the share of its time that was spent waiting.
+
+        The mean is over steps and not over time: one long wait, such as for processes to start, is no sign.
+        """
+        self._left -= 1
+        if self._left < 0:
+            self._shares.append(share)
+        mean = sum(self._shares) / WINDOW
+        if self._said or len(self._shares) < WINDOW or mean <= WAITING:
+            return None
+        self._said = True
+        said = f"{mean:.0%} of the time of the last {WINDOW} steps was spent waiting for pictures"
+        ways = _quicker(self._options, self._workers)
+        return f"{said}; {', or '.join(ways)}" if ways else f"{said}: the disk gives no more"
+
+
+def _quicker(options: Data, workers: int) -> list[str]:
+    if options.cache:
+        return []
+    here = "://" not in (options.train or "")  # what comes from afar is not kept
+    ways = ["set data.cache=true: each is decoded once" if here else "copy the shards to this machine"]
+    if workers < (os.cpu_count() or 1):
+        ways.append(f"raise data.workers, which is {workers}")
+    if options.augment and not options.reduced_decode:
+        ways.append("set data.reduced_decode=true")
+    return ways

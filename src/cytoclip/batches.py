@@ -5,14 +5,18 @@ Letters: N pairs, b pairs of a batch in this process, H×W pixels, L tokens.
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
@@ -20,12 +24,16 @@ from torch.utils.data import DataLoader, Dataset
 from cytoclip import images, signals, sources
 from cytoclip.captions import Tokens
 from cytoclip.console import Console
+from cytoclip.decoded import Decoded
 from cytoclip.errors import ExitCode, UserError, first_few
 from cytoclip.files import Piece
 from cytoclip.order import Draw, Share, Wording
 from cytoclip.pairs import Pairs
 from cytoclip.pixels import PixelSpec, prepare
 from cytoclip.rows import Columns
+
+_FEW = 0.02  # share of the kept pictures that may still be decoded by threads: where bad ones are skipped, none comes
+_COPIED = 2**28  # bytes of a batch that is copied ahead: 1,700 pictures of 224×224
 
 
 @dataclass(frozen=True)
@@ -50,8 +58,13 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """Called by the loader where the device copies faster from pinned memory."""
-        texts = None if self.texts is None else self.texts.pin_memory()
-        return replace(self, images=self.images.pin_memory(), texts=texts)
+        return self.map(torch.Tensor.pin_memory)
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        """`function` of each tensor that the towers read."""
+        texts = None if self.texts is None else function(self.texts)
+        keep = None if self.keep is None else function(self.keep)
+        return replace(self, images=function(self.images), texts=texts, keep=keep)
 
     def chunks(self, each: int) -> list[tuple[torch.Tensor, ...]]:
         """Views of `each` pairs as the encoder's arguments, the last maybe fewer; tokens cut to the chunk's longest."""
@@ -129,20 +142,54 @@ class Pictures(Dataset[tuple[Draw, "NDArray[np.uint8] | UserError", "torch.Tenso
 
     def __init__(self, files: Sequence[Path | Piece], spec: PixelSpec, dropout: PatchDropout | None = None) -> None:
         self._files, self._spec, self._dropout = files, spec, dropout
+        self.kept: Decoded | None = None
 
     def __len__(self) -> int:
         return len(self._files)
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(3, H, W) of each."""
+        return 3, *self._spec.size
+
+    @property
+    def settings(self) -> str:
+        """All that their pixels depend on beside the file, in words: what comes after the bytes are read does not."""
+        plain = replace(self._spec, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), rescale=1.0)
+        return f"{plain}, Pillow {PIL.__version__}"
+
+    def kept_in(self, kept: Decoded) -> Pictures:
+        """The same pictures, read from `kept` where they are there, else put there once they are decoded."""
+        made = copy.copy(self)
+        made.kept = kept
+        return made
+
     def __getitem__(self, draw: Draw) -> tuple[Draw, NDArray[np.uint8] | UserError, torch.Tensor | None]:
+        return self.drawn(draw, np.empty(self.shape, np.uint8) if self.kept else None)
+
+    def drawn(
+        self, draw: Draw, place_3HW: NDArray[np.uint8] | None = None
+    ) -> tuple[Draw, NDArray[np.uint8] | UserError, torch.Tensor | None]:
+        """The picture of a draw: where it is read from the kept ones, in `place_3HW`."""
         pair, epoch, *standbys = draw
         for index in (pair, *standbys):
             try:
-                picture = prepare(images.decode(self._files[index]), self._spec)
+                picture = self._picture(index, place_3HW)
             except UserError as error:  # the loader would rebuild it from its text alone
                 failed = error
+                if error.code is not ExitCode.DATA:  # the disk's fault, and no other picture would do better
+                    break
             else:
                 return (index, epoch), picture, self._dropout.keep(index, epoch) if self._dropout else None
         return (pair, epoch), failed, None
+
+    def _picture(self, index: int, place_3HW: NDArray[np.uint8] | None) -> NDArray[np.uint8]:
+        if self.kept and place_3HW is not None and self.kept.read(index, place_3HW):
+            return place_3HW
+        picture = prepare(images.decode(self._files[index]), self._spec)
+        if self.kept:
+            self.kept.write(index, picture)
+        return picture
 
 
 class Rows(Dataset[tuple[Draw, "NDArray[np.float32] | UserError", None]]):
@@ -194,17 +241,23 @@ def loader(
     batches: Share | list[list[Draw]],
     workers: int,
     device: torch.device,
-) -> DataLoader[Any]:
-    """Batches in the order of `batches`, decoded ahead by `workers` processes (0: in this one)."""
-    return DataLoader(
-        pictures,
-        batch_sampler=batches,
-        num_workers=0 if isinstance(pictures, Rows) else workers,  # nothing is decoded
-        collate_fn=partial(_collate, texts),
-        worker_init_fn=signals.in_loader,
-        pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # its own: the loader must not draw from the global random state
-    )
+) -> Iterable[Batch | UserError]:
+    """Batches in the order of `batches`, ahead of their use: decoded by `workers` processes (0: in this one).
+
+    Pictures that are kept decoded are read by as many threads of this process, as soon as nearly all of them are there:
+    a process for it would cost more than it does, since each batch would be copied to this one.
+    """
+    if isinstance(pictures, Pictures) and pictures.kept:
+        found: Iterable[Batch | UserError] = _kept(pictures, texts, batches, workers, device)
+    else:
+        found = _decoding(pictures, texts, batches, workers, device)
+    return _on_device(found, device) if device.type == "cuda" else found
+
+
+def bytes_ahead(pairs: int, size: tuple[int, int]) -> int:
+    """Bytes of a GPU that a batch copied ahead takes beside the one in use, of (height, width); 0: it is too large."""
+    each = pairs * 3 * size[0] * size[1]
+    return 2 * each if each <= _COPIED else 0
 
 
 def next_batch(source: Iterator[Batch | UserError]) -> Batch:
@@ -219,17 +272,101 @@ def next_batch(source: Iterator[Batch | UserError]) -> Batch:
     return batch
 
 
+def _decoding(
+    pictures: Pictures | Rows,
+    texts: Texts | None,
+    batches: Share | list[list[Draw]],
+    workers: int,
+    device: torch.device,
+) -> DataLoader[Any]:
+    return DataLoader(
+        pictures,
+        batch_sampler=batches,
+        num_workers=0 if isinstance(pictures, Rows) else workers,  # nothing is decoded
+        collate_fn=partial(_collate, texts),
+        worker_init_fn=signals.in_loader,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # its own: the loader must not draw from the global random state
+    )
+
+
 def _collate(texts: Texts | None, rows: list[tuple[Draw, Any, torch.Tensor | None]]) -> Batch | UserError:
-    pictures = []
     for _, picture, _ in rows:
         if isinstance(picture, UserError):
             return picture
-        pictures.append(torch.from_numpy(picture))
+    return _batch(texts, rows, torch.stack([torch.from_numpy(picture) for _, picture, _ in rows]))
+
+
+def _batch(texts: Texts | None, rows: list[tuple[Draw, Any, torch.Tensor | None]], images: torch.Tensor) -> Batch:
     keep = torch.stack([kept for *_, kept in rows if kept is not None]) if rows[0][2] is not None else None
     indices, epochs = np.array([draw for draw, *_ in rows], np.int64).T
-    batch = Batch(indices, torch.stack(pictures), keep=keep)
+    batch = Batch(indices, images, keep=keep)
     if texts is None:
         return batch
     captions = texts.wording.rows(indices, epochs)
     lengths = texts.table.lengths(captions) if isinstance(texts.table, Tokens) else None
     return replace(batch, texts=texts.table.batch(captions), lengths=lengths)
+
+
+def _kept(
+    pictures: Pictures, texts: Texts | None, batches: Share | list[list[Draw]], workers: int, device: torch.device
+) -> Iterator[Batch | UserError]:
+    """Epoch by epoch with decoding processes, until at most `_FEW` of the pictures are left to decode."""
+    assert pictures.kept is not None  # noqa: S101 - `loader` looked
+    parts: deque[Share | list[list[Draw]]] = deque(batches.epochs() if isinstance(batches, Share) else [batches])
+    while parts and len(pictures.kept.missing()) > _FEW * len(pictures.kept):
+        yield from _decoding(pictures, texts, parts.popleft(), workers, device)
+    rest = (draws for part in parts for draws in part)
+    with ThreadPoolExecutor(max(1, workers), thread_name_prefix="pictures") as pool:
+        ahead: deque[Future[Batch | UserError]] = deque()
+        for draws in rest:
+            ahead.append(pool.submit(_gathered, pictures, texts, draws, device))
+            if len(ahead) > max(1, workers):  # one more than are read at a time: it is ready when it is asked for
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def _gathered(pictures: Pictures, texts: Texts | None, draws: list[Draw], device: torch.device) -> Batch | UserError:
+    """A batch whose pictures are read to where it lies."""
+    pixels = torch.empty((len(draws), *pictures.shape), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    rows = []
+    for draw, place_3HW in zip(draws, pixels.numpy(), strict=True):
+        rows.append(pictures.drawn(draw, place_3HW))
+        picture = rows[-1][1]
+        if isinstance(picture, UserError):
+            return picture
+        if picture is not place_3HW:
+            place_3HW[:] = picture
+    return _batch(texts, rows, pixels)
+
+
+def _on_device(source: Iterable[Batch | UserError], device: torch.device) -> Iterator[Batch | UserError]:
+    """The same batches on a GPU, each copied there while the one before it is worked on.
+
+    A stream of its own copies; the stream that works waits for it, and the memory is not given away before that has
+    used it. A batch above `_COPIED` bytes stays pinned, and `loss` copies it chunk by chunk: two of them on the device
+    would break the promise that a batch takes the memory of its chunks.
+    """
+    batches, stream = iter(source), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def fetch() -> Batch | UserError | None:
+        batch = next(batches, None)
+        if not isinstance(batch, Batch) or batch.images.nbytes > _COPIED:
+            return batch
+        with torch.cuda.stream(stream):
+            return batch.map(lambda part: part.to(device, non_blocking=True))
+
+    def here(part: torch.Tensor) -> torch.Tensor:
+        if part.device.type == "cuda":
+            part.record_stream(torch.cuda.current_stream(device))
+        return part
+
+    with ThreadPoolExecutor(1, thread_name_prefix="copying") as pool:
+        coming = pool.submit(fetch)
+        while (batch := coming.result()) is not None:
+            if isinstance(batch, Batch):  # before the next one is asked for, whose copy is nothing to wait for
+                torch.cuda.current_stream(device).wait_stream(stream)
+                batch = batch.map(here)
+            coming = pool.submit(fetch)
+            yield batch

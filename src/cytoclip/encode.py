@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,9 +16,10 @@ from numpy.typing import NDArray
 from cytoclip.batches import Pictures, Rows, loader, next_batch
 from cytoclip.captions import Tokens
 from cytoclip.console import Bar, Console
+from cytoclip.decoded import Decoded
 from cytoclip.device import World
-from cytoclip.files import Piece
 from cytoclip.model import DualEncoder
+from cytoclip.order import Draw
 from cytoclip.pairs import Pairs
 from cytoclip.pixels import PixelSpec
 
@@ -34,6 +34,8 @@ class Reading:
         Of the split's captions, in their order.
     image_rows, text_rows
         Stored features of the split's pictures and captions, where their tower is frozen.
+    kept
+        Its pictures, decoded on disk.
     """
 
     tokens: Tokens
@@ -42,6 +44,7 @@ class Reading:
     workers: int
     image_rows: Rows | None = None
     text_rows: Rows | None = None
+    kept: Decoded | None = None
 
 
 @torch.no_grad()  # no inference_mode: what a sharded tower gathers first in it could never train
@@ -61,7 +64,7 @@ def encode(
         if reading.image_rows:
             image_nD = _stored(encoder.images, reading.image_rows, own_pictures, reading, world, bar)
         else:
-            image_nD = _images(encoder, [pairs.images[row] for row in own_pictures], reading, world, bar)
+            image_nD = _images(encoder, _pictures(pairs, own_pictures, reading), reading, world, bar)
         if reading.text_rows:
             text_nD = _stored(encoder.texts, reading.text_rows, own_captions, reading, world, bar)
         else:
@@ -105,20 +108,17 @@ def _stored(
     return parts
 
 
-def _images(
-    encoder: DualEncoder, files: list[Path | Piece], reading: Reading, world: World, bar: Bar
-) -> list[torch.Tensor]:
+def _pictures(pairs: Pairs, rows: NDArray[np.int64], reading: Reading) -> Pictures:
+    pictures = Pictures([pairs.images[row] for row in rows], reading.pixels)
+    return pictures.kept_in(reading.kept.take(rows)) if reading.kept else pictures
+
+
+def _images(encoder: DualEncoder, pictures: Pictures, reading: Reading, world: World, bar: Bar) -> list[torch.Tensor]:
     parts = []
-    source = iter(
-        loader(
-            Pictures(files, reading.pixels),
-            None,
-            [[(row, 0) for row in some] for some in _cut(len(files), reading)],
-            reading.workers,
-            world.device,
-        )
-    )
-    for _ in _cut(len(files), reading):
+    cuts = _cut(len(pictures), reading)
+    draws: list[list[Draw]] = [[(row, 0) for row in some] for some in cuts]
+    source = iter(loader(pictures, None, draws, reading.workers, world.device))
+    for _ in cuts:
         batch = next_batch(source)
         with world.autocast():
             parts.append(encoder.images(batch.images.to(world.device, non_blocking=True)))

@@ -85,7 +85,7 @@ class Place:
     """Where features are kept, and who computes them: the folder `.features` beside the run folder `run`."""
 
     def __init__(self, run: Path, world: World, console: Console) -> None:
-        self.folder, self.world, self._console = run.absolute().parent / FOLDER, world, console
+        self.folder, self.world, self.console = run.absolute().parent / FOLDER, world, console
 
     @torch.inference_mode()
     def table(
@@ -103,10 +103,10 @@ class Place:
         """
         path = self.folder / f"{key}.npy"
         if not self.world.once(path.is_file):
-            self._console.say(f"{title}: computed once, kept in {path}")
+            self.console.say(f"{title}: computed once, kept in {path}")
             cuts, each = self._cuts(count, batch_size)
             with ExitStack() as stack:
-                bar = stack.enter_context(self._console.progress(title, count))
+                bar = stack.enter_context(self.console.progress(title, count))
                 stream = stack.enter_context(files.whole_file(path)) if self.world.first else None
                 for number, own in enumerate(blocks(cuts)):
                     begin = number * each * self.world.size

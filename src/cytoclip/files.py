@@ -162,10 +162,15 @@ def lock(path: Path, busy: UserError) -> Iterator[None]:
 
 def free_bytes(path: Path) -> int:
     """Bytes free on the disk that holds `path` or, if it is not there yet, its nearest existing parent."""
+    return shutil.disk_usage(existing(path)).free
+
+
+def existing(path: Path) -> Path:
+    """`path` itself, absolute, or if it is not there the nearest of its parents that is."""
     there = path.absolute()
     while not there.exists():
         there = there.parent
-    return shutil.disk_usage(there).free
+    return there
 
 
 @contextmanager

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,40 +13,32 @@ from cytoclip import (
     adapters,
     autosize,
     batches,
-    captions,
     checkpoint,
     config,
     evaluate,
     families,
-    features,
+    intake,
     journal,
-    leaks,
     model,
     optim,
-    order,
-    places,
     plan,
     repeats,
     shard,
-    sources,
-    streams,
 )
 from cytoclip.averages import Averages
-from cytoclip.batches import PatchDropout, Pictures, Rows, Texts
-from cytoclip.captions import Tokens
 from cytoclip.checkpoint import Opened, RunFolder
 from cytoclip.config import Config
 from cytoclip.console import Console
 from cytoclip.device import World
 from cytoclip.encode import Reading
 from cytoclip.errors import UserError, counted
+from cytoclip.features import Place
 from cytoclip.feed import FromAfar, FromDisk
+from cytoclip.intake import Found
 from cytoclip.loss import Encoder
 from cytoclip.objectives import Objective
-from cytoclip.order import Order, Wording
-from cytoclip.pairs import Pairs, fingerprint, identities, joined, spread
+from cytoclip.pairs import Pairs, fingerprint, spread
 from cytoclip.plan import Plan
-from cytoclip.rows import Columns
 
 
 @dataclass(frozen=True)
@@ -88,8 +78,7 @@ class Job:
 def prepare(wanted: Config, run: RunFolder, world: World, console: Console, storing: bool = True) -> Job:
     """Read, open and build all that a run needs; `storing` False computes no features, as a dry run wants it."""
     journal.check_trackers(wanted.track.to)
-    shards = world.once(lambda: _shards(wanted))
-    read = world.once(lambda: _read_splits(wanted, console))
+    found = world.once(lambda: intake.find(wanted, console))
     opened = checkpoint.open_model(wanted.model.name, wanted.model.context_length)
     opened = checkpoint.with_crop(opened, wanted.data.crop)
     if opened.crop == "pad":
@@ -103,22 +92,16 @@ def prepare(wanted: Config, run: RunFolder, world: World, console: Console, stor
     adapter = adapters.set_moving(opened.encoder, wanted.model, bias=objective.kind == "sigmoid")
     optim.refuse_idle(opened.encoder, wanted.train)
     _switch(wanted, opened, console)
-    steps = None if shards else _order(wanted, read)
+    steps = intake.order_of(wanted, found)
     planned = plan.plan(wanted, opened, steps, world)
-    splits = world.once(lambda: _scanned(wanted, read, console))
+    splits = world.once(lambda: intake.scanned(wanted, found, console))
     opened.encoder.to(world.device).train()
     wanted = _with_chunks(wanted, opened, planned, world, console)
     torch.manual_seed(wanted.train.seed + world.rank)  # dropout is not
     encoder, val = opened.encoder, spread(splits["val"])
     reading = evaluate.reading(opened, val, plan.held(wanted, world.size), world.loaders(wanted.data.workers))
-    feed: FromDisk | FromAfar
-    truncated = 0
-    if steps:
-        train = joined([pairs for name, pairs in splits.items() if name not in ("val", "test")])
-        place = features.Place(run.path, world, console)
-        feed, reading, truncated = _from_disk(wanted, opened, train, val, steps, reading, place, storing)
-    else:
-        feed = _from_afar(wanted, opened, shards, reading.workers, world)
+    place = Place(run.path, world, console)
+    ready = intake.open_up(wanted, opened, found, splits, steps, reading, place, storing)
     if wanted.train.shard:
         shard.share_out(encoder, world, console)
     optimizer = optim.build(encoder, wanted.train)
@@ -136,12 +119,12 @@ def prepare(wanted: Config, run: RunFolder, world: World, console: Console, stor
         optimizer=optimizer,
         averages=Averages(encoder.moving(), wanted.train.ema) if wanted.train.ema else None,
         scaler=_scaler(world, wanted.train.precision),
-        feed=feed,
+        feed=ready.feed,
         val=val,
-        inputs=_digests(wanted, opened, began_from, splits, world) | ({"shards": repr(shards)} if shards else {}),
-        reading=reading,
+        inputs=_digests(wanted, opened, began_from, found, splits, world),
+        reading=ready.reading,
     )
-    _say_what_is_odd(job, truncated)
+    _say_what_is_odd(job, ready.truncated)
     return job
 
 
@@ -162,115 +145,15 @@ def first_line(wanted: Config, world: World) -> str:
     )
 
 
-def _from_disk(
-    wanted: Config,
-    opened: Opened,
-    train: Pairs,
-    val: Pairs,
-    steps: Order,
-    reading: Reading,
-    place: features.Place,
-    storing: bool,
-) -> tuple[FromDisk, Reading, int]:
-    """The training pairs, how those of validation are read, and how many training captions lose their end.
-
-    Features of a frozen tower are stored for both.
-    """
-    encoder, each, world = opened.encoder, reading.batch_size, place.world
-    said, skips = spread(train), wanted.data.on_bad_image == "skip"
-    tokens = captions.tokenise(opened.tokenizer, said.captions, opened.context, encoder.family)
-    pictures: Pictures | Rows = Pictures(train.images, opened.pixels, _dropout(wanted, opened))
-    texts = Texts(tokens, Wording.of(train, wanted.train.seed))
-    if storing and wanted.model.image_tower == "frozen":
-        pictures, rows = (
-            features.of_pictures(encoder, pairs, opened.pixels, each, reading.workers, place, may_skip)
-            for pairs, may_skip in ((train, skips), (val, False))
-        )
-        reading = replace(reading, image_rows=rows)
-    if storing and wanted.model.text_tower == "frozen":
-        texts = replace(texts, table=features.of_captions(encoder, said, tokens, each, place))
-        reading = replace(reading, text_rows=features.of_captions(encoder, val, reading.tokens, each, place))
-    identity = identities(said).map(lambda ids: torch.from_numpy(ids).to(world.device))
-    feed = FromDisk(pictures, texts, steps, identity, train.names, reading.workers, skips)
-    return feed, reading, tokens.truncated
-
-
-def _from_afar(wanted: Config, opened: Opened, shards: list[str], workers: int, world: World) -> FromAfar:
-    def tokenise(said: Sequence[str]) -> Tokens:
-        return captions.tokenise(opened.tokenizer, said, opened.context, opened.encoder.family)
-
-    data = wanted.data
-    planned = streams.Plan(
-        shards=shards,
-        columns=streams.Columns(data.image_column, data.caption_column),
-        each=wanted.train.batch_size // world.size,
-        spec=opened.pixels,
-        tokenise=tokenise,
-        seed=wanted.train.seed,
-        rank=world.rank,
-        size=world.size,
-        skips=data.on_bad_image == "skip",
-        dropout=_dropout(wanted, opened),
-    )
-    return FromAfar(planned, workers)
-
-
-def _dropout(wanted: Config, opened: Opened) -> PatchDropout | None:
-    dropped = wanted.train.patch_dropout
-    return PatchDropout(opened.encoder.patches, dropped, wanted.train.seed) if dropped else None
-
-
-def _shards(wanted: Config) -> list[str]:
-    """Of training pairs from afar; none where they are here."""
-    data = wanted.data
-    if not data.train or not streams.is_remote(data.train):
-        return []
-    for option, given in (("replay", data.replay), ("cache", data.cache), ("augment", data.augment)):
-        if given:
-            raise UserError(
-                f"data.{option} needs training pairs that are here, and data.train is {data.train}",
-                f"delete data.{option}, or copy the shards to this machine and name their path",
-            )
-    return streams.shards(data.train)
-
-
-def _read_splits(wanted: Config, console: Console) -> dict[str, tuple[Path, Pairs]]:
-    found = {name: wanted.data.split(name) for name in ("train", "val", "test")}
-    for number, replay in enumerate(wanted.data.replay, start=1):
-        root = Path(replay.root)
-        found[f"replay {number}"] = root if sources.is_split(root) else places.split(root, "train")
-    columns = Columns(wanted.data.image_column, wanted.data.caption_column)
-    return {
-        name: (folder, sources.read(folder, columns, console))
-        for name, folder in found.items()
-        if folder and not (name == "train" and streams.is_remote(str(wanted.data.train)))
-    }
-
-
-def _scanned(wanted: Config, read: dict[str, tuple[Path, Pairs]], console: Console) -> dict[str, Pairs]:
-    """Only training may go on without a picture: a number of validation is one of all of its pairs."""
-    skips = wanted.data.on_bad_image == "skip"
-    found = {
-        name: batches.scanned(pairs, folder, console, skips and name not in ("val", "test"))
-        for name, (folder, pairs) in read.items()
-    }
-    for line in leaks.warnings({name: pairs for name, pairs in found.items() if not name.startswith("replay")}):
-        console.warn(line)
-    return found
-
-
-def _order(wanted: Config, read: dict[str, tuple[Path, Pairs]]) -> Order:
-    batch = wanted.train.batch_size
-    each = order.replayed(batch, [replay.weight for replay in wanted.data.replay])
-    there = [len(pairs) for name, (_, pairs) in read.items() if name.startswith("replay")]
-    return Order(len(read["train"][1]), batch, wanted.train.seed, tuple(zip(there, each, strict=True)))
-
-
-def _digests(wanted: Config, opened: Opened, began_from: str, splits: dict[str, Pairs], world: World) -> dict[str, str]:
-    found = {"model": began_from} | {f"{name} split": fingerprint(pairs) for name, pairs in splits.items()}
+def _digests(
+    wanted: Config, opened: Opened, began_from: str, found: Found, splits: dict[str, Pairs], world: World
+) -> dict[str, str]:
+    digests = {"model": began_from} | {f"{name} split": fingerprint(pairs) for name, pairs in splits.items()}
+    if found.shards:
+        digests["shards"] = repr(found.shards)
     if opened.encoder.drops_out():
-        found["train.micro_batch_size (a tower drops out)"] = str(plan.held(wanted, world.size))
-    return found
+        digests["train.micro_batch_size (a tower drops out)"] = str(plan.held(wanted, world.size))
+    return digests
 
 
 def _objective(wanted: Config, opened: Opened) -> Objective:
@@ -313,6 +196,7 @@ def _with_chunks(wanted: Config, opened: Opened, planned: Plan, world: World, co
         if world.device.type == "cuda":
             moving = sum(parameter.numel() for parameter in opened.encoder.moving().values())
             reserved = 8 * moving + 24 * wanted.train.batch_size * opened.encoder.width  # moments, embeddings; float32
+            reserved += batches.bytes_ahead(share, opened.pixels.size)
             fits = autosize.trial(opened.encoder, opened.pixels.size, opened.context, reserved, world)
             found, how = autosize.largest(fits, share), "found by trying"
         else:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -129,6 +129,14 @@ class Share:
 
     def __len__(self) -> int:
         return self.last - self.first
+
+    def epochs(self) -> Iterator[Share]:
+        """The same draws in parts that end where an epoch of the training split does."""
+        begin, each = self.first, self.order.steps_per_epoch
+        while begin < self.last:
+            end = min(self.last, (begin // each + 1) * each)
+            yield replace(self, first=begin, last=end)
+            begin = end
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import fsspec
 import numpy as np
 import torch
-from braceexpand import braceexpand
 from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -30,12 +29,13 @@ from cytoclip.captions import Tokens
 from cytoclip.errors import ExitCode, UserError, counted, first_few, nearest
 from cytoclip.pairs import NO_GROUP, Identity, same_caption_key
 from cytoclip.pixels import PixelSpec, prepare
+from cytoclip.places import MANY, braces
+from cytoclip.rows import Columns
 
 BLOCK = 512  # pairs of a shard that are shuffled together: their encoded pictures are held, about 50 MB
 _BUILDERS = {"tar": "webdataset", "parquet": "parquet", "csv": "csv", "tsv": "csv", "jsonl": "json", "json": "json"}
 _PICTURES = ("image", "img", "jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "gif", "picture", "bytes")
 _CAPTIONS = ("caption", "text", "txt", "captions", "description")
-_FOLDERS = 100_000  # shards at most
 
 
 def is_remote(place: str) -> bool:
@@ -52,7 +52,9 @@ def shards(address: str) -> list[str]:
         For a file system that is not installed, or no shards.
     """
     found: list[str] = []
-    for one in islice(braceexpand(address), _FOLDERS):
+    for number, one in enumerate(_written_out(address)):
+        if number >= MANY:
+            raise UserError(f"{address} names more than {MANY} shards", "name fewer, larger ones", ExitCode.DATA)
         try:
             system, path = fsspec.core.url_to_fs(one)
             if any(sign in path for sign in "*?["):
@@ -75,6 +77,14 @@ def shards(address: str) -> list[str]:
             ExitCode.DATA,
         )
     return sorted(set(known))
+
+
+def _written_out(address: str) -> Iterator[str]:
+    try:
+        yield from braces(address)
+    except ValueError as error:
+        hint = "such as s3://bucket/{000..099}.tar"
+        raise UserError(f"{address} is no pattern: {error}", hint, ExitCode.DATA) from None
 
 
 class Sample(NamedTuple):
@@ -115,14 +125,6 @@ class Arrived:
 
     def pin_memory(self) -> Arrived:
         return replace(self, batch=self.batch.pin_memory())
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Where a shard's rows have picture and caption; None: guessed from their names."""
-
-    image: str | None = None
-    caption: str | None = None
 
 
 @dataclass(frozen=True)

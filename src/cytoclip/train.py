@@ -33,12 +33,14 @@ from cytoclip import (
     state,
     streams,
 )
+from cytoclip.batches import Pictures
 from cytoclip.checkpoint import RunFolder
 from cytoclip.config import Config
 from cytoclip.console import Console, duration
+from cytoclip.decoded import Decoded
 from cytoclip.errors import ExitCode, Stopped, UserError, counted, first_few
 from cytoclip.evaluate import Question
-from cytoclip.feed import Arrival, FromAfar, Read
+from cytoclip.feed import Arrival, FromAfar, FromDisk, Read
 from cytoclip.jobs import Job
 from cytoclip.loss import Logits, contrastive_step
 from cytoclip.plan import Plan
@@ -203,6 +205,7 @@ def _train(job: Job, progress: _Progress) -> None:
     arrivals = job.feed.arrivals(progress.step, steps, job.world, read)
     chance = job.objective.chance_loss(job.config.train.batch_size), job.objective.chance_name
     watch, began = journal.Stopwatch(), time.perf_counter() - progress.seconds
+    waiting = alarms.Waiting(job.config.data, job.reading.workers, _unwatched(job, progress.step))
     with ExitStack() as stack:
         book = stack.enter_context(_journal(job, progress.step))
         bar = stack.enter_context(job.console.progress("training", steps, start=progress.step))
@@ -213,9 +216,8 @@ def _train(job: Job, progress: _Progress) -> None:
             arrival = next(arrivals)
             watch.waited(asked)
             if progress.step == 0 and arrival.batch.images.ndim == 4:
-                held = arrival.batch.images[
-                    : plan.held(job.config, job.world.size)
-                ]  # the whole batch as floats need not fit
+                few = plan.held(job.config, job.world.size)  # the whole batch as floats need not fit
+                held = arrival.batch.images[:few]
                 _ring(job, alarms.no_contrast(job.opened.encoder.to_floats(held)))
             row, curves = _step(job, progress.step, arrival)
             progress.step += 1
@@ -226,6 +228,7 @@ def _train(job: Job, progress: _Progress) -> None:
             if book:
                 book.step(row, curves)
             bar.advance(note=journal.note(row, curves, *chance))
+            _ring(job, waiting.line(curves["waiting_for_data"]))
             save = _due(progress.step, job.config.checkpoint.every, steps)
             if _due(progress.step, job.config.validation.every, steps):
                 save |= _note_validation(job, progress, book)  # best/ and the state that made it belong together
@@ -237,6 +240,13 @@ def _train(job: Job, progress: _Progress) -> None:
             if stopped and progress.step < steps:
                 raise Stopped(stopped, progress.step)
             watch.read(0)  # the next step's speed is its own
+
+
+def _unwatched(job: Job, done: int) -> int:
+    """Steps whose waiting is no sign: the rest of the warm-up, and of what a cache still lacks an epoch."""
+    kept = _kept(job)[:1]
+    epoch = job.plan.steps_per_epoch if kept and len(kept[0].missing()) else None
+    return max(job.config.train.warmup_steps - done, epoch or 0)
 
 
 def _read_so_far(job: Job, progress: _Progress) -> Read:
@@ -346,6 +356,7 @@ def _finish(job: Job, progress: _Progress) -> RunResult:
         "device": job.world.device.type,
         "skipped": progress.skipped,
     }
+    _say_what_was_mended(job)
     if progress.skipped:
         job.console.warn(
             f"{counted(len(progress.skipped), 'picture')} could not be used, and others stood in "
@@ -357,6 +368,18 @@ def _finish(job: Job, progress: _Progress) -> RunResult:
     job.world.once(lambda: files.write_json(job.run.results, written))  # last: it is what makes the run finished
     job.console.say(f"finished {steps} steps in {duration(progress.seconds)}")
     return result
+
+
+def _say_what_was_mended(job: Job) -> None:
+    mended = sum(kept.mended() for kept in _kept(job))
+    if mended:
+        job.console.warn(f"data.cache: {counted(mended, 'damaged picture')} decoded again; is the disk sound?")
+
+
+def _kept(job: Job) -> list[Decoded]:
+    """The decoded pictures on disk, of training and of validation, where there are."""
+    pictures = job.feed.pictures if isinstance(job.feed, FromDisk) else None
+    return [kept for kept in (pictures.kept if isinstance(pictures, Pictures) else None, job.reading.kept) if kept]
 
 
 def _versions() -> str:

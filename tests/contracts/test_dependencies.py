@@ -15,16 +15,27 @@ PART_OF = {"pydantic_core": "pydantic"}  # pydantic pins the one version that fi
 
 
 def test_every_import_is_a_dependency_and_every_dependency_is_imported() -> None:
-    declared = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["dependencies"]
-    names = {re.split(r"[<>=~!\[ ]", one)[0].lower() for one in declared}
-    imported: set[str] = set()
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    always, optional = _names(project["dependencies"]), _names(project["optional-dependencies"]["hub"])
     files = list((PROJECT / "src").rglob("*.py"))
-    for file in files:
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Import):
-                imported |= {alias.name.split(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                imported.add(node.module.split(".")[0])
-    foreign = {PART_OF.get(name, name) for name in imported - sys.stdlib_module_names - {"cytoclip"}}
+    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in files]
+    imported = _foreign({name for tree in trees for node in ast.walk(tree) for name in _imports(node)})
+    at_import = _foreign({name for tree in trees for node in tree.body for name in _imports(node)})
     assert len(files) > 25
-    assert {OTHER_NAMES.get(name, name) for name in foreign} == names - USED_BY_OTHERS
+    assert imported == (always | optional) - USED_BY_OTHERS
+    assert not at_import & optional, "an optional dependency is imported where it is used"
+
+
+def _names(declared: list[str]) -> set[str]:
+    return {re.split(r"[<>=~!\[ ]", one)[0].lower() for one in declared}
+
+
+def _imports(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name.split(".")[0] for alias in node.names]
+    return [node.module.split(".")[0]] if isinstance(node, ast.ImportFrom) and node.module else []
+
+
+def _foreign(names: set[str]) -> set[str]:
+    foreign = {PART_OF.get(name, name) for name in names - sys.stdlib_module_names - {"cytoclip"}}
+    return {OTHER_NAMES.get(name, name) for name in foreign}

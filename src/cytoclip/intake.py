@@ -1,0 +1,218 @@
+"""The data of a run made ready: its splits found, read and scanned, and the feed that brings them to the steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from cytoclip import batches, cache, captions, decoded, features, leaks, order, places, sources, streams
+from cytoclip.batches import PatchDropout, Pictures, Rows, Texts
+from cytoclip.captions import Tokens
+from cytoclip.checkpoint import Opened
+from cytoclip.config import Config
+from cytoclip.console import Console
+from cytoclip.device import World
+from cytoclip.encode import Reading
+from cytoclip.errors import UserError
+from cytoclip.features import Place
+from cytoclip.feed import FromAfar, FromDisk
+from cytoclip.order import Order, Wording
+from cytoclip.pairs import Pairs, identities, joined, spread
+from cytoclip.rows import Columns
+
+_HELD_OUT = ("val", "test")
+_REPLAY = "replay"  # a replayed root's name begins with it, and its number follows
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the configuration names.
+
+    Parameters
+    ----------
+    shards
+        Addresses of training pairs from afar; none where they are here.
+    splits
+        Of each split that is here, and of each replayed root: where it is, and its pairs.
+    """
+
+    shards: list[str]
+    splits: dict[str, tuple[Path, Pairs]]
+
+
+def find(wanted: Config, console: Console) -> Found:
+    """List the pairs of all splits; no picture is opened."""
+    return Found(_shards(wanted), _read_splits(wanted, console))
+
+
+def scanned(wanted: Config, found: Found, console: Console) -> dict[str, Pairs]:
+    """The splits with every picture's bytes read once; leaks between them are said.
+
+    Only training may go on without a picture: a number of validation is one of all of its pairs.
+    """
+    skips = wanted.data.on_bad_image == "skip"
+    splits = {
+        name: batches.scanned(pairs, folder, console, skips and name not in _HELD_OUT)
+        for name, (folder, pairs) in found.splits.items()
+    }
+    for line in leaks.warnings({name: pairs for name, pairs in splits.items() if not name.startswith(_REPLAY)}):
+        console.warn(line)
+    return splits
+
+
+def order_of(wanted: Config, found: Found) -> Order | None:
+    """In which order the training pairs come; None where they come as their shards have them."""
+    if found.shards:
+        return None
+    batch = wanted.train.batch_size
+    each = order.replayed(batch, [replay.weight for replay in wanted.data.replay])
+    there = [len(pairs) for name, (_, pairs) in found.splits.items() if name.startswith(_REPLAY)]
+    return Order(len(found.splits["train"][1]), batch, wanted.train.seed, tuple(zip(there, each, strict=True)))
+
+
+@dataclass(frozen=True)
+class Intake:
+    """The pairs of a run as they are read.
+
+    Parameters
+    ----------
+    feed
+        The training pairs, replayed roots behind them, as they come step by step.
+    reading
+        How those of validation are read.
+    truncated
+        Training captions that lose their end; of pairs from afar, nobody knows.
+    """
+
+    feed: FromDisk | FromAfar
+    reading: Reading
+    truncated: int = 0
+
+
+def open_up(
+    wanted: Config,
+    opened: Opened,
+    found: Found,
+    splits: dict[str, Pairs],
+    steps: Order | None,
+    reading: Reading,
+    place: Place,
+    storing: bool,
+) -> Intake:
+    """The feed of a run; with `storing`, features of a frozen tower are stored first, or decoded pictures kept."""
+    if steps is None:
+        return Intake(_from_afar(wanted, opened, found.shards, reading.workers, place.world), reading)
+    ready = _from_disk(wanted, opened, splits, steps, reading, place, storing)
+    return _keeping(wanted, ready, found, splits, place, storing) if wanted.data.cache else ready
+
+
+def _from_disk(
+    wanted: Config,
+    opened: Opened,
+    splits: dict[str, Pairs],
+    steps: Order,
+    reading: Reading,
+    place: Place,
+    storing: bool,
+) -> Intake:
+    encoder, each, world = opened.encoder, reading.batch_size, place.world
+    train, val = joined([splits[name] for name in _of_training(splits)]), spread(splits["val"])
+    said, skips = spread(train), wanted.data.on_bad_image == "skip"
+    tokens = captions.tokenise(opened.tokenizer, said.captions, opened.context, encoder.family)
+    pictures: Pictures | Rows = Pictures(train.images, opened.pixels, _dropout(wanted, opened))
+    texts = Texts(tokens, Wording.of(train, wanted.train.seed))
+    if storing and wanted.model.image_tower == "frozen":
+        pictures, rows = (
+            features.of_pictures(encoder, pairs, opened.pixels, each, reading.workers, place, may_skip)
+            for pairs, may_skip in ((train, skips), (val, False))
+        )
+        reading = replace(reading, image_rows=rows)
+    if storing and wanted.model.text_tower == "frozen":
+        texts = replace(texts, table=features.of_captions(encoder, said, tokens, each, place))
+        reading = replace(reading, text_rows=features.of_captions(encoder, val, reading.tokens, each, place))
+    identity = identities(said).map(lambda ids: torch.from_numpy(ids).to(world.device))
+    feed = FromDisk(pictures, texts, steps, identity, train.names, reading.workers, skips)
+    return Intake(feed, reading, tokens.truncated)
+
+
+def _from_afar(wanted: Config, opened: Opened, shards: list[str], workers: int, world: World) -> FromAfar:
+    def tokenise(said: Sequence[str]) -> Tokens:
+        return captions.tokenise(opened.tokenizer, said, opened.context, opened.encoder.family)
+
+    data = wanted.data
+    planned = streams.Plan(
+        shards=shards,
+        columns=Columns(data.image_column, data.caption_column),
+        each=wanted.train.batch_size // world.size,
+        spec=opened.pixels,
+        tokenise=tokenise,
+        seed=wanted.train.seed,
+        rank=world.rank,
+        size=world.size,
+        skips=data.on_bad_image == "skip",
+        dropout=_dropout(wanted, opened),
+    )
+    return FromAfar(planned, workers)
+
+
+def _dropout(wanted: Config, opened: Opened) -> PatchDropout | None:
+    dropped = wanted.train.patch_dropout
+    return PatchDropout(opened.encoder.patches, dropped, wanted.train.seed) if dropped else None
+
+
+def _shards(wanted: Config) -> list[str]:
+    """Of training pairs from afar; none where they are here."""
+    data = wanted.data
+    if not data.train or not streams.is_remote(data.train):
+        return []
+    for option, given in (("replay", data.replay), ("cache", data.cache), ("augment", data.augment)):
+        if given:
+            raise UserError(
+                f"data.{option} needs training pairs that are here, and data.train is {data.train}",
+                f"delete data.{option}, or copy the shards to this machine and name their path",
+            )
+    return streams.shards(data.train)
+
+
+def _keeping(
+    wanted: Config, ready: Intake, found: Found, splits: dict[str, Pairs], place: Place, storing: bool
+) -> Intake:
+    """With the pictures kept decoded, those of validation too: they are read twice at least, before and after."""
+    feed, reading, console = ready.feed, ready.reading, place.console
+    if (
+        wanted.model.image_tower == "frozen"
+        or not isinstance(feed, FromDisk)
+        or not isinstance(feed.pictures, Pictures)
+    ):
+        console.say("data.cache: nothing to keep: the frozen image tower's features are stored, and no picture is read")
+        return ready
+    val = spread(splits["val"])
+    parts = [cache.Part(found.splits["val"][0], val.contents, Pictures(val.images, reading.pixels))]
+    parts += [cache.Part(found.splits[name][0], splits[name].contents, feed.pictures) for name in _of_training(splits)]
+    place.world.once(lambda: cache.announce(wanted.data, parts, console))
+    if not storing:
+        return ready
+    of_val, *of_train = (cache.opened(part) for part in parts)
+    kept = replace(feed, pictures=feed.pictures.kept_in(decoded.joined(of_train)))
+    return replace(ready, feed=kept, reading=replace(reading, kept=of_val))
+
+
+def _of_training(splits: dict[str, Pairs]) -> list[str]:
+    """The training split and the replayed roots, as they stand behind it in the numbering of the pairs."""
+    return [name for name in splits if name not in _HELD_OUT]
+
+
+def _read_splits(wanted: Config, console: Console) -> dict[str, tuple[Path, Pairs]]:
+    found = {name: wanted.data.split(name) for name in ("train", "val", "test")}
+    for number, replay in enumerate(wanted.data.replay, start=1):
+        root = Path(replay.root)
+        found[f"{_REPLAY} {number}"] = root if sources.is_split(root) else places.split(root, "train")
+    columns = Columns(wanted.data.image_column, wanted.data.caption_column)
+    return {
+        name: (folder, sources.read(folder, columns, console))
+        for name, folder in found.items()
+        if folder and not (name == "train" and streams.is_remote(str(wanted.data.train)))
+    }
