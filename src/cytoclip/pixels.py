@@ -58,6 +58,22 @@ class PixelSpec:
             return self.resize
         raise _refused("the image processor", _RAGGED)
 
+    @property
+    def shortest_read(self) -> int | None:
+        """The shortest edge that a picture needs before the resize, or what comes out would be enlarged; None: any."""
+        return max(self.resize) if isinstance(self.resize, tuple) else self.resize
+
+    def widened(self, factor: float) -> PixelSpec:
+        """The same view in `factor` times as many pixels along a side; itself where pictures are not resized."""
+        if self.resize is None:
+            return self
+
+        def wide(edges: tuple[int, int]) -> tuple[int, int]:
+            return round(edges[0] * factor), round(edges[1] * factor)
+
+        resize = wide(self.resize) if isinstance(self.resize, tuple) else round(self.resize * factor)
+        return replace(self, resize=resize, crop=None if self.crop is None else wide(self.crop))
+
     def fitted(self, crop: str) -> PixelSpec:
         """The same with another policy of `data.crop`, for as many pixels: auto changes nothing.
 
@@ -131,7 +147,8 @@ def prepare(image_rgb: Image.Image, spec: PixelSpec) -> NDArray[np.uint8]:
 
 
 def to_floats(pixels: torch.Tensor, spec: PixelSpec) -> torch.Tensor:
-    """Rescale and normalise on the tensor's device: uint8 (B, 3, H, W) to float32 of the same shape.
+    """Rescale and normalise on the tensor's device: (B, 3, H, W) of 0..255, uint8 as they are decoded or float32 as
+    `augment` leaves them, to float32 of the same shape.
 
     Equal to transformers' processor to the last bit on a CPU for every value and checkpoint tried (the test goes
     through all 256 x 3): transformers multiplies by 1/255 in float64 and rounds once, and so does a float32 division
@@ -144,7 +161,7 @@ def to_floats(pixels: torch.Tensor, spec: PixelSpec) -> torch.Tensor:
         filled = [torch.full((1, 1), value, dtype=torch.float32, device=pixels.device) for value in values]
         return torch.stack(filled)
 
-    floats = pixels.to(torch.float32)
+    floats = pixels.to(torch.float32, copy=True)
     return floats.div_(on_device([1 / spec.rescale])).sub_(on_device(spec.mean)).div_(on_device(spec.std))
 
 
