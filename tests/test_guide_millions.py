@@ -26,7 +26,7 @@ def test_one_experiment_for_each_road() -> None:
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("cache", True), ("replay", [{"root": "more", "weight": 1.0}]), ("augment", {"preset": "microscopy"})],
+    [("cache", True), ("replay", [{"root": "more", "weight": 1.0}])],
 )
 def test_what_it_says_is_refused_from_afar(option: str, value: object) -> None:
     (row,) = (line for line in PAGE.splitlines() if line.endswith("| refused |"))
