@@ -235,7 +235,7 @@ class Pictures(Dataset[Drawn]):
     def _picture(self, index: int, place_3HW: NDArray[np.uint8] | None) -> NDArray[np.uint8]:
         if self.kept and place_3HW is not None and self.kept.read(index, place_3HW):
             return place_3HW
-        picture = prepare(images.decode(self._files[index], self._at_least), self._spec)
+        picture = prepare(images.decode(self._files[index], self._at_least), self._spec, exact=self._at_least is None)
         if self.kept:
             self.kept.write(index, picture)
         return picture

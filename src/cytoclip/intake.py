@@ -27,7 +27,6 @@ from cytoclip.pixels import PixelSpec
 from cytoclip.rows import Columns
 from cytoclip.sides import names_side
 
-_HELD_OUT = ("val", "test")
 _REPLAY = "replay"  # a replayed root's name begins with it, and its number follows
 
 
@@ -53,16 +52,16 @@ def find(wanted: Config, console: Console) -> Found:
 
 
 def scanned(wanted: Config, found: Found, console: Console) -> dict[str, Pairs]:
-    """The splits with every picture's bytes read once; leaks between them are said.
+    """The splits with every picture's bytes read once; leaks between them, replayed roots' too, are said.
 
     Only training may go on without a picture: a number of validation is one of all of its pairs.
     """
     skips = wanted.data.on_bad_image == "skip"
     splits = {
-        name: batches.scanned(pairs, folder, console, skips and name not in _HELD_OUT)
+        name: batches.scanned(pairs, folder, console, skips and name not in leaks.HELD_OUT)
         for name, (folder, pairs) in found.splits.items()
     }
-    for line in leaks.warnings({name: pairs for name, pairs in splits.items() if not name.startswith(_REPLAY)}):
+    for line in leaks.warnings(splits):
         console.warn(line)
     return splits
 
@@ -241,7 +240,7 @@ def _keeping(
 
 def _of_training(splits: dict[str, Pairs]) -> list[str]:
     """The training split and the replayed roots, as they stand behind it in the numbering of the pairs."""
-    return [name for name in splits if name not in _HELD_OUT]
+    return [name for name in splits if name not in leaks.HELD_OUT]
 
 
 def _read_splits(wanted: Config, console: Console) -> dict[str, tuple[Path, Pairs]]:

@@ -122,8 +122,11 @@ class PixelSpec:
         return spec
 
 
-def prepare(image_rgb: Image.Image, spec: PixelSpec) -> NDArray[np.uint8]:
+def prepare(image_rgb: Image.Image, spec: PixelSpec, exact: bool = True) -> NDArray[np.uint8]:
     """Resize and crop one picture: uint8 (3, H, W), contiguous, bit-equal to transformers' PIL image processor.
+
+    Not `exact`, what the crop leaves is not resized first: a quarter of the work at 4:3, for about one level in a few
+    pixels.
 
     Of a plain picture, as `normalise` gives it. The long edge after a resize to the shortest is rounded down, and the
     crop starts at floor((edge - crop) / 2), below 0 where the picture is smaller: so transformers 5.23. With `pad`, as
@@ -133,7 +136,8 @@ def prepare(image_rgb: Image.Image, spec: PixelSpec) -> NDArray[np.uint8]:
         return _padded(image_rgb, spec)
     target = _resized(image_rgb.size, spec.resize)
     if target != image_rgb.size:
-        image_rgb = image_rgb.resize(target, resample=spec.resample)
+        box = None if exact or spec.crop is None else _box(image_rgb.size, target, spec.crop[::-1])
+        image_rgb = image_rgb.resize(spec.crop[::-1] if box and spec.crop else target, spec.resample, box)
     picture_HWC = np.asarray(image_rgb)
     (rows, columns), (height, width) = picture_HWC.shape[:2], spec.size
     top, left = (rows - height) // 2, (columns - width) // 2
@@ -217,6 +221,15 @@ def _padded(image_rgb: Image.Image, spec: PixelSpec) -> NDArray[np.uint8]:
     top, left = (rows - target[1]) // 2, (columns - target[0]) // 2
     padded_CHW[:, top : top + target[1], left : left + target[0]] = picture_HWC.transpose(2, 0, 1)
     return padded_CHW
+
+
+def _box(size: tuple[int, int], target: tuple[int, int], crop: tuple[int, int]) -> tuple[float, float, float, float] | None:
+    """(left, top, right, bottom) of the crop in a picture that is to be made smaller, to `target`; None: it is not."""
+    left, top = ((there - kept) // 2 for there, kept in zip(target, crop, strict=True))
+    across, down = (before / after for before, after in zip(size, target, strict=True))
+    if min(left, top) < 0 or min(across, down) < 1:
+        return None
+    return left * across, top * down, (left + crop[0]) * across, (top + crop[1]) * down
 
 
 def _resized(size: tuple[int, int], resize: int | tuple[int, int] | None) -> tuple[int, int]:

@@ -61,7 +61,7 @@ def shards(address: str) -> list[str]:
             system, path = fsspec.core.url_to_fs(one)
             if any(sign in path for sign in "*?["):
                 found += [system.unstrip_protocol(each) for each in system.glob(path)]
-            elif system.isdir(path):
+            elif _ending(path) not in _BUILDERS and system.isdir(path):  # a request: not for each of 100,000
                 listed = system.find(path)
                 found += [system.unstrip_protocol(each) for each in listed if _ending(each) in _BUILDERS]
             else:
@@ -181,7 +181,8 @@ def _batches(plan: Plan, reader: int, readers: int, begin: Position) -> Iterator
         full = epoch == begin.epoch and begin != Position(epoch)
         for sample, position in _epoch(plan, reader, readers, Position(epoch) if epoch != begin.epoch else begin):
             try:
-                held.append((sample, prepare(images.decode(sample.picture, plan.at_least), plan.spec)))
+                picture = images.decode(sample.picture, plan.at_least)
+                held.append((sample, prepare(picture, plan.spec, exact=plan.at_least is None)))
             except UserError as error:
                 if not plan.skips:
                     raise UserError(f"{sample.name}: {error.message}", error.hint, ExitCode.DATA) from None
