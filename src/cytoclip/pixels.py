@@ -223,7 +223,9 @@ def _padded(image_rgb: Image.Image, spec: PixelSpec) -> NDArray[np.uint8]:
     return padded_CHW
 
 
-def _box(size: tuple[int, int], target: tuple[int, int], crop: tuple[int, int]) -> tuple[float, float, float, float] | None:
+def _box(
+    size: tuple[int, int], target: tuple[int, int], crop: tuple[int, int]
+) -> tuple[float, float, float, float] | None:
     """(left, top, right, bottom) of the crop in a picture that is to be made smaller, to `target`; None: it is not."""
     left, top = ((there - kept) // 2 for there, kept in zip(target, crop, strict=True))
     across, down = (before / after for before, after in zip(size, target, strict=True))
