@@ -15,13 +15,16 @@ from PIL import Image
 
 from cytoclip import augment, batches, checkpoint, images, loss, train
 from cytoclip.augment import Variation
-from cytoclip.batches import Pictures
+from cytoclip.batches import Pictures, Varied
 from cytoclip.config import Config
 from cytoclip.console import Console
 from cytoclip.data_options import Augment
 from cytoclip.device import World
 from cytoclip.errors import UserError
+from cytoclip.order import Wording
+from cytoclip.pairs import spread
 from cytoclip.pixels import prepare
+from cytoclip.sides import names_side
 from tests.numerics import gradients_of_one_rank as one_rank
 from tests.test_effects import log, losses, ran
 from tests.test_streams import planned, reader
@@ -170,3 +173,25 @@ def test_a_dry_run_draws_nothing(experiment: Experiment, tmp_path: Path) -> None
     wanted = experiment(output=str(tmp_path / "run"), data={"augment": PRESET})
     train.dry_run(wanted, QUIET)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_pairs_change_is_that_of_its_epoch_of_its_caption_and_of_who_stands_in(root: Path, base: Path) -> None:
+    pairs = batches.open_split(root / "val", QUIET)
+    pairs = replace(
+        pairs, more=(("on the left", "above it"), *[()] * 19), images=(*pairs.images[:3], root / "none.png")
+    )
+    of, wording = Variation(Augment(rotation="any"), (8, 8), 3), Wording.of(pairs, seed=0)
+    sided = np.array([names_side(caption) for caption in spread(pairs).captions])
+    assert sided.tolist() == [False, True, True, *[False] * 19]
+    pictures = Pictures(pairs.images, checkpoint.open_model(str(base)).pixels, varied=Varied(of, wording, sided))
+    upright = []
+    for epoch in range(6):
+        drawn = pictures[0, epoch]
+        caption = int(wording.rows(np.array([0]), np.array([epoch]))[0])
+        upright.append(caption in (1, 2))
+        assert drawn.change is not None
+        assert torch.equal(drawn.change, of.draw(0, epoch, upright=upright[-1]))
+    assert sum(upright) == 4
+    instead = pictures[3, 5, 2]
+    assert instead.draw == (2, 5)
+    assert torch.equal(instead.change, of.draw(2, 5))  # type: ignore[arg-type]
