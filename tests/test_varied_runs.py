@@ -178,7 +178,9 @@ def test_a_dry_run_draws_nothing(experiment: Experiment, tmp_path: Path) -> None
 def test_a_pairs_change_is_that_of_its_epoch_of_its_caption_and_of_who_stands_in(root: Path, base: Path) -> None:
     pairs = batches.open_split(root / "val", QUIET)
     pairs = replace(
-        pairs, more=(("on the left", "above it"), *[()] * 19), images=(*pairs.images[:3], root / "none.png")
+        pairs,
+        more=(("on the left", "above it"), *[()] * 19),
+        images=(*pairs.images[:3], root / "none.png", *pairs.images[4:]),
     )
     of, wording = Variation(Augment(rotation="any"), (8, 8), 3), Wording.of(pairs, seed=0)
     sided = np.array([names_side(caption) for caption in spread(pairs).captions])
