@@ -302,9 +302,10 @@ def _hued(pixels: torch.Tensor, change: Change) -> torch.Tensor:
 
 
 def _blurred(pixels: torch.Tensor, change: Change, largest: float) -> torch.Tensor:
-    from kornia.filters import gaussian_blur2d
+    """Not by `gaussian_blur2d`, which reads its sigmas on the host, and makes it wait for a GPU."""
+    from kornia.filters import filter2d_separable, get_gaussian_kernel1d
 
-    sigma = change.blur.reshape(-1, 1).expand(-1, 2)
     taps = 2 * max(1, math.ceil(_REACH * largest)) + 1
-    blurred: torch.Tensor = gaussian_blur2d(pixels, taps, sigma.clamp(min=1e-3))
+    weights = get_gaussian_kernel1d(taps, change.blur.reshape(-1, 1).clamp(min=1e-3))
+    blurred: torch.Tensor = filter2d_separable(pixels, weights, weights, "reflect")
     return torch.where(change.blur > 0, blurred, pixels)
