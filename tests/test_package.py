@@ -43,7 +43,10 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: tuple[Path, Path]) 
     modules = {f"cytoclip/{p.name}" for p in (HERE / "src" / "cytoclip").glob("*.py")}
     assert len(modules) > 20
     inside = {name for name in names if ".dist-info/" not in name}
-    assert inside == {*modules, "cytoclip/py.typed"}, "without py.typed nobody's mypy reads our types"
+    beside = {"cytoclip/py.typed", "cytoclip/check_page.html"}
+    assert inside == {*modules, *beside}, (
+        "without py.typed nobody's mypy reads our types, without the page no check --html"
+    )
     assert built[0].name == f"cytoclip-{cytoclip.__version__}-py3-none-any.whl"
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
