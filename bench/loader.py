@@ -42,10 +42,11 @@ from PIL import Image, ImageFilter
 from torch.utils.data import DataLoader, Dataset
 
 from cytoclip import batches, cache, captions, cells, checkpoint, demo
-from cytoclip.batches import Pictures, Texts
+from cytoclip.batches import Texts
 from cytoclip.console import Console
 from cytoclip.order import Draw, Wording
 from cytoclip.pairs import Pairs
+from cytoclip.pictures import Pictures
 
 SIZES = ((360, 363), (1024, 768))
 BATCH = 64

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cytoclip import alarms, batches, train
+from cytoclip import alarms, pictures, train
 from cytoclip.config import Config
 from cytoclip.console import Console
 from cytoclip.data_options import Augment, Data
@@ -99,14 +99,14 @@ def test_a_tenth_of_the_time_or_one_long_wait_is_no_sign() -> None:
 def test_a_run_that_waits_says_so_unless_it_fills_its_cache(
     experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepare = batches.prepare
+    prepare = pictures.prepare
 
     def slow(*given: Any, **named: Any) -> Any:
         time.sleep(0.01)
         return prepare(*given, **named)
 
     monkeypatch.setattr(alarms, "WINDOW", 2)
-    monkeypatch.setattr(batches, "prepare", slow)
+    monkeypatch.setattr(pictures, "prepare", slow)
     for name, options, steps, expected in (
         ("slow", {}, 4, 1),
         ("warming up", {}, 3, 0),

@@ -18,11 +18,12 @@ import torch
 from PIL import Image
 
 from cytoclip import batches, captions, checkpoint, images, sources
-from cytoclip.batches import Batch, PatchDropout, Pictures, Rows, Texts
+from cytoclip.batches import Batch, Texts
 from cytoclip.console import Bar, Console
 from cytoclip.errors import ExitCode, UserError
 from cytoclip.order import Order, Share, Wording
 from cytoclip.pairs import spread
+from cytoclip.pictures import PatchDropout, Pictures, Rows
 from cytoclip.pixels import prepare
 
 QUIET = Console(quiet=True)

@@ -20,12 +20,13 @@ import torch
 from PIL import Image
 
 from cytoclip import batches, cache, checkpoint, decoded, files, images, train
-from cytoclip.batches import Batch, Pictures
+from cytoclip.batches import Batch
 from cytoclip.config import Config
 from cytoclip.console import Bar, Console
 from cytoclip.data_options import Data
 from cytoclip.errors import ExitCode, UserError
 from cytoclip.order import Order, Share
+from cytoclip.pictures import Pictures
 from cytoclip.pixels import PixelSpec
 from tests.numerics.test_processes import spawn
 

@@ -15,7 +15,6 @@ from PIL import Image
 
 from cytoclip import augment, batches, checkpoint, images, loss, train
 from cytoclip.augment import Variation
-from cytoclip.batches import Pictures, Varied
 from cytoclip.config import Config
 from cytoclip.console import Console
 from cytoclip.data_options import Augment
@@ -23,6 +22,7 @@ from cytoclip.device import World
 from cytoclip.errors import UserError
 from cytoclip.order import Wording
 from cytoclip.pairs import spread
+from cytoclip.pictures import Pictures, Varied
 from cytoclip.pixels import prepare
 from cytoclip.sides import names_side
 from tests.numerics import gradients_of_one_rank as one_rank

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from cytoclip import decoded, files, signals
-from cytoclip.batches import Pictures
 from cytoclip.console import Console, size
 from cytoclip.data_options import Data
 from cytoclip.decoded import Decoded
 from cytoclip.errors import ExitCode, UserError
+from cytoclip.pictures import Pictures
 
 NAME = "pictures"  # in `files.cache_folder`
 FREE_SHARE = 0.8  # of the disk's free space that may be filled where no budget is given

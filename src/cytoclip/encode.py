@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cytoclip.batches import Pictures, Rows, loader, next_batch
+from cytoclip.batches import loader, next_batch
 from cytoclip.captions import Tokens
 from cytoclip.console import Bar, Console
 from cytoclip.decoded import Decoded
@@ -21,6 +21,7 @@ from cytoclip.device import World
 from cytoclip.model import DualEncoder
 from cytoclip.order import Draw
 from cytoclip.pairs import Pairs
+from cytoclip.pictures import Pictures, Rows
 from cytoclip.pixels import PixelSpec
 
 

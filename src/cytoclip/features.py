@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from cytoclip import files
-from cytoclip.batches import Pictures, Rows, loader, next_batch
+from cytoclip.batches import loader, next_batch
 from cytoclip.captions import Tokens
 from cytoclip.console import Console
 from cytoclip.device import World
@@ -30,6 +30,7 @@ from cytoclip.errors import ExitCode, UserError
 from cytoclip.model import DualEncoder, fingerprint
 from cytoclip.order import STANDBYS
 from cytoclip.pairs import Pairs
+from cytoclip.pictures import Pictures, Rows
 from cytoclip.pixels import PixelSpec
 
 FOLDER = ".features"  # beside the run folders

@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from cytoclip import batches, signals, streams
-from cytoclip.batches import Batch, Pictures, Rows, Texts
+from cytoclip.batches import Batch, Texts
 from cytoclip.device import World
 from cytoclip.errors import ExitCode, UserError
 from cytoclip.order import Order, Share
 from cytoclip.pairs import Identity
+from cytoclip.pictures import Pictures, Rows
 from cytoclip.streams import Arrived, Position, Stream
 
 

@@ -11,7 +11,7 @@ import torch
 
 from cytoclip import batches, cache, captions, decoded, features, leaks, order, places, sources, streams
 from cytoclip.augment import Variation
-from cytoclip.batches import PatchDropout, Pictures, Rows, Texts, Varied
+from cytoclip.batches import Texts
 from cytoclip.captions import Tokens
 from cytoclip.checkpoint import Opened
 from cytoclip.config import Config
@@ -23,6 +23,7 @@ from cytoclip.features import Place
 from cytoclip.feed import FromAfar, FromDisk
 from cytoclip.order import Order, Wording
 from cytoclip.pairs import Pairs, identities, joined, spread
+from cytoclip.pictures import PatchDropout, Pictures, Rows, Varied
 from cytoclip.pixels import PixelSpec
 from cytoclip.rows import Columns
 from cytoclip.sides import names_side

@@ -25,10 +25,11 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from cytoclip import images
 from cytoclip.augment import Variation
-from cytoclip.batches import Batch, PatchDropout
+from cytoclip.batches import Batch
 from cytoclip.captions import Tokens
 from cytoclip.errors import ExitCode, UserError, counted, first_few, nearest
 from cytoclip.pairs import NO_GROUP, Identity, same_caption_key
+from cytoclip.pictures import PatchDropout
 from cytoclip.pixels import PixelSpec, prepare
 from cytoclip.places import MANY, braces
 from cytoclip.rows import Columns
@@ -148,7 +149,7 @@ class Plan:
 
 
 class Stream(IterableDataset["Arrived | UserError"]):
-    """Batches without end, each from one loader process; a failure becomes its error, as in `batches.Pictures`.
+    """Batches without end, each from one loader process; a failure becomes its error, as in `pictures.Pictures`.
 
     Parameters
     ----------

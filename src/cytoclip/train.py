@@ -34,7 +34,7 @@ from cytoclip import (
     state,
     streams,
 )
-from cytoclip.batches import Batch, Pictures
+from cytoclip.batches import Batch
 from cytoclip.checkpoint import RunFolder
 from cytoclip.config import Config
 from cytoclip.console import Console, duration
@@ -44,6 +44,7 @@ from cytoclip.evaluate import Question
 from cytoclip.feed import Arrival, FromAfar, FromDisk, Read
 from cytoclip.jobs import Job
 from cytoclip.loss import Logits, contrastive_step
+from cytoclip.pictures import Pictures
 from cytoclip.plan import Plan
 from cytoclip.report import Scores
 
