@@ -120,6 +120,11 @@ def look_at(places: Sequence[Place], root: Path, console: Console) -> list[Look]
     return [look for look in looks if look is not None]
 
 
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def look(place: Place) -> Look:
     """The look at one file, in this process."""
     scan, found = images.examine(place, _facts)
@@ -228,7 +233,7 @@ def _in_processes(places: Sequence[Place], waiting: Sequence[int]) -> Iterator[t
     if os.name != "nt":
         context.set_forkserver_preload([__name__])  # so that a new process starts in milliseconds
     chunks = deque(waiting[i : i + _CHUNK] for i in range(0, len(waiting), _CHUNK))
-    workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 61)
+    workers = min(cores(), 61)
     while chunks:
         suspects: list[int] = []
         with ProcessPoolExecutor(min(workers, len(chunks)), context, _begin) as pool:

@@ -174,7 +174,7 @@ def pick(sample: Sequence[Mapping[str, Any]], asked: Columns, place: Path, say: 
         if found is None:
             raise data_error(
                 f"no column of {place} looks like the {what}: it has {first_few([shown(n) for n in there], 8)}",
-                f"name it: data.{what}_column=…, or --{what}-column with cytoclip bring",
+                f"name it: data.{what}_column=…, or --{what}-column with cytoclip bring and check",
             )
     if not (asked.image and asked.caption):
         say(f"{place}: pictures from column {shown(image)}, captions from column {shown(caption)} (guessed)")
