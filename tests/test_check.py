@@ -211,3 +211,20 @@ def test_columns_that_are_not_guessed_are_named(own: Path) -> None:
     assert check.check(own, None, None, QUIET).splits["train"].pairs.captions[3] == "a cell"
     report = check.check(own, None, None, QUIET, Asked(columns=Columns(None, "second")))
     assert report.splits["train"].pairs.captions[3] == "the cell 3"
+
+
+def test_what_is_no_data_root_says_what_may_be_meant(bed: Path, tmp_path: Path) -> None:
+    (tmp_path / "a pairs.csv").touch()
+    for place, said, hint in (
+        (bed / "train", "holds no train", f"name the folder that holds the splits: {bed}"),
+        (
+            tmp_path / "a pairs.csv",
+            "is no folder of splits",
+            f"make one of it: `cytoclip bring '{tmp_path / 'a pairs.csv'}' --to",
+        ),
+        (tmp_path / "dat", "no such folder", f"did you mean {bed}?"),
+        (tmp_path, "holds no train, val or test split", "name the folder"),
+    ):
+        with pytest.raises(UserError, match=said) as error:
+            check.check(place, None, None, QUIET)
+        assert hint in error.value.hint

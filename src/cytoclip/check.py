@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -101,8 +102,7 @@ def _read(root: Path, columns: Columns, console: Console) -> tuple[dict[str, Pai
     """The splits that can be read, and a finding for each that cannot; where none can, that is the error."""
     there = places.splits(root)
     if not there:
-        what = "holds no train, val or test split" if root.is_dir() else "is no folder"
-        raise UserError(f"{root} {what}", "name the folder that holds the splits", ExitCode.DATA)
+        raise _no_root(root)
     read: dict[str, Pairs] = {}
     unreadable = []
     for name in there:
@@ -117,6 +117,21 @@ def _read(root: Path, columns: Columns, console: Console) -> tuple[dict[str, Pai
             cases = tuple(Case(name, where, note=why) for where, _, why in (one.partition(": ") for one in left_out))
             unreadable.append(Finding("no-pair", name, len(left_out) + len(read[name]), cases))
     return read, unreadable
+
+
+def _no_root(root: Path) -> UserError:
+    if not root.exists() and not places.is_pattern(root):
+        try:
+            sources.read(root)
+        except UserError as error:  # it names what is there instead
+            return error
+    parent = root.absolute().parent
+    if root.is_dir():
+        what, hint = "holds no train, val or test split", "name the folder that holds the splits"
+        hint += f": {parent}" if places.splits(parent) else ""
+    else:
+        what, hint = "is no folder of splits", f"make one of it: `cytoclip bring {shlex.quote(str(root))} --to …`"
+    return UserError(f"{root} {what}", hint, ExitCode.DATA)
 
 
 def _split(folder: Path, pairs: Pairs, seen: dict[looks.Place, Look], reader: Reader | None) -> Split:

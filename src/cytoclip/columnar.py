@@ -194,11 +194,16 @@ def _chosen(file: Path, schema: Any, batches: Any, asked: Columns, console: Cons
     chosen = pick(first.to_pylist(), asked, file, console.say)
     picture, caption = (schema.field(name).type for name in (chosen.image, chosen.caption))
     if not (_holds_bytes(picture) or _is_text(picture)):
-        raise data_error(f"column {chosen.image} of {file} holds {picture}, not pictures", "name it: data.image_column")
+        raise _other_column("image", chosen.image, file, picture, "pictures")
     of = caption.value_type if pa.types.is_list(caption) or pa.types.is_large_list(caption) else caption
     if not _is_text(of):
-        raise data_error(f"column {chosen.caption} of {file} holds {caption}, not text", "name it: data.caption_column")
+        raise _other_column("caption", chosen.caption, file, caption, "text")
     return chosen
+
+
+def _other_column(what: str, chosen: str | None, file: Path, holds: Any, wanted: str) -> UserError:
+    hint = f"name another: data.{what}_column=…, or --{what}-column with cytoclip bring and check"
+    return data_error(f"column {chosen} of {file} holds {holds}, not {wanted}", hint)
 
 
 def _claimed(table: Any, wanted: Sequence[str]) -> int:
@@ -215,12 +220,14 @@ def _claimed(table: Any, wanted: Sequence[str]) -> int:
 def _holds_bytes(of: Any) -> bool:
     if pa.types.is_struct(of):
         return any(of.field(number).name == "bytes" for number in range(of.num_fields))
-    return bool(pa.types.is_binary(of) or pa.types.is_large_binary(of) or pa.types.is_fixed_size_binary(of))
+    of = of.value_type if pa.types.is_dictionary(of) else of
+    kinds = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary, pa.types.is_binary_view)
+    return any(is_kind(of) for is_kind in kinds)
 
 
 def _is_text(of: Any) -> bool:
     of = of.value_type if pa.types.is_dictionary(of) else of
-    return bool(pa.types.is_string(of) or pa.types.is_large_string(of))
+    return any(is_kind(of) for is_kind in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))
 
 
 @contextmanager

@@ -240,7 +240,10 @@ def require_regular(path: Path) -> os.stat_result:
         facts = path.stat()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise data_error(f"{path} cannot be read: {reason}", "name a file that is there") from None
+        siblings = [place.name for place in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = nearest(path.name, siblings)
+        hint = f"did you mean {path.parent / near}?" if near else "name a file that is there"
+        raise data_error(f"{path} cannot be read: {reason}", hint) from None
     if not stat.S_ISREG(facts.st_mode):
         raise data_error(f"{path} is not a regular file", "name a file: pipes and devices are not read")
     return facts
