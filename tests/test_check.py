@@ -223,6 +223,8 @@ def test_what_is_no_data_root_says_what_may_be_meant(bed: Path, tmp_path: Path) 
             f"make one of it: `cytoclip bring '{tmp_path / 'a pairs.csv'}' --to",
         ),
         (tmp_path / "dat", "no such folder", f"did you mean {bed}?"),
+        (tmp_path / "*.tar", "no files match", "holds a pairs.csv, data"),
+        (tmp_path / "*.csv", "is no folder of splits", "cytoclip bring"),
         (tmp_path, "holds no train, val or test split", "name the folder"),
     ):
         with pytest.raises(UserError, match=said) as error:

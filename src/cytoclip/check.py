@@ -120,9 +120,9 @@ def _read(root: Path, columns: Columns, console: Console) -> tuple[dict[str, Pai
 
 
 def _no_root(root: Path) -> UserError:
-    if not root.exists() and not places.is_pattern(root):
+    if not root.exists():
         try:
-            sources.read(root)
+            places.expand(root) if places.is_pattern(root) else sources.read(root)
         except UserError as error:  # it names what is there instead
             return error
     parent = root.absolute().parent
