@@ -216,3 +216,20 @@ def test_kinds_of_columns_that_arrow_has(tmp_path: Path, held: str) -> None:
     for piece, one in zip(found.images, pairs, strict=True):
         assert isinstance(piece, Piece)
         assert piece.path.read_bytes()[piece.offset : piece.offset + piece.size] == one.picture
+
+
+def test_another_column_of_pictures_does_not_take_the_place_of_one_in_use(tmp_path: Path) -> None:
+    """Compressed pages are copied: a run that reads one column goes on while another run begins with the other."""
+    pairs = formats.drawn()
+    table = {
+        "first": [p.picture for p in pairs],
+        "second": [p.picture for p in reversed(pairs)],
+        "caption": ["a cell"] * 6,
+    }
+    place = tmp_path / "pairs.parquet"
+    pq.write_table(pa.table(table), place, compression="zstd")
+    running = sources.read(place, Columns("first", "caption"))
+    other = sources.read(place, Columns("second", "caption"))
+    assert [bytes_of(image) for image in running.images] == table["first"]
+    assert [bytes_of(image) for image in other.images] == table["second"]
+    assert sources.read(place, Columns("first", "caption")) == running

@@ -44,7 +44,7 @@ def read(files: Sequence[Path], columns: Columns, console: Console) -> Pairs:
     with console.progress("looking through tables", len(files)) as bar:
         for file in files:
             facts = require_regular(file)
-            about = ("columnar", columns.image, columns.caption)
+            about = _about(columns)
             found = indices.load(file, facts, about)
             if found is None:
                 found = _arrow(file, columns, console) if file.suffix == ".arrow" else _parquet(file, columns, console)
@@ -53,6 +53,10 @@ def read(files: Sequence[Path], columns: Columns, console: Console) -> Pairs:
             parts.append(found)
             bar.advance()
     return concatenated(parts)
+
+
+def _about(columns: Columns) -> tuple[str | None, ...]:
+    return "columnar", columns.image, columns.caption
 
 
 def _parquet(file: Path, columns: Columns, console: Console) -> Pairs:
@@ -73,7 +77,7 @@ def _parquet(file: Path, columns: Columns, console: Console) -> Pairs:
             if found is not None:
                 return found
         rows = (row for batch in table.iter_batches(_ROWS, columns=wanted) for row in batch.to_pylist())
-        return _copied(file, rows, chosen, console)
+        return _copied(file, rows, chosen, columns, console)
 
 
 def _arrow(file: Path, columns: Columns, console: Console) -> Pairs:
@@ -98,7 +102,7 @@ def _arrow(file: Path, columns: Columns, console: Console) -> Pairs:
             if found is not None:
                 return found
         rows = (row for batch in batches(_ROWS, wanted) for row in batch.to_pylist())
-        return _copied(file, rows, chosen, console)
+        return _copied(file, rows, chosen, columns, console)
 
 
 class _Places:
@@ -141,8 +145,10 @@ class _Copies:
         return self._before[digest]
 
 
-def _copied(file: Path, rows: Iterator[Mapping[str, Any]], chosen: Columns, console: Console) -> Pairs:
-    copy, needed = indices.copy_of(file), file.stat().st_size
+def _copied(
+    file: Path, rows: Iterator[Mapping[str, Any]], chosen: Columns, columns: Columns, console: Console
+) -> Pairs:
+    copy, needed = indices.copy_of(file, _about(columns)), file.stat().st_size
     console.say(f"{file} holds compressed pages: its pictures, about {size(needed)}, are copied once to {copy}")
     if needed > free_bytes(copy):
         raise UserError(
