@@ -9,7 +9,8 @@ temporary folder, with a CLIP processor of 224×224 and a tokenizer. Each way yi
   tokenizer with it, and a DataLoader around it: what most people write. Its image processor is the one on Pillow,
   which is transformers' own choice where torchvision is not installed, as here.
 - webdataset: the same per pair, out of a tar by webdataset's pipeline.
-- ours: `batches.loader`, decoding in full; and from a cache that is filled, each row compared with its checksum once.
+- ours: `batches.loader`, decoding in full; with data.reduced_decode; and from a cache that is filled, each row compared
+  with its checksum once.
 
 A round goes once through all pairs each way, so that whatever else the machine does falls on all alike. The workers of
 the others live on between rounds; ours are started in each, which is counted. Medians over the rounds, and ratios to
@@ -154,6 +155,7 @@ def ways(folder: Path, base: Path, workers: int) -> dict[str, Way]:
         "plain": plain(pairs, processor, workers),
         "webdataset": by_webdataset(pairs, processor, workers, folder),
         "ours": ours(pictures, texts, workers),
+        "ours, reduced": ours(Pictures(pairs.images, opened.pixels, reduced=True), texts, workers),
         "ours, cached": ours(pictures.kept_in(cache.opened(part)), texts, workers),
     }
 

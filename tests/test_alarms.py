@@ -101,9 +101,9 @@ def test_a_run_that_waits_says_so_unless_it_fills_its_cache(
 ) -> None:
     prepare = batches.prepare
 
-    def slow(*given: Any) -> Any:
+    def slow(*given: Any, **named: Any) -> Any:
         time.sleep(0.01)
-        return prepare(*given)
+        return prepare(*given, **named)
 
     monkeypatch.setattr(alarms, "WINDOW", 2)
     monkeypatch.setattr(batches, "prepare", slow)

@@ -137,7 +137,7 @@ def test_a_run_after_the_cache_was_filled_decodes_nothing(
     assert "68 decoded pictures take 212 kB, 0 of them are there" in heard.of_cache()[0]
     assert tables(own) == {"train": 48, "val": 20}
 
-    def refuse(place: Any) -> Any:
+    def refuse(place: Any, *more: Any) -> Any:
         raise AssertionError(f"{place} was decoded")
 
     monkeypatch.setattr(images, "decode", refuse)
@@ -155,10 +155,10 @@ def test_bad_pictures_are_findings_while_the_others_are_kept(
     (pictures / "004.png").unlink()
     gone, decode = pictures / "005.png", images.decode
 
-    def fails(place: Any) -> Any:
+    def fails(place: Any, *more: Any) -> Any:
         if place == gone.resolve():
             raise UserError(f"{place}: truncated", "replace the file", ExitCode.DATA)
-        return decode(place)
+        return decode(place, *more)
 
     monkeypatch.setattr(images, "decode", fails)
     check.check(own, None, None, QUIET)  # what was looked at is remembered

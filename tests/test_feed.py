@@ -123,7 +123,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"train": {"steps": None, "epochs": 2}}, "train.epochs is 2"),
     ({"data": {"cache": True}}, "data.cache needs training pairs that are here"),
     ({"data": {"replay": [{"root": "somewhere", "weight": 1.0}]}}, "data.replay needs"),
-    ({"data": {"augment": {"flips": True}}}, "data.augment needs"),
 ]
 
 

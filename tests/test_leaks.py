@@ -90,3 +90,21 @@ def test_training_warns_of_leaks_and_points_to_the_check(
     assert lines[0].startswith("warning: groups that are in two splits: ")
     assert "val/000.png = train/000.png (group 0)" in lines[0]
     assert lines[0].endswith("`cytoclip check` shows all")
+
+
+def test_a_replayed_root_may_leak_too_but_not_into_what_is_trained_on() -> None:
+    splits = {
+        "train": pairs(("a", "1", None, None), ("b", "2", None, None)),
+        "val": pairs(("c", "3", None, None), prefix="v"),
+        "replay 1": pairs(("c", "4", None, None), ("a", "5", None, None), prefix="r"),
+        "replay 2": pairs(("a", "6", None, None), prefix="s"),
+    }
+    assert told(leaks.across(splits)) == {("leak-content", "replay 1 and val"): ["replay 1/r0.png = val/v0.png"]}
+
+
+def test_training_names_what_a_replayed_root_leaks(
+    experiment: Callable[..., Config], root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = experiment(data={"replay": [{"root": str(root / "val"), "weight": 0.5}]})
+    jobs.prepare(wanted, RunFolder(tmp_path / "run"), start("cpu", "no"), Console())
+    assert "20 of 20 pairs in replay 1 and val" in capsys.readouterr().err

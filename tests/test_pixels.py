@@ -62,3 +62,27 @@ def test_auto_is_the_checkpoints_own_and_the_four_differ(own: PixelSpec):
 def test_an_unknown_policy_is_refused(own: PixelSpec):
     with pytest.raises(ValueError, match="no crop policy"):
         own.fitted("stretch")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("crop", ["auto", "center", "pad", "squash"])
+def test_without_the_edges_it_is_the_same_to_a_level(own: PixelSpec, shape: tuple[int, int], crop: str):
+    """The way of data.reduced_decode, which does not resize what the crop cuts off."""
+    spec = own.fitted(crop)
+    exact, quick = (prepare(_noise(*shape), spec, way).astype(np.int64) for way in (True, False))
+    assert np.abs(exact - quick).max() <= 1
+    assert (exact != quick).mean() < 0.005
+
+
+def test_a_wider_view_is_the_same_field_in_more_pixels(own: PixelSpec):
+    for spec in (own, *(own.fitted(crop) for crop in ("center", "pad", "squash"))):
+        wide = spec.widened(1.5)
+        assert wide.size == (48, 48)
+        assert wide.fitted("auto") == wide
+        smooth = _noise(3, 5).resize((200, 120), Image.Resampling.BICUBIC)
+        field, wider = (Image.fromarray(prepare(smooth, one).transpose(1, 2, 0)) for one in (spec, wide))
+        difference = np.asarray(wider.resize((32, 32), Image.Resampling.BICUBIC)).astype(int) - np.asarray(field)
+        assert np.abs(difference).mean() < 5, "half a pixel apart, where a crop begins at a rounded one"
+    unresized = PixelSpec(None, (32, 32), 3, (0, 0, 0), (1, 1, 1), 1 / 255)
+    assert unresized.widened(1.5) == unresized
+    assert unresized.shortest_read is None

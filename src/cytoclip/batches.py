@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from cytoclip import images, signals, sources
+from cytoclip.augment import Variation
 from cytoclip.captions import Tokens
 from cytoclip.console import Console
 from cytoclip.decoded import Decoded
@@ -46,6 +47,8 @@ class Batch:
         uint8 pixels (b, 3, H, W), or stored features (b, width) of a frozen tower.
     texts, lengths
         Padded token ids (b, L) and how many of them a row needs; or stored features (b, width), without lengths.
+    changes
+        float32 (b, 22): how `augment.Variation` changes the pictures, where they are varied.
     keep
         int64 (b, K): the patches that the image tower sees, where some are dropped.
     """
@@ -54,6 +57,7 @@ class Batch:
     images: torch.Tensor
     texts: torch.Tensor | None = None
     lengths: NDArray[np.int64] | None = None
+    changes: torch.Tensor | None = None
     keep: torch.Tensor | None = None
 
     def pin_memory(self) -> Batch:
@@ -63,8 +67,8 @@ class Batch:
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         """`function` of each tensor that the towers read."""
         texts = None if self.texts is None else function(self.texts)
-        keep = None if self.keep is None else function(self.keep)
-        return replace(self, images=function(self.images), texts=texts, keep=keep)
+        changes, keep = (None if part is None else function(part) for part in (self.changes, self.keep))
+        return replace(self, images=function(self.images), texts=texts, changes=changes, keep=keep)
 
     def chunks(self, each: int) -> list[tuple[torch.Tensor, ...]]:
         """Views of `each` pairs as the encoder's arguments, the last maybe fewer; tokens cut to the chunk's longest."""
@@ -73,7 +77,9 @@ class Batch:
         for begin in range(0, len(self.indices), each):
             cut = slice(begin, begin + each)
             texts = self.texts[cut] if self.lengths is None else self.texts[cut, : self.lengths[cut].max()]
-            found.append((self.images[cut], texts, *(() if self.keep is None else (self.keep[cut],))))
+            found.append(
+                (self.images[cut], texts, *(part[cut] for part in (self.changes, self.keep) if part is not None))
+            )
         return found
 
 
@@ -134,14 +140,56 @@ class PatchDropout:
         return torch.from_numpy(np.sort(drawn))
 
 
-class Pictures(Dataset[tuple[Draw, "NDArray[np.uint8] | UserError", "torch.Tensor | None"]]):
-    """Decoded pictures at the size of the model, each with the draw that it is of.
+@dataclass(frozen=True)
+class Varied:
+    """How a split's pictures are varied: upright in the epochs whose caption names a side.
 
-    One that fails gives way to the first of its standbys that does not, or becomes its error, raised by `next_batch`.
+    Parameters
+    ----------
+    names_side
+        bool (C,): of each caption, numbered as in `wording`.
     """
 
-    def __init__(self, files: Sequence[Path | Piece], spec: PixelSpec, dropout: PatchDropout | None = None) -> None:
-        self._files, self._spec, self._dropout = files, spec, dropout
+    variation: Variation
+    wording: Wording
+    names_side: NDArray[np.bool_]
+
+    def draw(self, pair: int, epoch: int) -> torch.Tensor:
+        """The change of a pair in an epoch: float32 (22,)."""
+        caption = self.wording.rows(np.array([pair]), np.array([epoch]))[0]
+        return self.variation.draw(pair, epoch, bool(self.names_side[caption]))
+
+
+class Drawn(NamedTuple):
+    """What the loader makes of one draw: of which pair and epoch it is, its picture or features, and what is random."""
+
+    draw: Draw
+    picture: NDArray[Any] | UserError
+    change: torch.Tensor | None = None
+    keep: torch.Tensor | None = None
+
+
+class Pictures(Dataset[Drawn]):
+    """Decoded pictures at the size that `spec` says, each with the draw that it is of.
+
+    One that fails gives way to the first of its standbys that does not, or becomes its error, raised by `next_batch`.
+
+    Parameters
+    ----------
+    reduced
+        Whether a large JPEG is decoded at a half, a quarter or an eighth of its size.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[Path | Piece],
+        spec: PixelSpec,
+        dropout: PatchDropout | None = None,
+        varied: Varied | None = None,
+        reduced: bool = False,
+    ) -> None:
+        self._files, self._spec, self._dropout, self._varied = files, spec, dropout, varied
+        self._at_least = spec.shortest_read if reduced else None
         self.kept: Decoded | None = None
 
     def __len__(self) -> int:
@@ -156,7 +204,8 @@ class Pictures(Dataset[tuple[Draw, "NDArray[np.uint8] | UserError", "torch.Tenso
     def settings(self) -> str:
         """All that their pixels depend on beside the file, in words: what comes after the bytes are read does not."""
         plain = replace(self._spec, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), rescale=1.0)
-        return f"{plain}, Pillow {PIL.__version__}"
+        reduced = f", decoded at {self._at_least} at least" if self._at_least else ""
+        return f"{plain}{reduced}, Pillow {PIL.__version__}"
 
     def kept_in(self, kept: Decoded) -> Pictures:
         """The same pictures, read from `kept` where they are there, else put there once they are decoded."""
@@ -164,12 +213,10 @@ class Pictures(Dataset[tuple[Draw, "NDArray[np.uint8] | UserError", "torch.Tenso
         made.kept = kept
         return made
 
-    def __getitem__(self, draw: Draw) -> tuple[Draw, NDArray[np.uint8] | UserError, torch.Tensor | None]:
+    def __getitem__(self, draw: Draw) -> Drawn:
         return self.drawn(draw, np.empty(self.shape, np.uint8) if self.kept else None)
 
-    def drawn(
-        self, draw: Draw, place_3HW: NDArray[np.uint8] | None = None
-    ) -> tuple[Draw, NDArray[np.uint8] | UserError, torch.Tensor | None]:
+    def drawn(self, draw: Draw, place_3HW: NDArray[np.uint8] | None = None) -> Drawn:
         """The picture of a draw: where it is read from the kept ones, in `place_3HW`."""
         pair, epoch, *standbys = draw
         for index in (pair, *standbys):
@@ -180,19 +227,21 @@ class Pictures(Dataset[tuple[Draw, "NDArray[np.uint8] | UserError", "torch.Tenso
                 if error.code is not ExitCode.DATA:  # the disk's fault, and no other picture would do better
                     break
             else:
-                return (index, epoch), picture, self._dropout.keep(index, epoch) if self._dropout else None
-        return (pair, epoch), failed, None
+                change = self._varied.draw(index, epoch) if self._varied else None
+                keep = self._dropout.keep(index, epoch) if self._dropout else None
+                return Drawn((index, epoch), picture, change, keep)
+        return Drawn((pair, epoch), failed)
 
     def _picture(self, index: int, place_3HW: NDArray[np.uint8] | None) -> NDArray[np.uint8]:
         if self.kept and place_3HW is not None and self.kept.read(index, place_3HW):
             return place_3HW
-        picture = prepare(images.decode(self._files[index]), self._spec)
+        picture = prepare(images.decode(self._files[index], self._at_least), self._spec, exact=self._at_least is None)
         if self.kept:
             self.kept.write(index, picture)
         return picture
 
 
-class Rows(Dataset[tuple[Draw, "NDArray[np.float32] | UserError", None]]):
+class Rows(Dataset[Drawn]):
     """Stored features of a frozen tower, one row a pair, in the place of pictures or captions.
 
     Parameters
@@ -209,13 +258,13 @@ class Rows(Dataset[tuple[Draw, "NDArray[np.float32] | UserError", None]]):
     def __len__(self) -> int:
         return len(self.of)
 
-    def __getitem__(self, draw: Draw) -> tuple[Draw, NDArray[np.float32] | UserError, None]:
+    def __getitem__(self, draw: Draw) -> Drawn:
         pair, epoch, *standbys = draw
         for index in (pair, *standbys):
             row = np.array(self.table[self.of[index]])  # a copy: the table may be mapped read-only
             if not np.isnan(row[0]):
-                return (index, epoch), row, None
-        return (pair, epoch), _no_features(pair), None
+                return Drawn((index, epoch), row)
+        return Drawn((pair, epoch), _no_features(pair))
 
     def batch(self, indices: NDArray[np.int64]) -> torch.Tensor:
         """The rows of the pairs at `indices`: float32 (B, width)."""
@@ -290,17 +339,22 @@ def _decoding(
     )
 
 
-def _collate(texts: Texts | None, rows: list[tuple[Draw, Any, torch.Tensor | None]]) -> Batch | UserError:
-    for _, picture, _ in rows:
-        if isinstance(picture, UserError):
-            return picture
-    return _batch(texts, rows, torch.stack([torch.from_numpy(picture) for _, picture, _ in rows]))
+def _collate(texts: Texts | None, rows: list[Drawn]) -> Batch | UserError:
+    pictures = []
+    for row in rows:
+        if isinstance(row.picture, UserError):
+            return row.picture
+        pictures.append(torch.from_numpy(row.picture))
+    return _batch(texts, rows, torch.stack(pictures))
 
 
-def _batch(texts: Texts | None, rows: list[tuple[Draw, Any, torch.Tensor | None]], images: torch.Tensor) -> Batch:
-    keep = torch.stack([kept for *_, kept in rows if kept is not None]) if rows[0][2] is not None else None
-    indices, epochs = np.array([draw for draw, *_ in rows], np.int64).T
-    batch = Batch(indices, images, keep=keep)
+def _batch(texts: Texts | None, rows: list[Drawn], images: torch.Tensor) -> Batch:
+    indices, epochs = np.array([row.draw for row in rows], np.int64).T
+    changes, keep = (
+        torch.stack([one for one in column if one is not None]) if column[0] is not None else None
+        for column in zip(*(row[2:] for row in rows), strict=True)
+    )
+    batch = Batch(indices, images, changes=changes, keep=keep)
     if texts is None:
         return batch
     captions = texts.wording.rows(indices, epochs)
@@ -333,7 +387,7 @@ def _gathered(pictures: Pictures, texts: Texts | None, draws: list[Draw], device
     rows = []
     for draw, place_3HW in zip(draws, pixels.numpy(), strict=True):
         rows.append(pictures.drawn(draw, place_3HW))
-        picture = rows[-1][1]
+        picture = rows[-1].picture
         if isinstance(picture, UserError):
             return picture
         if picture is not place_3HW:

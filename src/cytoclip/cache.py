@@ -129,7 +129,7 @@ class _Filling(Dataset["UserError | None"]):
         return len(self._missing)
 
     def __getitem__(self, place: int) -> UserError | None:
-        picture = self._pictures[int(self._missing[place]), 0][1]
+        picture = self._pictures[int(self._missing[place]), 0].picture
         return picture if isinstance(picture, UserError) else None
 
 

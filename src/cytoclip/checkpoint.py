@@ -39,6 +39,7 @@ class RunFolder:
     best = property(lambda self: self.path / "best")
     results = property(lambda self: self.path / "results.json")
     losses = property(lambda self: self.path / "losses.jsonl")
+    varied = property(lambda self: self.path / "varied.png")
     log = property(lambda self: self.path / "train.log")
     lock = property(lambda self: self.path / ".lock")
     checkpoints = property(lambda self: self.path / "checkpoints")

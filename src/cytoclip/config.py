@@ -235,6 +235,15 @@ class Config(Section):
         description="The run folder; default: runs/ and the name of the YAML file without its ending.",
     )
 
+    @model_validator(mode="after")
+    def _what_is_varied_is_seen(self) -> Config:
+        if self.data.augment and self.model.image_tower == "frozen":
+            raise ValueError(
+                "data.augment varies pictures, and a frozen image tower (model.image_tower) is asked once for each|"
+                "delete data.augment, or set model.image_tower=lora"
+            )
+        return self
+
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read one experiment and put `section.key=value` overrides on top.

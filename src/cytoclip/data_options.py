@@ -147,6 +147,15 @@ class Data(Section):
     )
 
     @model_validator(mode="after")
+    def _reduced_for_augment(self) -> Data:
+        if self.reduced_decode and not self.augment:
+            raise ValueError(
+                "reduced_decode changes pixels, and is for pictures that are changed anyway|"
+                "set data.augment.preset=microscopy, or delete data.reduced_decode"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_way(self) -> Data:
         apart = [name for name in ("train", "val", "test") if getattr(self, name)]
         if self.root and apart:

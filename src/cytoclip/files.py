@@ -53,12 +53,16 @@ def _leads_away(inside: Path) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, written: bytes) -> None:
     """Write a whole file or leave the old one: a crash at any moment leaves one of the two."""
     beside = path.with_name(f".{path.name}.new")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("w", encoding="utf-8") as stream:
-            stream.write(text)
+        with beside.open("wb") as stream:
+            stream.write(written)
             stream.flush()
             os.fsync(stream.fileno())
         beside.replace(path)

@@ -6,24 +6,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from cytoclip import batches, cache, captions, decoded, features, leaks, order, places, sources, streams
-from cytoclip.batches import PatchDropout, Pictures, Rows, Texts
+from cytoclip.augment import Variation
+from cytoclip.batches import PatchDropout, Pictures, Rows, Texts, Varied
 from cytoclip.captions import Tokens
 from cytoclip.checkpoint import Opened
 from cytoclip.config import Config
 from cytoclip.console import Console
 from cytoclip.device import World
 from cytoclip.encode import Reading
-from cytoclip.errors import UserError
+from cytoclip.errors import UserError, counted
 from cytoclip.features import Place
 from cytoclip.feed import FromAfar, FromDisk
 from cytoclip.order import Order, Wording
 from cytoclip.pairs import Pairs, identities, joined, spread
+from cytoclip.pixels import PixelSpec
 from cytoclip.rows import Columns
+from cytoclip.sides import names_side
 
-_HELD_OUT = ("val", "test")
 _REPLAY = "replay"  # a replayed root's name begins with it, and its number follows
 
 
@@ -49,16 +52,16 @@ def find(wanted: Config, console: Console) -> Found:
 
 
 def scanned(wanted: Config, found: Found, console: Console) -> dict[str, Pairs]:
-    """The splits with every picture's bytes read once; leaks between them are said.
+    """The splits with every picture's bytes read once; leaks between them, replayed roots' too, are said.
 
     Only training may go on without a picture: a number of validation is one of all of its pairs.
     """
     skips = wanted.data.on_bad_image == "skip"
     splits = {
-        name: batches.scanned(pairs, folder, console, skips and name not in _HELD_OUT)
+        name: batches.scanned(pairs, folder, console, skips and name not in leaks.HELD_OUT)
         for name, (folder, pairs) in found.splits.items()
     }
-    for line in leaks.warnings({name: pairs for name, pairs in splits.items() if not name.startswith(_REPLAY)}):
+    for line in leaks.warnings(splits):
         console.warn(line)
     return splits
 
@@ -73,6 +76,12 @@ def order_of(wanted: Config, found: Found) -> Order | None:
     return Order(len(found.splits["train"][1]), batch, wanted.train.seed, tuple(zip(there, each, strict=True)))
 
 
+def pixels(wanted: Config, opened: Opened) -> PixelSpec:
+    """How training pictures are read: wider than the model's input where crops are random."""
+    variation = _variation(wanted, opened)
+    return opened.pixels.widened(variation.margin) if variation else opened.pixels
+
+
 @dataclass(frozen=True)
 class Intake:
     """The pairs of a run as they are read.
@@ -83,12 +92,15 @@ class Intake:
         The training pairs, replayed roots behind them, as they come step by step.
     reading
         How those of validation are read.
+    variation
+        How training pictures are varied; None: not.
     truncated
         Training captions that lose their end; of pairs from afar, nobody knows.
     """
 
     feed: FromDisk | FromAfar
     reading: Reading
+    variation: Variation | None = None
     truncated: int = 0
 
 
@@ -103,9 +115,11 @@ def open_up(
     storing: bool,
 ) -> Intake:
     """The feed of a run; with `storing`, features of a frozen tower are stored first, or decoded pictures kept."""
+    variation = _variation(wanted, opened)
     if steps is None:
-        return Intake(_from_afar(wanted, opened, found.shards, reading.workers, place.world), reading)
-    ready = _from_disk(wanted, opened, splits, steps, reading, place, storing)
+        feed = _from_afar(wanted, opened, found.shards, variation, reading.workers, place.world)
+        return Intake(feed, reading, variation)
+    ready = _from_disk(wanted, opened, splits, steps, variation, reading, place, storing)
     return _keeping(wanted, ready, found, splits, place, storing) if wanted.data.cache else ready
 
 
@@ -114,6 +128,7 @@ def _from_disk(
     opened: Opened,
     splits: dict[str, Pairs],
     steps: Order,
+    variation: Variation | None,
     reading: Reading,
     place: Place,
     storing: bool,
@@ -122,8 +137,22 @@ def _from_disk(
     train, val = joined([splits[name] for name in _of_training(splits)]), spread(splits["val"])
     said, skips = spread(train), wanted.data.on_bad_image == "skip"
     tokens = captions.tokenise(opened.tokenizer, said.captions, opened.context, encoder.family)
-    pictures: Pictures | Rows = Pictures(train.images, opened.pixels, _dropout(wanted, opened))
-    texts = Texts(tokens, Wording.of(train, wanted.train.seed))
+    wording = Wording.of(train, wanted.train.seed)
+    varied = Varied(variation, wording, np.array([names_side(one) for one in said.captions])) if variation else None
+    if varied and variation and variation.turns and variation.augment.sides == "keep":
+        sided = int(varied.names_side.sum())
+        place.console.say(
+            f"data.augment: {counted(sided, 'caption')} of {len(said)} name a side (left, upper, …): their pictures "
+            "are neither turned nor mirrored"
+        )
+    pictures: Pictures | Rows = Pictures(
+        train.images,
+        pixels(wanted, opened),
+        _dropout(wanted, opened),
+        varied,
+        wanted.data.reduced_decode,
+    )
+    texts = Texts(tokens, wording)
     if storing and wanted.model.image_tower == "frozen":
         pictures, rows = (
             features.of_pictures(encoder, pairs, opened.pixels, each, reading.workers, place, may_skip)
@@ -135,27 +164,36 @@ def _from_disk(
         reading = replace(reading, text_rows=features.of_captions(encoder, val, reading.tokens, each, place))
     identity = identities(said).map(lambda ids: torch.from_numpy(ids).to(world.device))
     feed = FromDisk(pictures, texts, steps, identity, train.names, reading.workers, skips)
-    return Intake(feed, reading, tokens.truncated)
+    return Intake(feed, reading, variation, tokens.truncated)
 
 
-def _from_afar(wanted: Config, opened: Opened, shards: list[str], workers: int, world: World) -> FromAfar:
+def _from_afar(
+    wanted: Config, opened: Opened, shards: list[str], variation: Variation | None, workers: int, world: World
+) -> FromAfar:
     def tokenise(said: Sequence[str]) -> Tokens:
         return captions.tokenise(opened.tokenizer, said, opened.context, opened.encoder.family)
 
-    data = wanted.data
+    data, spec = wanted.data, pixels(wanted, opened)
     planned = streams.Plan(
         shards=shards,
         columns=Columns(data.image_column, data.caption_column),
         each=wanted.train.batch_size // world.size,
-        spec=opened.pixels,
+        spec=spec,
         tokenise=tokenise,
         seed=wanted.train.seed,
         rank=world.rank,
         size=world.size,
         skips=data.on_bad_image == "skip",
         dropout=_dropout(wanted, opened),
+        variation=variation,
+        at_least=spec.shortest_read if data.reduced_decode else None,
     )
     return FromAfar(planned, workers)
+
+
+def _variation(wanted: Config, opened: Opened) -> Variation | None:
+    augment = wanted.data.augment
+    return Variation(augment, opened.pixels.size, wanted.train.seed) if augment else None
 
 
 def _dropout(wanted: Config, opened: Opened) -> PatchDropout | None:
@@ -168,7 +206,7 @@ def _shards(wanted: Config) -> list[str]:
     data = wanted.data
     if not data.train or not streams.is_remote(data.train):
         return []
-    for option, given in (("replay", data.replay), ("cache", data.cache), ("augment", data.augment)):
+    for option, given in (("replay", data.replay), ("cache", data.cache)):
         if given:
             raise UserError(
                 f"data.{option} needs training pairs that are here, and data.train is {data.train}",
@@ -202,7 +240,7 @@ def _keeping(
 
 def _of_training(splits: dict[str, Pairs]) -> list[str]:
     """The training split and the replayed roots, as they stand behind it in the numbering of the pairs."""
-    return [name for name in splits if name not in _HELD_OUT]
+    return [name for name in splits if name not in leaks.HELD_OUT]
 
 
 def _read_splits(wanted: Config, console: Console) -> dict[str, tuple[Path, Pairs]]:

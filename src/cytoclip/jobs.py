@@ -25,6 +25,7 @@ from cytoclip import (
     repeats,
     shard,
 )
+from cytoclip.augment import Variation
 from cytoclip.averages import Averages
 from cytoclip.checkpoint import Opened, RunFolder
 from cytoclip.config import Config
@@ -49,6 +50,8 @@ class Job:
     ----------
     start
         The starting model, where the objective is anchored to it.
+    variation
+        How training pictures are varied, if they are.
     feed
         The training pairs, replayed roots behind them, as they come step by step.
     val
@@ -69,6 +72,7 @@ class Job:
     optimizer: torch.optim.AdamW
     averages: Averages | None
     scaler: torch.amp.GradScaler
+    variation: Variation | None
     feed: FromDisk | FromAfar
     val: Pairs
     inputs: dict[str, str]
@@ -119,6 +123,7 @@ def prepare(wanted: Config, run: RunFolder, world: World, console: Console, stor
         optimizer=optimizer,
         averages=Averages(encoder.moving(), wanted.train.ema) if wanted.train.ema else None,
         scaler=_scaler(world, wanted.train.precision),
+        variation=ready.variation,
         feed=ready.feed,
         val=val,
         inputs=_digests(wanted, opened, began_from, found, splits, world),
@@ -196,7 +201,7 @@ def _with_chunks(wanted: Config, opened: Opened, planned: Plan, world: World, co
         if world.device.type == "cuda":
             moving = sum(parameter.numel() for parameter in opened.encoder.moving().values())
             reserved = 8 * moving + 24 * wanted.train.batch_size * opened.encoder.width  # moments, embeddings; float32
-            reserved += batches.bytes_ahead(share, opened.pixels.size)
+            reserved += batches.bytes_ahead(share, intake.pixels(wanted, opened).size)
             fits = autosize.trial(opened.encoder, opened.pixels.size, opened.context, reserved, world)
             found, how = autosize.largest(fits, share), "found by trying"
         else:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
 from cytoclip import images
+from cytoclip.augment import Variation
 from cytoclip.batches import Batch, PatchDropout
 from cytoclip.captions import Tokens
 from cytoclip.errors import ExitCode, UserError, counted, first_few, nearest
@@ -31,6 +32,7 @@ from cytoclip.pairs import NO_GROUP, Identity, same_caption_key
 from cytoclip.pixels import PixelSpec, prepare
 from cytoclip.places import MANY, braces
 from cytoclip.rows import Columns
+from cytoclip.sides import names_side
 
 BLOCK = 512  # pairs of a shard that are shuffled together: their encoded pictures are held, about 50 MB
 _BUILDERS = {"tar": "webdataset", "parquet": "parquet", "csv": "csv", "tsv": "csv", "jsonl": "json", "json": "json"}
@@ -59,7 +61,7 @@ def shards(address: str) -> list[str]:
             system, path = fsspec.core.url_to_fs(one)
             if any(sign in path for sign in "*?["):
                 found += [system.unstrip_protocol(each) for each in system.glob(path)]
-            elif system.isdir(path):
+            elif _ending(path) not in _BUILDERS and system.isdir(path):  # a request: not for each of 100,000
                 listed = system.find(path)
                 found += [system.unstrip_protocol(each) for each in listed if _ending(each) in _BUILDERS]
             else:
@@ -141,6 +143,8 @@ class Plan:
     size: int
     skips: bool = False
     dropout: PatchDropout | None = None
+    variation: Variation | None = None
+    at_least: int | None = None  # as of `images.decode`
 
 
 class Stream(IterableDataset["Arrived | UserError"]):
@@ -177,7 +181,8 @@ def _batches(plan: Plan, reader: int, readers: int, begin: Position) -> Iterator
         full = epoch == begin.epoch and begin != Position(epoch)
         for sample, position in _epoch(plan, reader, readers, Position(epoch) if epoch != begin.epoch else begin):
             try:
-                held.append((sample, prepare(images.decode(sample.picture), plan.spec)))
+                picture = images.decode(sample.picture, plan.at_least)
+                held.append((sample, prepare(picture, plan.spec, exact=plan.at_least is None)))
             except UserError as error:
                 if not plan.skips:
                     raise UserError(f"{sample.name}: {error.message}", error.hint, ExitCode.DATA) from None
@@ -291,13 +296,15 @@ def _arrived(
     begins = _hashed([f"{plan.seed} {name}" for name in names])
     drawn = zip(begins, (sample.captions for sample, _ in held), strict=True)
     chosen = [captions[(begin + position.epoch) % len(captions)] for begin, captions in drawn]
-    tokens = plan.tokenise(chosen)
+    tokens, epoch, varied = plan.tokenise(chosen), position.epoch, plan.variation
+    upright = zip(pairs, map(names_side, chosen), strict=True)
     batch = Batch(
         pairs,
         torch.from_numpy(np.stack([picture for _, picture in held])),
         tokens.batch(range(len(held))),
         tokens.lengths(),
-        torch.stack([plan.dropout.keep(int(pair), position.epoch) for pair in pairs]) if plan.dropout else None,
+        changes=torch.stack([varied.draw(int(pair), epoch, sided) for pair, sided in upright]) if varied else None,
+        keep=torch.stack([plan.dropout.keep(int(pair), epoch) for pair in pairs]) if plan.dropout else None,
     )
     identity = Identity(
         caption=_hashed([same_caption_key(caption) for caption in chosen]),

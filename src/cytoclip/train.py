@@ -15,6 +15,7 @@ import torch
 
 from cytoclip import (
     alarms,
+    augment,
     checkpoint,
     claim,
     config,
@@ -33,7 +34,7 @@ from cytoclip import (
     state,
     streams,
 )
-from cytoclip.batches import Pictures
+from cytoclip.batches import Batch, Pictures
 from cytoclip.checkpoint import RunFolder
 from cytoclip.config import Config
 from cytoclip.console import Console, duration
@@ -216,9 +217,7 @@ def _train(job: Job, progress: _Progress) -> None:
             arrival = next(arrivals)
             watch.waited(asked)
             if progress.step == 0 and arrival.batch.images.ndim == 4:
-                few = plan.held(job.config, job.world.size)  # the whole batch as floats need not fit
-                held = arrival.batch.images[:few]
-                _ring(job, alarms.no_contrast(job.opened.encoder.to_floats(held)))
+                _look_at_first(job, arrival.batch)
             row, curves = _step(job, progress.step, arrival)
             progress.step += 1
             curves |= watch.read(job.config.train.batch_size)
@@ -240,6 +239,15 @@ def _train(job: Job, progress: _Progress) -> None:
             if stopped and progress.step < steps:
                 raise Stopped(stopped, progress.step)
             watch.read(0)  # the next step's speed is its own
+
+
+def _look_at_first(job: Job, batch: Batch) -> None:
+    """An alarm for pictures without contrast; and beside the run's numbers what its first pictures were varied to."""
+    few = plan.held(job.config, job.world.size)  # the whole batch as floats need not fit
+    _ring(job, alarms.no_contrast(job.opened.encoder.to_floats(batch.images[:few])))
+    if job.variation and batch.changes is not None and job.world.first:
+        shown = slice(0, augment.SHOWN)
+        files.write_bytes(job.run.varied, augment.sheet(job.variation, batch.images[shown], batch.changes[shown]))
 
 
 def _unwatched(job: Job, done: int) -> int:
@@ -271,7 +279,8 @@ def _step(job: Job, step: int, arrival: Arrival) -> tuple[dict[str, float], dict
     chunks = arrival.batch.chunks(plan.held(job.config, world.size))
     factor = job.scaler.get_scale() if job.scaler.is_enabled() else 1.0
     logits = Logits(encoder.logit_scale, encoder.logit_bias)
-    result = contrastive_step(encoder, logits, chunks, arrival.identity, world, job.objective, factor, job.start)
+    shown, start = augment.seen_by(encoder, job.variation), job.start and augment.seen_by(job.start, job.variation)
+    result = contrastive_step(shown, logits, chunks, arrival.identity, world, job.objective, factor, start)
     world.sum_gradients(moving.values())
     job.scaler.unscale_(job.optimizer)
     clipped = optim.clip(moving, wanted.max_grad_norm)
@@ -279,7 +288,7 @@ def _step(job: Job, step: int, arrival: Arrival) -> tuple[dict[str, float], dict
     values = torch.stack([result.loss, clipped, scale, result.hit_at_1, result.anchor]).tolist()
     skips = job.scaler.is_enabled() and factor >= 1  # fp16 tries again at half the scale
     norm = 0.0 if skips else values[1]
-    diverged.refuse_non_finite(step + 1, values[0], norm, encoder, chunks, arrival.names, world)
+    diverged.refuse_non_finite(step + 1, values[0], norm, shown, chunks, arrival.names, world)
     job.scaler.step(job.optimizer)
     job.scaler.update()
     encoder.clamp_scale()

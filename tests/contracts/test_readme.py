@@ -22,11 +22,12 @@ COMMANDS = [
     for line in block.splitlines()
     if line.strip()
 ]
+CHECKPOINT = "openai/clip-vit-base-patch16"
 YAML = re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
 
 
 def test_what_the_readme_has() -> None:
-    assert len(COMMANDS) == 9
+    assert len(COMMANDS) == 10
     assert len(YAML) == 1
     assert README.index("make demo") < README.index("## "), "the two commands stand on the first screen"
 
@@ -44,7 +45,7 @@ def test_commands_in_order(
 ) -> None:
     """In this process, since each start of Python costs seconds; `accelerate launch` itself is in test_commands.py."""
     monkeypatch.chdir(tmp_path)
-    small = {"openai/clip-vit-base-patch16": str(base), "batch_size: 256": "batch_size: 12", "epochs: 10": "epochs: 2"}
+    small = {CHECKPOINT: str(base), "batch_size: 256": "batch_size: 12", "epochs: 10": "epochs: 2"}
     recipe = YAML[0].replace("path/to/data_root", str(root))
     for written, instead in small.items():
         assert written in recipe
@@ -54,22 +55,24 @@ def test_commands_in_order(
     for command in COMMANDS:
         if command.startswith("make "):
             continue
-        words = shlex.split(command.replace("path/to/data_root", str(root)))
+        words = shlex.split(command.replace("path/to/data_root", str(root)).replace(CHECKPOINT, str(base)))
         if words[:2] == ["accelerate", "launch"]:
             assert (PROJECT / words[words.index("--config") + 1]).is_file()
             words = ["python", words[2], "--config", "my.yaml"]
         with pytest.raises(SystemExit) as ended:
             _run(words, monkeypatch)
-        assert ended.value.code in (0, None), command
+        assert ended.value.code in ((3,) if words[1] == "check" else (0, None)), command  # 3: it found something
         said[command] = capsys.readouterr()
     outputs = list(said.values())
-    assert "nothing was written" in outputs[0].out
-    assert "run folder: runs/first" in outputs[1].out
-    assert "chance" in outputs[1].out
-    assert "hit@50" in outputs[3].out
-    assert "train.batch_size" in outputs[4].out
-    assert "is finished" in outputs[5].err  # the same run as `cytoclip train my.yaml`
-    assert "hit@50" in outputs[6].out
+    assert "proposed configuration:" in outputs[0].out
+    assert Path("check.html").is_file()
+    assert "nothing was written" in outputs[1].out
+    assert "run folder: runs/first" in outputs[2].out
+    assert "chance" in outputs[2].out
+    assert "hit@50" in outputs[4].out
+    assert "train.batch_size" in outputs[5].out
+    assert "is finished" in outputs[6].err  # the same run as `cytoclip train my.yaml`
+    assert "hit@50" in outputs[7].out
     assert "hit@1_groups" in json.loads(Path("runs/first/eval_result.json").read_text())
     assert _tree(Path("runs/first")) >= {"model", "best", "results.json", "losses.jsonl", "checkpoints", "config.yaml"}
     named = set(re.findall(r"^\| `([a-z.]+)/?`", README, flags=re.MULTILINE)) - {"checkpoints"}

@@ -30,7 +30,7 @@ def test_no_function_of_the_package_is_longer_than_60_lines() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     }
-    assert 200 <= len(lengths) <= 800
+    assert 200 <= len(lengths) <= 1500
     assert {name: length for name, length in lengths.items() if length > FUNCTION_LINES} == {}
 
 
