@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import unicodedata
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -166,7 +167,7 @@ def test_a_second_run_is_refused_and_a_crash_leaves_nothing(tmp_path: Path, monk
     [
         (Shares(0.5, 0.5), "leave nothing to train on"),
         (Shares(float("nan"), 0.1), "leave nothing to train on"),
-        (Shares(0.2, 0.2), "val, test would be empty"),
+        (Shares(0.2, 0.2), "val, test would be empty: the 6 pairs of .* are 1 with sources"),
     ],
 )
 def test_splits_that_cannot_be(tmp_path: Path, shares: Shares, said: str) -> None:
@@ -190,3 +191,13 @@ def test_names_are_safe_and_unique(tmp_path: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.touch(exist_ok=False)
     assert found[8] == "p.png"  # by what its bytes begin with
+
+
+def test_names_that_differ_in_how_an_accent_is_written(tmp_path: Path) -> None:
+    """To macOS they are one name: the second picture would take the first one's place."""
+    (tmp_path / "x").write_bytes(formats.drawn(1)[0].picture)
+    names = ("\u00e9.png", "e\u0301.png", "\u00e9/1.png", "E\u0301/1.png")
+    images = tuple(files.Piece(tmp_path / "x", 0, i + 1) for i in range(len(names)))
+    none = (None,) * len(names)
+    found = bring.safe_names(Pairs(images, names, names, none, none, none))
+    assert len({unicodedata.normalize("NFD", name.casefold()) for name in found}) == len(names)

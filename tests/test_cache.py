@@ -28,7 +28,9 @@ from cytoclip.errors import ExitCode, UserError
 from cytoclip.order import Order, Share
 from cytoclip.pictures import Pictures
 from cytoclip.pixels import PixelSpec
+from tests.conftest import weights
 from tests.numerics.test_processes import spawn
+from tests.test_train import stop_after
 
 Experiment = Callable[..., Config]
 QUIET = Console(quiet=True)
@@ -91,6 +93,13 @@ def run(experiment: Experiment, root: Path, name: str, console: Console | None =
     return [losses, result.before, result.best, result.last]
 
 
+def same_weights(one: Path, other: Path) -> None:
+    left, right = weights(one / "model"), weights(other / "model")
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        np.testing.assert_array_equal(value, right[name])
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_with_the_cache_is_the_run_without_it(workers: int, experiment: Experiment, own: Path) -> None:
     """While it is filled, while it is read, and in a second run, which finds it filled."""
@@ -133,6 +142,21 @@ def test_a_run_that_stops_while_the_cache_is_filled_goes_on_exactly(
     assert 24 <= tables(own)["train"] < 48, "a part is there"
     monkeypatch.undo()
     assert run(experiment, own, "stopped", **options) == plain
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_run_that_goes_on_with_or_without_the_cache_is_the_same_run(
+    first: bool, experiment: Experiment, own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It decides no number, so a run that waits for its pictures need not begin anew to have one."""
+    plain = run(experiment, own, "plain")
+    stop_after(5, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        run(experiment, own, "changed", data={"cache": first}, checkpoint={"every": 5})
+    monkeypatch.undo()
+    other = {"cache": not first, "cache_budget_gb": 1.0}
+    assert run(experiment, own, "changed", data=other, checkpoint={"every": 5}) == plain
+    same_weights(own.parent / "plain", own.parent / "changed")
 
 
 def test_damaged_rows_are_decoded_again_and_said(experiment: Experiment, own: Path) -> None:

@@ -302,3 +302,12 @@ def test_a_cache_lies_beside_its_data_or_at_home(tmp_path: Path, monkeypatch: py
     elsewhere = {files.cache_folder(tmp_path / name) for name in ("data", "other")}
     assert len(elsewhere) == 2
     assert {folder.parent for folder in elsewhere} == {tmp_path / "home" / "cytoclip"}
+
+
+def test_a_cache_at_home_is_found_however_its_data_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "link").symlink_to("data")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.chdir(tmp_path / "data")
+    names = [Path(), tmp_path / "data", Path("../data"), tmp_path / "link"]
+    assert len({files.cache_folder(name) for name in names}) == 1

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from cytoclip import images, sources
@@ -132,11 +134,14 @@ def test_files_of_several_kinds_are_refused(tmp_path: Path) -> None:
         ("pairs.tar.gz", "of no known format", "gzip -d"),
         ("packed.tar", "is compressed", "gzip -d .*packed.tar"),
         ("{0..3}.tar", "3 of the 4 files .* are not there", r"\*"),
-        ("*.parquet", "no files match", "ending"),
+        ("*.parquet", "no files match", "holds 0.tar, empty.csv"),
+        ("pair.csv", "cannot be read: No such file", "did you mean .*pairs.csv"),
+        ("empty.csv", "is empty", "a header"),
         ("{0..3.tar", "is no pattern", "such as"),
     ],
 )  # fmt: skip
 def test_a_place_that_is_nothing_is_refused(tmp_path: Path, place: str, said: str, hint: str) -> None:
+    (tmp_path / "empty.csv").touch()
     for name in ("pairs.csv", "pairs.doc", "pairs.tar.gz", "0.tar"):
         (tmp_path / name).write_text("x")
     (tmp_path / "packed.tar").write_bytes(b"\x1f\x8b" + bytes(600))
@@ -180,3 +185,51 @@ def test_the_hub_without_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_hub_that_cannot_be_reached_is_two_lines() -> None:
     with pytest.raises(UserError, match="hub:owner/no-such-name-of-ours cannot be read"):
         sources.read(Path("hub:owner/no-such-name-of-ours"))
+
+
+def test_long_captions_and_line_ends_of_tables(tmp_path: Path) -> None:
+    """A caption may have 1 MiB, as docs/guide/data.md says; Python's own limit is an eighth of it."""
+    formats.write_pictures(tmp_path, formats.drawn(1))
+    place = tmp_path / "pairs.csv"
+    place.write_text('image,caption\n000.png,"' + "a\nlong tale " * 40_000 + '"\n')
+    assert len(sources.read(place).captions[0]) == 480_000
+    place.write_text("image,caption\r000.png,a cell\r", newline="")
+    with pytest.raises(UserError, match="new-line") as caught:
+        sources.read(place)
+    assert caught.value.hint == "save it with line feeds"
+
+
+@pytest.mark.parametrize("held", ["dictionary", "view", "plain"])
+def test_kinds_of_columns_that_arrow_has(tmp_path: Path, held: str) -> None:
+    pairs = formats.drawn()
+    columns = {"image": pa.array([p.picture for p in pairs]), "caption": pa.array([p.captions[0] for p in pairs])}
+    if held == "dictionary":
+        columns = {name: column.dictionary_encode() for name, column in columns.items()}
+    if held == "view":
+        columns = {
+            "image": columns["image"].cast(pa.binary_view()),
+            "caption": columns["caption"].cast(pa.string_view()),
+        }
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    found = sources.read(tmp_path / "a.parquet")
+    assert found.captions == tuple(p.captions[0] for p in pairs)
+    for piece, one in zip(found.images, pairs, strict=True):
+        assert isinstance(piece, Piece)
+        assert piece.path.read_bytes()[piece.offset : piece.offset + piece.size] == one.picture
+
+
+def test_another_column_of_pictures_does_not_take_the_place_of_one_in_use(tmp_path: Path) -> None:
+    """Compressed pages are copied: a run that reads one column goes on while another run begins with the other."""
+    pairs = formats.drawn()
+    table = {
+        "first": [p.picture for p in pairs],
+        "second": [p.picture for p in reversed(pairs)],
+        "caption": ["a cell"] * 6,
+    }
+    place = tmp_path / "pairs.parquet"
+    pq.write_table(pa.table(table), place, compression="zstd")
+    running = sources.read(place, Columns("first", "caption"))
+    other = sources.read(place, Columns("second", "caption"))
+    assert [bytes_of(image) for image in running.images] == table["first"]
+    assert [bytes_of(image) for image in other.images] == table["second"]
+    assert sources.read(place, Columns("first", "caption")) == running

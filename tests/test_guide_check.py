@@ -34,7 +34,7 @@ def test_the_commands_in_order(
     planted.plant(root, ["html"])
     assert COMMANDS
     commands = COMMANDS.group(1).replace("openai/clip-vit-base-patch16", str(base)).splitlines()
-    assert len(commands) == 3
+    assert len(commands) == 4
     said = []
     for command in commands:
         assert run(shlex.split(command), monkeypatch) == 3
@@ -48,6 +48,9 @@ def test_the_commands_in_order(
     keys = set(re.findall(r"`([a-z_]+)`", " ".join(re.findall(r"^\| (`.*?) \|", PAGE, flags=re.MULTILINE))))
     assert set(document) == keys
     assert document["loss"] is None, "256 is more than the pairs there are"
+    assert "data.cache: " in said[3].err
+    assert "crop: pad" in said[3].out
+    assert {path.parts[-4] for path in root.glob("*/.cytoclip/pictures/*")} == {"train", "val"}
     told = {"formats", "modes", "width", "height", "aspect_ratio", "tokens_per_caption", "share_lost_to_crop"}
     assert told <= set(document["splits"]["train"])
     assert set(document["findings"][0]) == {

@@ -13,11 +13,14 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
-from cytoclip import images, sources
+from cytoclip import decoded, files, images, looks, sources
+from cytoclip.console import Console
 from cytoclip.errors import UserError
 from cytoclip.files import Piece
 from tests import formats
@@ -151,6 +154,73 @@ def test_a_linked_cache_folder_is_not_written_to(tmp_path: Path, monkeypatch: py
     (tmp_path / "data" / ".cytoclip").symlink_to(tmp_path / "outside")
     sources.read(place)
     assert list((tmp_path / "outside").iterdir()) == []
+
+
+def test_a_link_within_the_cache_folder_is_not_written_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    place = formats.tar(tmp_path / "data", formats.drawn())
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "data" / ".cytoclip").mkdir()
+    for name in ("index", "pictures"):
+        (tmp_path / "data" / ".cytoclip" / name).symlink_to(tmp_path / "outside")
+    sources.read(place)
+    decoded.opened(files.cache_folder(tmp_path / "data") / "pictures" / "0", (3, 2, 2), [decoded.key_of("a")])
+    assert list((tmp_path / "outside").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["", "contents", "marks", "pixels", "lock", "about.json"])
+def test_a_table_of_pictures_from_elsewhere_leads_nowhere(tmp_path: Path, name: str) -> None:
+    """A file that a link in it leads to is neither read nor made longer, and a pipe is not waited for."""
+    table, outside = tmp_path / "data" / "table", tmp_path / "outside"
+    keys = [decoded.key_of(str(i)) for i in range(3)]
+    decoded.opened(tmp_path / "else", (3, 2, 2), keys)
+    table.mkdir(parents=True)
+    if name:
+        outside.write_text("precious")
+        (table / name).symlink_to(outside)
+    else:
+        table.rmdir()
+        table.symlink_to(tmp_path / "else")
+    for ask in (decoded.keys_there, lambda folder: decoded.opened(folder, (3, 2, 2), keys)):
+        with pytest.raises(UserError, match="no part of a cache") as error:
+            ask(table)
+        assert str(table) in error.value.hint
+    if name:
+        assert outside.read_text() == "precious"
+        (table / name).unlink()
+        os.mkfifo(table / name)
+        with pytest.raises(UserError, match="no part of a cache"):
+            decoded.opened(table, (3, 2, 2), keys)
+
+
+def test_looks_from_elsewhere_are_taken_only_whole(tmp_path: Path) -> None:
+    """What a data set brings along as looked at already may hold anything."""
+    picture = tmp_path / "a.png"
+    picture.write_bytes(PNG)
+    quiet = Console(quiet=True)
+    good = looks.look_at([picture], tmp_path, quiet)
+    kept = tmp_path / ".cytoclip" / "looks.parquet"
+    table = parquet.read_table(kept)
+    told = {
+        "hashes": [["zz"] * 6, ["0" * 16], [], ["f" * 17] * 6, None],
+        "thumb": [b"", b"abc", None], "width": [0, -5, None], "personal": [None, [None]], "content": [None],
+        "mode": [None], "spread": [None], "transparent": [None],
+    }  # fmt: skip
+    for name, values in told.items():
+        for value in values:
+            column = pa.array([value], table.schema.field(name).type)
+            parquet.write_table(
+                table.set_column(table.schema.get_field_index(name), table.schema.field(name), column), kept
+            )
+            assert looks.look_at([picture], tmp_path, quiet) == good, (name, value)
+    parquet.write_table(table.set_column(0, "path", pa.array([7])), kept)
+    assert looks.look_at([picture], tmp_path, quiet) == good
+    parquet.write_table(pa.concat_tables([table] * 100), kept)
+    assert looks._read(kept, 99) == {}
+    assert len(looks._read(kept, 100)) == 1
+    kept.unlink()
+    os.mkfifo(kept)
+    assert looks.look_at([picture], tmp_path, quiet) == good
 
 
 def test_an_index_from_elsewhere_cannot_lead_out(tmp_path: Path) -> None:

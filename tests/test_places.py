@@ -74,3 +74,32 @@ def test_the_splits_of_a_root(tmp_path: Path) -> None:
     assert places.splits(tmp_path) == ["train", "test"]
     assert places.splits(tmp_path / "no") == []
     assert places.split(Path("hub:a/b"), "val") == Path("hub:a/b/val")
+
+
+def test_signs_in_the_names_of_folders_are_no_pattern(tmp_path: Path) -> None:
+    """A data root may be called anything: what is there is meant as it is called."""
+    root = tmp_path / "data [1] {a,b} *"
+    root.mkdir()
+    for name in ("train-000.tar", "train-001.tar", "val.csv"):
+        (root / name).touch()
+    found = places.split(root, "train")
+    assert found is not None
+    assert places.is_pattern(found)
+    assert places.expand(found) == [root / "train-000.tar", root / "train-001.tar"]
+    assert places.expand(root / "train-{000..001}.tar") == places.expand(found)
+    with pytest.raises(UserError, match="no files match") as error:
+        places.expand(root / "*.parquet")
+    assert "train-000.tar" in error.value.hint
+
+
+def test_links_that_lead_in_circles_are_not_followed(tmp_path: Path) -> None:
+    """Two such links in one folder are 2**40 paths."""
+    (tmp_path / "a" / ".hidden").mkdir(parents=True)
+    for name in ("one", "two", "a/three"):
+        (tmp_path / name).symlink_to(tmp_path)
+    for name in ("0.csv", "a/1.csv", "a/.hidden/2.csv", ".3.csv"):
+        (tmp_path / name).touch()
+    assert places.expand(tmp_path / "**" / "*.csv") == [tmp_path / "0.csv", tmp_path / "a" / "1.csv"]
+    assert places.expand(tmp_path / "*" / ".hidden" / "*.csv") == [tmp_path / "a" / ".hidden" / "2.csv"]
+    with pytest.raises(UserError, match="no files match"):
+        places.expand(tmp_path / "**" / "*.tsv")

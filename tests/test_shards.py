@@ -98,6 +98,9 @@ def header(size: int, kind: bytes = tarfile.REGTYPE, name: str = "1.png") -> byt
     return member.tobuf(tarfile.GNU_FORMAT)
 
 
+PAIR = header(512) + b"\x89PNG".ljust(512) + header(6, name="1.txt") + b"a cell".ljust(512, b"\0")
+
+
 @pytest.mark.parametrize(
     ("data", "said"),
     [
@@ -115,6 +118,8 @@ def header(size: int, kind: bytes = tarfile.REGTYPE, name: str = "1.png") -> byt
         (header(600) + bytes(512), "cut off"),
         (header(100)[:200], "is not a tar"),
         (header(512) + bytes(512) + header(5)[:300] + b"?" * 212, "is damaged at byte 1024"),
+        (PAIR + header(512)[:100], "is cut off at byte 2148"),  # within a header
+        (PAIR[:-300], "is cut off at byte 1748"),  # within what fills a block
     ],
 )
 def test_a_tar_that_is_none_is_refused(tmp_path: Path, data: bytes, said: str) -> None:

@@ -103,7 +103,7 @@ def test_token_lengths_are_those_of_training(report: Report, base: Path) -> None
 def test_the_document_is_json_and_says_everything(report: Report) -> None:
     document = json.loads(json.dumps(report.document()))
     assert list(document) == [
-        "schema", "data_root", "model", "verdict", "needs_a_hand", "splits", "findings", "loss", "proposed"
+        "schema", "data_root", "model", "crop", "verdict", "needs_a_hand", "splits", "findings", "loss", "proposed"
     ]  # fmt: skip
     assert document["needs_a_hand"] is True
     kinds = {one["kind"]: one for one in document["findings"]}

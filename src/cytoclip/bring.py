@@ -9,6 +9,7 @@ import errno
 import hashlib
 import os
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -61,7 +62,7 @@ def bring(place: Path, to: Path, shares: Shares, columns: Columns, console: Cons
     pairs = batches.scanned(sources.read(place, columns, console), place, console)
     split_N = split(pairs, shares)
     rows = {name: np.flatnonzero(split_N == number) for number, name in enumerate(SPLITS)}
-    _refuse_empty(rows, shares, place)
+    _refuse_empty(rows, shares, pairs, place)
     _say(rows, pairs, shares, console)
     names = safe_names(pairs)
     copied = 0
@@ -123,7 +124,7 @@ def components(pairs: Pairs) -> NDArray[np.int64]:
 def safe_names(pairs: Pairs) -> list[str]:
     """A name below `imgs/` for each pair's picture that any file system takes; one place, one name.
 
-    Two names are different even where upper and lower case are one, and no name is another's folder.
+    Two names are different even where case and ways to write an accent are one, and no name is another's folder.
     """
     taken: set[str] = set()
     above: set[str] = set()
@@ -138,19 +139,24 @@ def safe_names(pairs: Pairs) -> list[str]:
         while not _is_free(found, taken, above):
             number += 1
             found = f"{stem}-{number}{ending}"
-        taken.add(found.casefold())
+        taken.add(_plain(found))
         above.update(_above(found))
         named[image] = found
     return [named[image] for image in pairs.images]
 
 
 def _is_free(name: str, taken: set[str], above: set[str]) -> bool:
-    plain = name.casefold()
+    plain = _plain(name)
     return plain not in taken and plain not in above
 
 
 def _above(name: str) -> Iterator[str]:
-    return (str(folder).casefold() for folder in PurePosixPath(name).parents if folder.name)
+    return (_plain(str(folder)) for folder in PurePosixPath(name).parents if folder.name)
+
+
+def _plain(name: str) -> str:
+    """Equal for names that are one on some system: macOS tells neither case nor ways to write an accent apart."""
+    return unicodedata.normalize("NFC", name.casefold())
 
 
 def _safe(name: str, image: Path | Piece) -> tuple[str, str]:
@@ -216,12 +222,13 @@ def _place(image: Path | Piece, target: Path) -> bool:
     return False
 
 
-def _refuse_empty(rows: dict[str, NDArray[np.int64]], shares: Shares, place: Path) -> None:
+def _refuse_empty(rows: dict[str, NDArray[np.int64]], shares: Shares, pairs: Pairs, place: Path) -> None:
     asked = {"train": 1.0, "val": shares.val, "test": shares.test}
     empty = [name for name, share in asked.items() if share and not len(rows[name])]
     if empty:
         raise UserError(
-            f"{', '.join(empty)} would be empty: too many pairs of {place} share a source, group or picture",
+            f"{', '.join(empty)} would be empty: the {counted(len(pairs), 'pair')} of {place} are "
+            f"{components(pairs).max() + 1} with sources, groups and pictures of their own",
             "ask for other shares with --val and --test, or look at its sources and groups",
             ExitCode.DATA,
         )

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from cytoclip import checkpoint, findings, looks, places, sources, texts, verdict
+from cytoclip import cache, checkpoint, findings, looks, places, sources, texts, verdict
+from cytoclip.batches import Pictures
 from cytoclip.console import Console
-from cytoclip.errors import ExitCode, UserError
+from cytoclip.data_options import Data
+from cytoclip.errors import ExitCode, UserError, counted, first_few
 from cytoclip.findings import Reader, Split
 from cytoclip.kinds import Case, Finding, by_severity
 from cytoclip.looks import Look
@@ -19,7 +22,32 @@ from cytoclip.rows import Columns
 from cytoclip.verdict import Facts, Report
 
 
-def check(root: Path, model: str | None, batch_size: int | None, console: Console) -> Report:
+@dataclass(frozen=True)
+class Asked:
+    """What the data are held against: options of the run that is to come, as `cytoclip train` calls them.
+
+    Parameters
+    ----------
+    crop
+        As data.crop.
+    columns
+        As data.image_column and data.caption_column.
+    keeps
+        Fill the cache of decoded pictures that a run of this checkpoint and crop reads with data.cache=true.
+    """
+
+    crop: str = "auto"
+    columns: Columns = field(default_factory=Columns)
+    keeps: bool = False
+
+
+def check(
+    root: Path,
+    model: str | None,
+    batch_size: int | None,
+    console: Console,
+    asked: Asked = Asked(),
+) -> Report:
     """Look at the splits of a data root, whichever are there.
 
     Parameters
@@ -32,15 +60,22 @@ def check(root: Path, model: str | None, batch_size: int | None, console: Consol
     Raises
     ------
     UserError
-        There is no split that can be read, or the checkpoint cannot be used.
+        There is no split that can be read, or the checkpoint cannot be used, or the cache cannot be filled.
     """
-    reader = _reader(model) if model else None
-    read, unreadable = _read(root, console)
+    if asked.keeps and not model:
+        raise UserError(
+            "--cache without --model: nobody knows the size that pictures are to be kept at",
+            "name the checkpoint that is to be trained, such as --model openai/clip-vit-base-patch16",
+        )
+    reader = _reader(model, asked.crop) if model else None
+    read, unreadable = _read(root, asked.columns, console)
     files = list(dict.fromkeys(place for pairs in read.values() for place in pairs.images))
     seen = dict(zip(files, looks.look_at(files, root, console), strict=True))
     splits = {
         name: _split(places.split(root, name) or root / name, pairs, seen, reader) for name, pairs in read.items()
     }
+    if asked.keeps and reader:
+        _keep(root, splits, reader, console)
     first = next(iter(splits.values()))
     size = batch_size or verdict.batch_size(len(first.pairs))
     objective = Objective(reader.family.objective if reader else "infonce")
@@ -54,26 +89,26 @@ def check(root: Path, model: str | None, batch_size: int | None, console: Consol
         objective=objective,
         repeats=verdict.typical_repeats(first.pairs, size, objective),
         reader=reader,
+        crop=asked.crop,
     )
 
 
-def _reader(model: str) -> Reader:
-    opened = checkpoint.open_model(model)
+def _reader(model: str, crop: str) -> Reader:
+    opened = checkpoint.with_crop(checkpoint.open_model(model), crop)
     return Reader(model, opened.tokenizer, opened.context, opened.encoder.family, opened.pixels)
 
 
-def _read(root: Path, console: Console) -> tuple[dict[str, Pairs], list[Finding]]:
+def _read(root: Path, columns: Columns, console: Console) -> tuple[dict[str, Pairs], list[Finding]]:
     """The splits that can be read, and a finding for each that cannot; where none can, that is the error."""
     there = places.splits(root)
     if not there:
-        what = "holds no train, val or test split" if root.is_dir() else "is no folder"
-        raise UserError(f"{root} {what}", "name the folder that holds the splits", ExitCode.DATA)
+        raise _no_root(root)
     read: dict[str, Pairs] = {}
     unreadable = []
     for name in there:
         left_out: list[str] = []
         try:
-            read[name] = sources.read(places.split(root, name) or root / name, Columns(), console, left_out)
+            read[name] = sources.read(places.split(root, name) or root / name, columns, console, left_out)
         except UserError as error:
             if len(there) == 1 or (name == there[-1] and not read):
                 raise
@@ -84,6 +119,21 @@ def _read(root: Path, console: Console) -> tuple[dict[str, Pairs], list[Finding]
     return read, unreadable
 
 
+def _no_root(root: Path) -> UserError:
+    if not root.exists():
+        try:
+            places.expand(root) if places.is_pattern(root) else sources.read(root)
+        except UserError as error:  # it names what is there instead
+            return error
+    parent = root.absolute().parent
+    if root.is_dir():
+        what, hint = "holds no train, val or test split", "name the folder that holds the splits"
+        hint += f": {parent}" if places.splits(parent) else ""
+    else:
+        what, hint = "is no folder of splits", f"make one of it: `cytoclip bring {shlex.quote(str(root))} --to …`"
+    return UserError(f"{root} {what}", hint, ExitCode.DATA)
+
+
 def _split(folder: Path, pairs: Pairs, seen: dict[looks.Place, Look], reader: Reader | None) -> Split:
     mine = [seen[place] for place in pairs.images]
     contents = tuple(look.content or f"unread {place}" for look, place in zip(mine, pairs.images, strict=True))
@@ -92,6 +142,24 @@ def _split(folder: Path, pairs: Pairs, seen: dict[looks.Place, Look], reader: Re
         return split
     captions = [text for _, text in split.captions()]
     return replace(split, tokens=texts.token_counts(reader.tokenizer, captions, reader.family))
+
+
+def _keep(root: Path, splits: dict[str, Split], reader: Reader, console: Console) -> None:
+    """Fill the tables that a run reads (`intake.py`): of its training and validation pictures, by the same key.
+
+    Those that cannot be used are findings already, and are left out. Others have changed since they were looked at.
+    """
+    parts = []
+    for name in sorted(splits.keys() & {"train", "val"}, reverse=True):
+        pairs = splits[name].pairs
+        rows = [row for row, look in enumerate(splits[name].looks) if not look.problem]
+        pictures = Pictures([pairs.images[row] for row in rows], reader.pixels)
+        contents = [pairs.contents[row] for row in rows]
+        parts.append(cache.Part(places.split(root, name) or root / name, contents, pictures))
+    cache.announce(Data(root=str(root), cache=True), parts, console)
+    failed = [error.message for part in parts for error in cache.fill(part, looks.cores(), console)]
+    if failed:
+        console.warn(f"{counted(len(failed), 'picture')} could not be kept: {first_few(failed)}")
 
 
 def _unnamed(base: Path, pairs: Pairs) -> Iterator[str]:

@@ -14,7 +14,8 @@ from cytoclip.device import World
 from cytoclip.errors import ExitCode, Stopped, UserError, first_few
 
 # May differ when a run resumes, or was moved: they decide no number.
-HARMLESS = {"data.workers", "train.shard", "checkpoint.every", "checkpoint.keep_last", "track.to", "output"}
+HARMLESS = {"data.workers", "data.cache", "data.cache_budget_gb", "train.shard", "checkpoint.every",
+    "checkpoint.keep_last", "track.to", "output"}  # fmt: skip
 _LENGTHS = ("steps", "epochs")
 
 

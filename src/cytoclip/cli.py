@@ -31,6 +31,13 @@ Overrides = Annotated[
 ]
 
 
+class Crop(StrEnum):
+    AUTO = "auto"
+    CENTER = "center"
+    PAD = "pad"
+    SQUASH = "squash"
+
+
 class Direction(StrEnum):
     image_to_text = "image_to_text"
     text_to_image = "text_to_image"
@@ -102,7 +109,7 @@ def evaluate(
 
 
 @app.command()
-def check(
+def check(  # noqa: PLR0913 - each is an option
     data_root: Annotated[Path, typer.Argument(help="Folder that holds the splits.", show_default=False)],
     model: Annotated[
         str | None, typer.Option(help="Checkpoint whose tokenizer and picture size are asked.", show_default=False)
@@ -111,6 +118,12 @@ def check(
         int | None,
         typer.Option(min=2, help="Pairs of a batch, for the floor of the loss; else what suits.", show_default=False),
     ] = None,
+    crop: Annotated[Crop, typer.Option(help="As data.crop will be.")] = Crop.AUTO,
+    cache: Annotated[
+        bool, typer.Option("--cache", help="Keep the decoded pictures for runs of --model with data.cache=true.")
+    ] = False,
+    image_column: Annotated[str | None, typer.Option(help="Column of the picture; guessed if absent.")] = None,
+    caption_column: Annotated[str | None, typer.Option(help="Column of the caption; guessed if absent.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     html: Annotated[
         Path | None, typer.Option(help="Write a page with thumbnails and histograms.", show_default=False)
@@ -119,9 +132,10 @@ def check(
     """Say what is wrong with the data; exit code 3 when something needs a hand."""
     from cytoclip import check as checks
     from cytoclip import check_page, files
+    from cytoclip.rows import Columns
 
-    console = _console()
-    report = checks.check(data_root, model, batch_size, console)
+    console, asked = _console(), checks.Asked(crop.value, Columns(image_column, caption_column), cache)
+    report = checks.check(data_root, model, batch_size, console, asked)
     if html is not None:
         files.write_text(html, check_page.page(report))
         console.say(f"wrote {html}")

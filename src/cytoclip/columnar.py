@@ -44,7 +44,7 @@ def read(files: Sequence[Path], columns: Columns, console: Console) -> Pairs:
     with console.progress("looking through tables", len(files)) as bar:
         for file in files:
             facts = require_regular(file)
-            about = ("columnar", columns.image, columns.caption)
+            about = _about(columns)
             found = indices.load(file, facts, about)
             if found is None:
                 found = _arrow(file, columns, console) if file.suffix == ".arrow" else _parquet(file, columns, console)
@@ -53,6 +53,10 @@ def read(files: Sequence[Path], columns: Columns, console: Console) -> Pairs:
             parts.append(found)
             bar.advance()
     return concatenated(parts)
+
+
+def _about(columns: Columns) -> tuple[str | None, ...]:
+    return "columnar", columns.image, columns.caption
 
 
 def _parquet(file: Path, columns: Columns, console: Console) -> Pairs:
@@ -73,7 +77,7 @@ def _parquet(file: Path, columns: Columns, console: Console) -> Pairs:
             if found is not None:
                 return found
         rows = (row for batch in table.iter_batches(_ROWS, columns=wanted) for row in batch.to_pylist())
-        return _copied(file, rows, chosen, console)
+        return _copied(file, rows, chosen, columns, console)
 
 
 def _arrow(file: Path, columns: Columns, console: Console) -> Pairs:
@@ -98,7 +102,7 @@ def _arrow(file: Path, columns: Columns, console: Console) -> Pairs:
             if found is not None:
                 return found
         rows = (row for batch in batches(_ROWS, wanted) for row in batch.to_pylist())
-        return _copied(file, rows, chosen, console)
+        return _copied(file, rows, chosen, columns, console)
 
 
 class _Places:
@@ -141,8 +145,10 @@ class _Copies:
         return self._before[digest]
 
 
-def _copied(file: Path, rows: Iterator[Mapping[str, Any]], chosen: Columns, console: Console) -> Pairs:
-    copy, needed = indices.copy_of(file), file.stat().st_size
+def _copied(
+    file: Path, rows: Iterator[Mapping[str, Any]], chosen: Columns, columns: Columns, console: Console
+) -> Pairs:
+    copy, needed = indices.copy_of(file, _about(columns)), file.stat().st_size
     console.say(f"{file} holds compressed pages: its pictures, about {size(needed)}, are copied once to {copy}")
     if needed > free_bytes(copy):
         raise UserError(
@@ -194,11 +200,16 @@ def _chosen(file: Path, schema: Any, batches: Any, asked: Columns, console: Cons
     chosen = pick(first.to_pylist(), asked, file, console.say)
     picture, caption = (schema.field(name).type for name in (chosen.image, chosen.caption))
     if not (_holds_bytes(picture) or _is_text(picture)):
-        raise data_error(f"column {chosen.image} of {file} holds {picture}, not pictures", "name it: data.image_column")
+        raise _other_column("image", chosen.image, file, picture, "pictures")
     of = caption.value_type if pa.types.is_list(caption) or pa.types.is_large_list(caption) else caption
     if not _is_text(of):
-        raise data_error(f"column {chosen.caption} of {file} holds {caption}, not text", "name it: data.caption_column")
+        raise _other_column("caption", chosen.caption, file, caption, "text")
     return chosen
+
+
+def _other_column(what: str, chosen: str | None, file: Path, holds: Any, wanted: str) -> UserError:
+    hint = f"name another: data.{what}_column=…, or --{what}-column with cytoclip bring and check"
+    return data_error(f"column {chosen} of {file} holds {holds}, not {wanted}", hint)
 
 
 def _claimed(table: Any, wanted: Sequence[str]) -> int:
@@ -215,12 +226,14 @@ def _claimed(table: Any, wanted: Sequence[str]) -> int:
 def _holds_bytes(of: Any) -> bool:
     if pa.types.is_struct(of):
         return any(of.field(number).name == "bytes" for number in range(of.num_fields))
-    return bool(pa.types.is_binary(of) or pa.types.is_large_binary(of) or pa.types.is_fixed_size_binary(of))
+    of = of.value_type if pa.types.is_dictionary(of) else of
+    kinds = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary, pa.types.is_binary_view)
+    return any(is_kind(of) for is_kind in kinds)
 
 
 def _is_text(of: Any) -> bool:
     of = of.value_type if pa.types.is_dictionary(of) else of
-    return bool(pa.types.is_string(of) or pa.types.is_large_string(of))
+    return any(is_kind(of) for is_kind in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))
 
 
 @contextmanager

@@ -39,6 +39,7 @@ from cytoclip.errors import ExitCode, UserError
 
 Shape = tuple[int, int, int]
 
+_FILES = ("contents", "marks", "pixels", "lock", "about.json")
 _KEY = 32  # bytes of a picture's key
 _FILLED, _MENDED = 1 << 32, 1 << 33  # in a mark, above the checksum
 _PATIENCE = 600.0  # seconds for a lock that is held while rows are added: a second for a million
@@ -52,6 +53,7 @@ def key_of(content: str) -> bytes:
 def keys_there(folder: Path) -> list[bytes]:
     """The pictures of the table in `folder`, by row; of none that is there, none."""
     path = folder / "contents"
+    _refuse_foreign(folder)
     written = path.read_bytes() if path.is_file() else b""
     return [written[begin : begin + _KEY] for begin in range(0, len(written) - _KEY + 1, _KEY)]
 
@@ -176,6 +178,7 @@ def opened(folder: Path, shape: Shape, keys: Sequence[bytes], about: str = "") -
     UserError
         The folder cannot be written to, or another process holds it for ten minutes.
     """
+    _refuse_foreign(folder)
     with files.disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -199,6 +202,18 @@ def opened(folder: Path, shape: Shape, keys: Sequence[bytes], about: str = "") -
                 ExitCode.SYSTEM,
             ) from None
     return Table(folder, shape, whole), np.array([row_of[key] for key in keys], np.int64)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """A table may have come with the data: through a link in it another file would be read, or written over."""
+    for path in (folder, *(folder / name for name in _FILES)):
+        of_its_kind = path.is_dir() if path == folder else path.is_file()
+        if path.is_symlink() or (path.exists() and not of_its_kind):
+            raise UserError(
+                f"{path} is no part of a cache, but a link, pipe, device or folder",
+                f"delete {folder}: it is made anew",
+                ExitCode.DATA,
+            )
 
 
 def _lengthen(path: Path, size: int) -> None:

@@ -38,10 +38,18 @@ def cache_folder(beside: Path) -> Path:
     Everything in it can be deleted at any time. A link is not followed: data from elsewhere may hold one.
     """
     inside = beside / CACHE
-    if not inside.is_symlink() and os.access(inside if inside.is_dir() else beside, os.W_OK):
+    if not _leads_away(inside) and os.access(inside if inside.is_dir() else beside, os.W_OK):
         return inside
     at_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return at_home / "cytoclip" / hashlib.sha256(os.fsencode(beside.absolute())).hexdigest()[:16]
+    real = os.path.realpath(beside)  # one place, however it is named
+    return at_home / "cytoclip" / hashlib.sha256(os.fsencode(real)).hexdigest()[:16]
+
+
+def _leads_away(inside: Path) -> bool:
+    if inside.is_symlink() or not inside.is_dir():
+        return inside.is_symlink()
+    with os.scandir(inside) as entries:
+        return any(entry.is_symlink() for entry in entries)
 
 
 def write_text(path: Path, text: str) -> None:

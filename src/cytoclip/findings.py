@@ -184,7 +184,8 @@ def _cropped(name: str, split: Split, spec: PixelSpec) -> list[Finding]:
     pictures = {row: look for row, look in split.pictures().items() if not look.problem}
     shares = {row: lost(look.width, look.height, spec) for row, look in pictures.items()}
     worst = sorted((row for row, share in shares.items() if share >= LOST), key=lambda row: -shares[row])
-    small = [row for row, look in pictures.items() if look.width < spec.size[1] or look.height < spec.size[0]]
+    fewer = all if spec.pad else any  # what is padded is enlarged until one side fits, other pictures until both do
+    small = [row for row, look in pictures.items() if fewer((look.width < spec.size[1], look.height < spec.size[0]))]
 
     def cases(rows: Sequence[int], note: Callable[[int], str]) -> tuple[Case, ...]:
         return tuple(Case(name, split.pairs.names[row], row, note(row)) for row in rows)

@@ -34,16 +34,16 @@ def load(file: Path, facts: os.stat_result, about: Sequence[str | None]) -> Pair
     about
         What else the pairs depend on, such as the names of columns.
     """
-    copied = copy_of(file)
     images: list[Path | Piece] = []
     columns: tuple[list[Any], ...] = ([], [], [], [], [], [])
     shared: dict[str | None, str | None] = {}
     try:
-        if not stat.S_ISREG(_index_of(file).lstat().st_mode):
+        index = _index_of(file, about)
+        if not stat.S_ISREG(index.lstat().st_mode):
             return None
-        with _index_of(file).open("rb") as stream:
+        with index.open("rb") as stream:
             header = json.loads(stream.readline(_MAX_LINE))
-            held = copied if header["copied"] is not None else file
+            held = copy_of(file, about) if header["copied"] is not None else file
             if header != _header(facts, about, header["copied"], header["pairs"]) or not _fits(held, header["copied"]):
                 return None
             end = facts.st_size if header["copied"] is None else header["copied"]
@@ -66,11 +66,11 @@ def load(file: Path, facts: os.stat_result, about: Sequence[str | None]) -> Pair
 
 def store(file: Path, facts: os.stat_result, about: Sequence[str | None], pairs: Pairs, console: Console) -> None:
     """Keep the pairs of a file. Where nobody may write that is said, and they are found anew each time."""
-    held = copy_of(file)
+    held = copy_of(file, about)
     copied = held.stat().st_size if any(isinstance(p, Piece) and p.path == held for p in pairs.images[:1]) else None
     columns = (pairs.images, pairs.names, pairs.captions, pairs.more, pairs.groups, pairs.sources, pairs.labels)
     try:
-        with whole_file(_index_of(file)) as stream:
+        with whole_file(_index_of(file, about)) as stream:
             stream.write(_line(_header(facts, about, copied, len(pairs))))
             for image, name, caption, more, *tags in zip(*columns, strict=True):
                 stream.write(_line([name, image.offset, image.size, caption, more, *tags]))
@@ -78,17 +78,20 @@ def store(file: Path, facts: os.stat_result, about: Sequence[str | None], pairs:
         console.warn(f"the index of {file} is not kept: {error.message}")
 
 
-def copy_of(file: Path) -> Path:
-    """Where the pictures of a file are copied that do not lie in it as they are."""
-    return _beside(file, "pictures")
+def copy_of(file: Path, about: Sequence[str | None]) -> Path:
+    """Where the pictures of a file are copied that do not lie in it as they are.
+
+    Another column has another copy: a run that reads the one is not to find the other in its place.
+    """
+    return _beside(file, about, "pictures")
 
 
-def _index_of(file: Path) -> Path:
-    return _beside(file, "index")
+def _index_of(file: Path, about: Sequence[str | None]) -> Path:
+    return _beside(file, about, "index")
 
 
-def _beside(file: Path, ending: str) -> Path:
-    named = hashlib.sha256(os.fsencode(file.name)).hexdigest()[:24]
+def _beside(file: Path, about: Sequence[str | None], ending: str) -> Path:
+    named = hashlib.sha256(os.fsencode(file.name) + b"\0" + _line(about)).hexdigest()[:24]
     return cache_folder(file.parent) / "index" / f"{named}.{ending}"
 
 

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import re
 import signal
+import stat
 import threading
 import time
 from collections import deque
@@ -38,6 +39,7 @@ _VERSION = "1"  # of what a look finds: another one forgets what is remembered
 _SECONDS = 120
 _CHUNK = 8  # files given to a worker at once: what a worker that dies may have had in hand
 _SAVE_EVERY = 300.0  # seconds
+_MOST = 50  # times as many files as there are now that are remembered: what came with the data may claim any number
 _HASHED = 128  # pixels of the shorter side that are left for the hash, which reads 32
 _THUMB = 16
 # What each hash leaves out at left, top, right and bottom, as shares: a copy that was cropped has the hash of a part.
@@ -101,7 +103,7 @@ def look_at(places: Sequence[Place], root: Path, console: Console) -> list[Look]
     `files.cache_folder(root)`, keyed by path, size and time of change, and is kept when the work is interrupted.
     """
     cache = files.cache_folder(root) / "looks.parquet"
-    known = _read(cache)
+    known = _read(cache, _MOST * len(places))
     keys = [_key(place) for place in places]
     looks: list[Look | None] = [known.get(key) if key else None for key in keys]
     waiting = [i for i, look in enumerate(looks) if look is None]
@@ -118,6 +120,11 @@ def look_at(places: Sequence[Place], root: Path, console: Console) -> list[Look]
         if waiting:
             _write(cache, keys, looks)
     return [look for look in looks if look is not None]
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def look(place: Place) -> Look:
@@ -228,7 +235,7 @@ def _in_processes(places: Sequence[Place], waiting: Sequence[int]) -> Iterator[t
     if os.name != "nt":
         context.set_forkserver_preload([__name__])  # so that a new process starts in milliseconds
     chunks = deque(waiting[i : i + _CHUNK] for i in range(0, len(waiting), _CHUNK))
-    workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 61)
+    workers = min(cores(), 61)
     while chunks:
         suspects: list[int] = []
         with ProcessPoolExecutor(min(workers, len(chunks)), context, _begin) as pool:
@@ -316,19 +323,36 @@ def _key(place: Place) -> _Key | None:
 _COLUMNS = ("path", "offset", "piece", "size", "changed")
 
 
-def _read(cache: Path) -> dict[_Key, Look]:
+def _read(cache: Path, most: int) -> dict[_Key, Look]:
     try:
+        if not stat.S_ISREG(cache.lstat().st_mode) or parquet.read_metadata(cache).num_rows > most:
+            return {}
         table = parquet.read_table(cache)
-        if (table.schema.metadata or {}).get(b"version") != _VERSION.encode():
+        if (table.schema.metadata or {}).get(b"version") != _VERSION.encode() or not table.schema.equals(_schema()):
             return {}
         columns = {name: table.column(name).to_pylist() for name in (*_COLUMNS, *_names())}
-    except (OSError, KeyError, pa.ArrowException):  # not there, or not ours: everything is looked at again
+        columns["hashes"] = [tuple(int(one, 16) for one in row) for row in columns["hashes"]]
+        columns["personal"] = [tuple(row) for row in columns["personal"]]
+        keys = zip(*(columns[name] for name in _COLUMNS), strict=True)
+        looks = [Look(*values) for values in zip(*(columns[name] for name in _names()), strict=True)]
+        found = dict(zip(keys, looks, strict=True))
+    except (OSError, ValueError, TypeError, KeyError, pa.ArrowException):  # not there, or not ours: all are looked at
         return {}
-    columns["hashes"] = [tuple(int(one, 16) for one in row) for row in columns["hashes"]]
-    columns["personal"] = [tuple(row) for row in columns["personal"]]
-    keys = zip(*(columns[name] for name in _COLUMNS), strict=True)
-    looks = zip(*(columns[name] for name in _names()), strict=True)
-    return {key: Look(*values) for key, values in zip(keys, looks, strict=True)}
+    return found if all(_is_whole(look) for look in looks) else {}
+
+
+def _is_whole(look: Look) -> bool:
+    """Whether it is one that `look` could have made: what is remembered may have come with the data."""
+    numbers, texts = (look.width, look.height, look.depth, look.orientation), (look.content, look.format, look.mode)
+    known = None not in (*numbers, *texts, look.spread, look.transparent, look.several, *look.personal)
+    if not known or look.problem is not None:
+        return known
+    return (
+        len(look.hashes) == len(_PARTS)
+        and max(look.hashes) < 1 << 64
+        and len(look.thumb or b"") == _THUMB**2
+        and min(look.width, look.height) > 0
+    )
 
 
 def _write(cache: Path, keys: Sequence[_Key | None], looks: Sequence[Look | None]) -> None:
@@ -337,12 +361,15 @@ def _write(cache: Path, keys: Sequence[_Key | None], looks: Sequence[Look | None
     columns: dict[str, Any] = {name: [key[i] for key in kept] for i, name in enumerate(_COLUMNS)}
     columns |= {name: [getattr(look, name) for look in kept.values()] for name in _names()}
     columns["hashes"] = [[f"{one:016x}" for one in row] for row in columns["hashes"]]  # beyond int64
-    schema = pa.schema([(name, _TYPES.get(name, pa.string())) for name in columns], {"version": _VERSION})
     try:
         with files.whole_file(cache) as stream:
-            parquet.write_table(pa.table(columns, schema=schema), stream, compression="zstd")
+            parquet.write_table(pa.table(columns, schema=_schema()), stream, compression="zstd")
     except (UserError, ValueError):
         pass  # a disk that is full or not ours, or a name that is no text: the next check looks again
+
+
+def _schema() -> pa.Schema:
+    return pa.schema([(name, _TYPES.get(name, pa.string())) for name in (*_COLUMNS, *_names())], {"version": _VERSION})
 
 
 def _names() -> tuple[str, ...]:

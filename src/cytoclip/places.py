@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from glob import iglob
 from itertools import islice
 from pathlib import Path
 
@@ -31,16 +30,20 @@ def is_pattern(place: Path) -> bool:
 def expand(pattern: Path) -> list[Path]:
     """The files that a pattern names, sorted by name, each once.
 
+    Its folders that are there are meant as they are called, whatever signs their names hold. `**` neither follows
+    links to folders, which may lead in circles, nor goes into hidden ones.
+
     Raises
     ------
     UserError
         For braces that don't close, no files, or more than 100,000.
     """
     found: dict[Path, None] = {}
+    begin, rest = _literal(pattern)
     try:
-        for number, one in enumerate(braces(str(pattern))):
-            there = iglob(one, recursive=True) if any(sign in one for sign in "*?[") else [one]  # noqa: PTH207 - any root
-            found.update((Path(each), None) for each in islice(there, MANY + 1))
+        for number, one in enumerate(braces(str(rest))):
+            there = _matches(begin, one) if any(sign in one for sign in "*?[") else [begin / one]
+            found.update((each, None) for each in islice(there, MANY + 1))
             if len(found) > MANY or number > MANY:
                 raise _data_error(f"{pattern} names more than {MANY} files", "name fewer, larger ones")
     except ValueError as error:
@@ -53,8 +56,26 @@ def expand(pattern: Path) -> list[Path]:
             "name those that are there; * names whatever is there",
         )
     if not files:
-        raise _data_error(f"no files match {pattern}", "look at its folder and at the ending of its files")
+        names = sorted(place.name for place in begin.iterdir()) if begin.is_dir() else []
+        hint = f"{begin} holds {first_few(names)}" if names else f"{begin} is empty"
+        raise _data_error(f"no files match {pattern}", hint)
     return files
+
+
+def _literal(pattern: Path) -> tuple[Path, Path]:
+    """The folders that a pattern begins with and that are there, and the rest of it."""
+    for cut in range(len(pattern.parts) - 1, 0, -1):
+        begin = Path(*pattern.parts[:cut])
+        if begin.is_dir():
+            return begin, Path(*pattern.parts[cut:])
+    return Path(), pattern
+
+
+def _matches(begin: Path, pattern: str) -> Iterator[Path]:
+    hidden = pattern.startswith(".") or "/." in pattern
+    for place in begin.glob(pattern):
+        if hidden or not any(part.startswith(".") for part in place.relative_to(begin).parts):
+            yield place
 
 
 def braces(text: str) -> Iterator[str]:

@@ -174,7 +174,7 @@ def pick(sample: Sequence[Mapping[str, Any]], asked: Columns, place: Path, say: 
         if found is None:
             raise data_error(
                 f"no column of {place} looks like the {what}: it has {first_few([shown(n) for n in there], 8)}",
-                f"name it: data.{what}_column=…, or --{what}-column with cytoclip bring",
+                f"name it: data.{what}_column=…, or --{what}-column with cytoclip bring and check",
             )
     if not (asked.image and asked.caption):
         say(f"{place}: pictures from column {shown(image)}, captions from column {shown(caption)} (guessed)")
@@ -240,7 +240,10 @@ def require_regular(path: Path) -> os.stat_result:
         facts = path.stat()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise data_error(f"{path} cannot be read: {reason}", "name a file that is there") from None
+        siblings = [place.name for place in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = nearest(path.name, siblings)
+        hint = f"did you mean {path.parent / near}?" if near else "name a file that is there"
+        raise data_error(f"{path} cannot be read: {reason}", hint) from None
     if not stat.S_ISREG(facts.st_mode):
         raise data_error(f"{path} is not a regular file", "name a file: pipes and devices are not read")
     return facts

@@ -84,8 +84,8 @@ def members(stream: BinaryIO, size: int, place: Path) -> Iterator[Member]:
         if flag in b"0\0" or flag == b"7":  # what a pax header says goes for a file only
             length = _whole(extended["size"], place, at) if "size" in extended else length
             name = extended.get("path") or long_name or name
-        if flag in b"12345S" or flag == b"6":
-            length = 0 if flag != b"S" else length
+        if flag in b"123456":
+            length = 0
         begin = at + _BLOCK
         if length > size - begin:
             raise data_error(f"{place} is cut off: {shown(name)} claims {length} bytes", "copy or pack it again")
@@ -102,6 +102,13 @@ def members(stream: BinaryIO, size: int, place: Path) -> Iterator[Member]:
                 yield Member(name, begin, length)
             long_name, extended = "", {}
         at = begin + -(-length // _BLOCK) * _BLOCK
+    _refuse_cut(place, at, size)
+
+
+def _refuse_cut(place: Path, at: int, size: int) -> None:
+    """Members and their headers fill blocks: a file that ends within one has lost its end."""
+    if at != size:
+        raise data_error(f"{place} is cut off at byte {size}", "copy or pack it again")
 
 
 def _pairs(file: Path, columns: Columns) -> Pairs:

@@ -119,7 +119,7 @@ def _files(files: list[Path], columns: Columns, console: Console) -> Pairs:
         return concatenated([tables.read(file, columns, console) for file in files])
     if not files[0].exists():
         raise _no_folder(files[0])
-    hint = "unpack it: gzip -d" if ending in ("gz", "tgz") else f"{_LAYOUT}; {_FORMATS}"
+    hint = f"unpack it: gzip -d {files[0]}" if ending in ("gz", "tgz") else f"{_LAYOUT}; {_FORMATS}"
     raise data_error(f"{files[0]} is of no known format", hint)
 
 

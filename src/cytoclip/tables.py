@@ -29,6 +29,7 @@ _SEPARATORS = ",;\t|"
 _SAMPLE = 100  # rows, to guess separator and columns
 _MAX_COLUMNS = 10_000
 _MAX_JSON = 4 << 30  # bytes: a parsed list takes several times as much memory
+csv.field_size_limit(MAX_TEXT)  # of a quoted value that goes over many lines, too
 _HINT = "each row needs a picture's path, relative to the table's folder, and a caption; rows count from 1"
 _COCO = 'COCO captions hold "images" with id and file_name, and "annotations" with image_id and caption'
 
@@ -140,6 +141,8 @@ def _separator(file: Path) -> str:
     usual = ("\t" if file.suffix.lower() == ".tsv" else ",") + _SEPARATORS
     scores = {separator: score(separator) for separator in dict.fromkeys(usual)}
     best = max(scores, key=lambda separator: scores[separator])
+    if not file.stat().st_size:
+        raise data_error(f"{file} is empty", "put a header and at least one pair into it")
     if not scores[best][1]:
         raise data_error(f"{file} has one column", "separate picture and caption by a comma, tab, semicolon or |")
     return best
@@ -153,7 +156,8 @@ def _parsed(lines: Iterator[str], separator: str, file: Path) -> Iterator[list[s
         except StopIteration:
             return
         except csv.Error as error:
-            raise data_error(f"line {rows.line_num} of {file}: {error}", "is a quote left open?") from None
+            hint = "save it with line feeds" if "new-line" in str(error) else "is a quote left open?"
+            raise data_error(f"line {rows.line_num} of {file}: {error}", hint) from None
         if len(row) > _MAX_COLUMNS:
             raise data_error(f"line {rows.line_num} of {file} has {len(row)} values", "is it a table of pairs?")
         yield row

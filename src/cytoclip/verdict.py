@@ -88,6 +88,8 @@ class Report:
         What the floor of the loss was computed for, on the training split; None where it has too few pairs.
     reader
         The checkpoint that was asked, if one was named.
+    crop
+        Of data.crop, what was asked for; auto: as the checkpoint, and what suits is proposed.
     """
 
     root: str
@@ -98,6 +100,7 @@ class Report:
     objective: Objective
     repeats: Repeats | None
     reader: Reader | None
+    crop: str = "auto"
 
     @property
     def needs_a_hand(self) -> bool:
@@ -141,6 +144,7 @@ class Report:
             "schema": SCHEMA,
             "data_root": self.root,
             "model": self.reader.name if self.reader else None,
+            "crop": self.crop,
             "verdict": self.verdict(),
             "needs_a_hand": self.needs_a_hand,
             "splits": {name: _numbers(facts) for name, facts in self.facts.items()},
@@ -228,6 +232,8 @@ def _checkpoint(report: Report) -> str:
 
 
 def _crop(report: Report) -> str:
+    if report.crop != "auto":
+        return report.crop
     shares = _shares(report)
     return "pad" if len(shares) and np.mean(shares) >= LOST / 2 else "auto"
 
