@@ -404,3 +404,11 @@ def test_memory_does_not_grow_over_five_epochs(kept: bool, base: Path, tmp_path:
         assert held[1] < held[0]
     grown = held[-1] - held[1 if kept else 0]
     assert grown < 10e6, [f"{size / 1e6:.1f} MB" for size in held]
+
+
+def test_other_decoders_have_tables_of_their_own(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their pixels may differ: a folder of data may be shared by machines, and kept over an update."""
+    part = cache.Part(tmp_path, (), Pictures([], checkpoint.open_model(str(base)).pixels))
+    before = part.folder
+    monkeypatch.setattr("cytoclip.images.VERSION", "decoder 2")
+    assert part.folder != before

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cytoclip import cache, checkpoint, findings, looks, places, sources, texts, verdict
-from cytoclip.batches import Pictures
 from cytoclip.console import Console
 from cytoclip.data_options import Data
 from cytoclip.errors import ExitCode, UserError, counted, first_few
@@ -18,6 +17,7 @@ from cytoclip.kinds import Case, Finding, by_severity
 from cytoclip.looks import Look
 from cytoclip.objectives import Objective
 from cytoclip.pairs import Pairs
+from cytoclip.pictures import Pictures
 from cytoclip.rows import Columns
 from cytoclip.verdict import Facts, Report
 

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
+import PIL
 from numpy.typing import NDArray
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, features
 
 from cytoclip.errors import ExitCode, UserError
 from cytoclip.files import Piece
@@ -38,6 +39,12 @@ Image.init()  # registers every format now, in one thread, rather than in the fi
 _NO_SIGNATURE = {name for name, (_, accepts) in Image.OPEN.items() if accepts is None}
 _COMMON = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF", "JPEG2000")
 FORMATS = tuple(dict.fromkeys((*_COMMON, *sorted(Image.OPEN.keys() - _NO_SIGNATURE - {"EPS"}))))
+
+# What pixels depend on beside a file's bytes. The number is raised with every change of `decode` that changes a pixel.
+_CODECS = ("jpg", "libjpeg_turbo", "jpg_2000", "webp", "libtiff", "avif")
+VERSION = ", ".join(
+    ["decoder 1", f"Pillow {PIL.__version__}", *(f"{name} {features.version(name)}" for name in _CODECS)]
+)
 
 _ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"\0\0\0\0IEND\xaeB`\x82"}
 _FLIP, _FLOP, _90, _180, _270, _TRANSPOSE, _TRANSVERSE = Image.Transpose

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import PIL
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
@@ -114,7 +113,7 @@ class Pictures(Dataset[Drawn]):
         """All that their pixels depend on beside the file, in words: what comes after the bytes are read does not."""
         plain = replace(self._spec, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), rescale=1.0)
         reduced = f", decoded at {self._at_least} at least" if self._at_least else ""
-        return f"{plain}{reduced}, Pillow {PIL.__version__}"
+        return f"{plain}{reduced}, {images.VERSION}"
 
     def kept_in(self, kept: Decoded) -> Pictures:
         """The same pictures, read from `kept` where they are there, else put there once they are decoded."""
