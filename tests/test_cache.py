@@ -403,7 +403,7 @@ def test_memory_does_not_grow_over_five_epochs(kept: bool, base: Path, tmp_path:
     if kept:  # the processes that filled it are gone
         assert held[1] < held[0]
     grown = held[-1] - held[1 if kept else 0]
-    assert grown < 10e6, [f"{size / 1e6:.1f} MB" for size in held]
+    assert grown < 20e6, [f"{size / 1e6:.1f} MB" for size in held]  # half an epoch: the rest of the tests breathe too
 
 
 def test_other_decoders_have_tables_of_their_own(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,7 +124,7 @@ class Data(Section):
     reduced_decode: bool = Field(
         False,
         description="With data.augment, decode a large JPEG at 1/2, 1/4 or 1/8 of its size, but no smaller than the "
-        "model needs: 3-4 times faster at 1024×768, and 0.45 of 255 levels off on average. Training only.",
+        "model needs: twice as fast at 1024×768, and less than one of 255 levels off on average. Training only.",
     )
     on_bad_image: Literal["error", "skip"] = Field(
         "error",
