@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cytoclip import augment, batches, checkpoint, images, loss, train
+from cytoclip import augment, batches, checkpoint, images, loss, sources, train
 from cytoclip.augment import Variation
 from cytoclip.config import Config
 from cytoclip.console import Console
@@ -24,6 +24,7 @@ from cytoclip.order import Wording
 from cytoclip.pairs import spread
 from cytoclip.pictures import Pictures, Varied
 from cytoclip.pixels import prepare
+from cytoclip.rows import Columns
 from cytoclip.sides import names_side
 from tests.numerics import gradients_of_one_rank as one_rank
 from tests.test_effects import log, losses, ran
@@ -47,13 +48,20 @@ def test_a_run_is_the_same_in_any_chunks_and_whoever_reads(experiment: Experimen
     assert not (Path(plain.output) / "varied.png").exists()
 
 
-def test_its_first_pictures_are_drawn_and_sides_are_said(experiment: Experiment, tmp_path: Path) -> None:
+def test_its_first_pictures_are_drawn_and_sides_are_said(
+    experiment: Experiment, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wanted = ran(experiment, tmp_path, "varied", data={"augment": {"rotation": "right"}})
     sheet = Image.open(Path(wanted.output) / "varied.png")
     side = checkpoint.open_model(wanted.model.name).pixels.size[0]
     assert sheet.size[0] > 8 * side
     assert sheet.size[1] > 2 * side
-    assert "captions of 48 name a side" in log(wanted)
+    assert "no caption names a side (left, upper, …), so all pictures are turned" in log(wanted)
+    said = replace(sources.read(root / "train", Columns(), QUIET), captions=("on the left", *["a cell"] * 46, "above"))
+    monkeypatch.setattr("cytoclip.intake.sources.read", lambda *_: said)
+    monkeypatch.setattr("cytoclip.intake.leaks.warnings", lambda _: [])
+    sided = ran(experiment, tmp_path, "sided", data={"augment": {"flips": True}}, train={"steps": 1})
+    assert "2 of 48 captions name a side" in log(sided)
     coloured = ran(experiment, tmp_path, "coloured", data={"augment": {"hue": 0.1}})
     assert "name a side" not in log(coloured)
 

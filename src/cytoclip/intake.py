@@ -143,8 +143,10 @@ def _from_disk(
     if varied and variation and variation.turns and variation.augment.sides == "keep":
         sided = int(varied.names_side.sum())
         place.console.say(
-            f"data.augment: {counted(sided, 'caption')} of {len(said)} name a side (left, upper, …): their pictures "
+            f"data.augment: {sided} of {counted(len(said), 'caption')} name a side (left, upper, …): their pictures "
             "are neither turned nor mirrored"
+            if sided
+            else "data.augment: no caption names a side (left, upper, …), so all pictures are turned and mirrored"
         )
     pictures: Pictures | Rows = Pictures(
         train.images,
