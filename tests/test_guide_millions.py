@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cytoclip import intake, streams
+from cytoclip import intake, places, streams
 from cytoclip.config import parse
 from cytoclip.console import Console
 from cytoclip.errors import UserError
@@ -19,8 +19,8 @@ BLOCKS = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", PA
 
 def test_one_experiment_for_each_road() -> None:
     here, afar = (parse(block, "the page").data.train or "" for block in BLOCKS)
-    assert not streams.is_remote(here)
-    assert streams.is_remote(afar)
+    assert not places.is_remote(here)
+    assert places.is_remote(afar)
     assert f"blocks of {streams.BLOCK}" in PAGE
 
 

@@ -28,7 +28,7 @@ from cytoclip.rows import Columns
 from cytoclip.sides import names_side
 from tests.numerics import gradients_of_one_rank as one_rank
 from tests.test_effects import log, losses, ran
-from tests.test_streams import planned, reader
+from tests.test_streams import picture, planned, reader, write_tar
 
 Experiment = Callable[..., Config]
 QUIET = Console(quiet=True)
@@ -97,8 +97,6 @@ def test_gradients_are_those_of_the_whole_batch(chunk: int, base: Path) -> None:
 
 
 def test_what_comes_from_afar_is_varied_by_pair_and_epoch(tmp_path: Path) -> None:
-    from tests.test_streams import picture, write_tar
-
     write_tar(tmp_path / "000.tar", {name: data for i in range(3) for name, data in (
         (f"{i}.png", picture(i)), (f"{i}.txt", b"on the left" if i == 1 else b"a nucleus"))})  # fmt: skip
     of = Variation(Augment(rotation="any"), (8, 8), 3)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from cytoclip import places
 from cytoclip.data_options import Data
 
 WINDOW = 50  # steps whose mean loss, or time waited, is looked at
@@ -93,8 +94,8 @@ class Waiting:
 def _quicker(options: Data, workers: int) -> list[str]:
     if options.cache:
         return []
-    here = "://" not in (options.train or "")  # what comes from afar is not kept
-    ways = ["set data.cache=true: each is decoded once" if here else "copy the shards to this machine"]
+    afar = places.is_remote(options.train or "")  # and is not kept
+    ways = ["copy the shards to this machine" if afar else "set data.cache=true: each is decoded once"]
     if workers < (os.cpu_count() or 1):
         ways.append(f"raise data.workers, which is {workers}")
     if options.augment and not options.reduced_decode:

@@ -113,7 +113,7 @@ class Variation:
         With `upright`, for a caption that names a side, neither turned nor mirrored, unless `sides` is ignore.
         """
         augment, u = self.augment, np.random.default_rng([self.seed, epoch, pair, 2]).random(_DRAWN)
-        upright = upright and augment.sides == "keep"
+        upright = upright and self.minds_sides
         quarter = int(4 * u[0]) if augment.rotation != "none" and not upright else 0
         mirrored = [bool(one < 0.5) and augment.flips and not upright for one in u[1:3]]
         if self.size[0] != self.size[1]:
@@ -150,29 +150,32 @@ class Variation:
         """
         with torch.autocast(pixels.device.type, enabled=False):  # bfloat16 has 256 levels for what has 256 already
             change, augment = Change.of_rows(rows), self.augment
-            seen = _views(pixels, change) if self.turns else pixels
+            seen = _views(pixels, change) if self._turns else pixels
             seen = _placed(seen, change, self.size) if self._resamples(pixels) else seen.to(torch.float32) / 255
-            for done, wanted in self._colours(pixels):
-                seen = done(seen, change) if wanted else seen
-            return (_blurred(seen, change, augment.blur) if augment.blur else seen) * 255
+            if augment.stain:
+                seen = _stained(seen, change)
+            if augment.brightness or augment.contrast:
+                seen = _lit(seen, change, pixels)
+            if augment.saturation:
+                seen = _saturated(seen, change)
+            if augment.hue:
+                seen = _hued(seen, change)
+            if augment.blur:
+                seen = _blurred(seen, change, augment.blur)
+            return seen * 255
 
     @property
-    def turns(self) -> bool:
-        """Whether a picture may be turned or mirrored."""
+    def minds_sides(self) -> bool:
+        """Whether it matters that a caption names a side."""
+        return self._turns and self.augment.sides == "keep"
+
+    @property
+    def _turns(self) -> bool:
         return self.augment.flips or self.augment.rotation != "none"
 
     def _resamples(self, pixels: torch.Tensor) -> bool:
         cut = self.augment.smallest_crop < 1 or self.augment.rotation == "any"
         return cut or tuple(pixels.shape[2:]) != self.size
-
-    def _colours(self, pixels: torch.Tensor) -> list[tuple[Callable[[torch.Tensor, Change], torch.Tensor], bool]]:
-        augment = self.augment
-        return [
-            (_stained, augment.stain > 0),
-            (_Light(pixels), augment.brightness > 0 or augment.contrast > 0),
-            (_saturated, augment.saturation > 0),
-            (_hued, augment.hue > 0),
-        ]
 
 
 def seen_by(encoder: Callable[..., Any], variation: Variation | None) -> Callable[..., Any]:
@@ -268,23 +271,18 @@ def _stained(pixels: torch.Tensor, change: Change) -> torch.Tensor:
     return torch.exp(-torch.cat(changed, dim=1)).clamp(max=1)
 
 
-class _Light:
-    """Brightness, then contrast about the mean grey of the picture as it came.
+def _lit(pixels: torch.Tensor, change: Change, came: torch.Tensor) -> torch.Tensor:
+    """Brightness, then contrast about the mean grey of the picture as it `came`.
 
     That mean is taken of the whole levels before anything else, in whole numbers: a sum of floats may differ in its
     last bits from batch to batch.
     """
-
-    def __init__(self, pixels: torch.Tensor) -> None:
-        self._pixels = pixels
-
-    def __call__(self, pixels: torch.Tensor, change: Change) -> torch.Tensor:
-        sums = self._pixels.sum(dim=(2, 3), keepdim=True, dtype=torch.int64)
-        red, green, blue = torch.chunk(sums.to(torch.float64) / (255 * self._pixels[0, 0].numel()), 3, dim=1)
-        grey = (0.299 * red + 0.587 * green + 0.114 * blue).to(torch.float32)  # ITU-R BT.601
-        lit, pivot = pixels * change.brightness, grey * change.brightness
-        changed: torch.Tensor = ((lit - pivot) * change.contrast + pivot).clamp(0, 1)
-        return changed
+    sums = came.sum(dim=(2, 3), keepdim=True, dtype=torch.int64)
+    red, green, blue = torch.chunk(sums.to(torch.float64) / (255 * came[0, 0].numel()), 3, dim=1)
+    grey = (0.299 * red + 0.587 * green + 0.114 * blue).to(torch.float32)  # ITU-R BT.601
+    lit, pivot = pixels * change.brightness, grey * change.brightness
+    changed: torch.Tensor = ((lit - pivot) * change.contrast + pivot).clamp(0, 1)
+    return changed
 
 
 def _saturated(pixels: torch.Tensor, change: Change) -> torch.Tensor:

@@ -61,8 +61,8 @@ class Batch:
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         """`function` of each tensor that the towers read."""
-        texts = None if self.texts is None else function(self.texts)
-        changes, keep = (None if part is None else function(part) for part in (self.changes, self.keep))
+        parts = (self.texts, self.changes, self.keep)
+        texts, changes, keep = (None if part is None else function(part) for part in parts)
         return replace(self, images=function(self.images), texts=texts, changes=changes, keep=keep)
 
     def chunks(self, each: int) -> list[tuple[torch.Tensor, ...]]:

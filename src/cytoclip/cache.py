@@ -99,8 +99,8 @@ def fill(part: Part, workers: int, console: Console) -> list[UserError]:
     UserError
         The disk is full, or cannot be written to.
     """
-    pictures = part.pictures.kept_in(opened(part))
-    missing = _missing(pictures)
+    kept = opened(part)
+    pictures, missing = part.pictures.kept_in(kept), kept.missing()
     failed: list[UserError] = []
     with console.progress(f"decoding {part.beside}", len(missing)) as bar:
         source: Iterable[list[UserError | None]] = DataLoader(
@@ -131,11 +131,6 @@ class _Filling(Dataset["UserError | None"]):
     def __getitem__(self, place: int) -> UserError | None:
         picture = self._pictures[int(self._missing[place]), 0].picture
         return picture if isinstance(picture, UserError) else None
-
-
-def _missing(pictures: Pictures) -> NDArray[np.int64]:
-    assert pictures.kept is not None  # noqa: S101 - of `kept_in`
-    return pictures.kept.missing()
 
 
 @dataclass(frozen=True)

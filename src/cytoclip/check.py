@@ -71,9 +71,7 @@ def check(
     read, unreadable = _read(root, asked.columns, console)
     files = list(dict.fromkeys(place for pairs in read.values() for place in pairs.images))
     seen = dict(zip(files, looks.look_at(files, root, console), strict=True))
-    splits = {
-        name: _split(places.split(root, name) or root / name, pairs, seen, reader) for name, pairs in read.items()
-    }
+    splits = {name: _split(_place(root, name), pairs, seen, reader) for name, pairs in read.items()}
     if asked.keeps and reader:
         _keep(root, splits, reader, console)
     first = next(iter(splits.values()))
@@ -108,7 +106,7 @@ def _read(root: Path, columns: Columns, console: Console) -> tuple[dict[str, Pai
     for name in there:
         left_out: list[str] = []
         try:
-            read[name] = sources.read(places.split(root, name) or root / name, columns, console, left_out)
+            read[name] = sources.read(_place(root, name), columns, console, left_out)
         except UserError as error:
             if len(there) == 1 or (name == there[-1] and not read):
                 raise
@@ -117,6 +115,11 @@ def _read(root: Path, columns: Columns, console: Console) -> tuple[dict[str, Pai
             cases = tuple(Case(name, where, note=why) for where, _, why in (one.partition(": ") for one in left_out))
             unreadable.append(Finding("no-pair", name, len(left_out) + len(read[name]), cases))
     return read, unreadable
+
+
+def _place(root: Path, name: str) -> Path:
+    """Of a split that `places.splits` found."""
+    return places.split(root, name) or root / name
 
 
 def _no_root(root: Path) -> UserError:
@@ -155,7 +158,7 @@ def _keep(root: Path, splits: dict[str, Split], reader: Reader, console: Console
         rows = [row for row, look in enumerate(splits[name].looks) if not look.problem]
         pictures = Pictures([pairs.images[row] for row in rows], reader.pixels)
         contents = [pairs.contents[row] for row in rows]
-        parts.append(cache.Part(places.split(root, name) or root / name, contents, pictures))
+        parts.append(cache.Part(_place(root, name), contents, pictures))
     cache.announce(Data(root=str(root), cache=True), parts, console)
     failed = [error.message for part in parts for error in cache.fill(part, looks.cores(), console)]
     if failed:

@@ -25,6 +25,17 @@ from cytoclip.order import Draw, Wording
 from cytoclip.pixels import PixelSpec, prepare
 
 
+def read(file: Path | Piece | bytes, spec: PixelSpec, reduced: bool = False) -> NDArray[np.uint8]:
+    """A picture as `spec` says: uint8 (3, H, W).
+
+    Parameters
+    ----------
+    reduced
+        A large JPEG is decoded at a half, a quarter or an eighth of its size, and no pixel is exact.
+    """
+    return prepare(images.decode(file, spec.shortest_read if reduced else None), spec, exact=not reduced)
+
+
 @dataclass(frozen=True)
 class PatchDropout:
     """Which patches the image tower sees, as a function of (seed, epoch, pair).
@@ -55,7 +66,7 @@ class Varied:
     Parameters
     ----------
     names_side
-        bool (C,): of each caption, numbered as in `wording`.
+        bool (C,): of each caption, numbered as in `wording`; nobody asks where `variation` does not mind sides.
     """
 
     variation: Variation
@@ -85,7 +96,7 @@ class Pictures(Dataset[Drawn]):
     Parameters
     ----------
     reduced
-        Whether a large JPEG is decoded at a half, a quarter or an eighth of its size.
+        As of `read`.
     """
 
     def __init__(
@@ -96,8 +107,7 @@ class Pictures(Dataset[Drawn]):
         varied: Varied | None = None,
         reduced: bool = False,
     ) -> None:
-        self._files, self._spec, self._dropout, self._varied = files, spec, dropout, varied
-        self._at_least = spec.shortest_read if reduced else None
+        self._files, self._spec, self._dropout, self._varied, self._reduced = files, spec, dropout, varied, reduced
         self.kept: Decoded | None = None
 
     def __len__(self) -> int:
@@ -112,8 +122,7 @@ class Pictures(Dataset[Drawn]):
     def settings(self) -> str:
         """All that their pixels depend on beside the file, in words: what comes after the bytes are read does not."""
         plain = replace(self._spec, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), rescale=1.0)
-        reduced = f", decoded at {self._at_least} at least" if self._at_least else ""
-        return f"{plain}{reduced}, {images.VERSION}"
+        return f"{plain}{', reduced' if self._reduced else ''}, {images.VERSION}"
 
     def kept_in(self, kept: Decoded) -> Pictures:
         """The same pictures, read from `kept` where they are there, else put there once they are decoded."""
@@ -143,7 +152,7 @@ class Pictures(Dataset[Drawn]):
     def _picture(self, index: int, place_3HW: NDArray[np.uint8] | None) -> NDArray[np.uint8]:
         if self.kept and place_3HW is not None and self.kept.read(index, place_3HW):
             return place_3HW
-        picture = prepare(images.decode(self._files[index], self._at_least), self._spec, exact=self._at_least is None)
+        picture = read(self._files[index], self._spec, self._reduced)
         if self.kept:
             self.kept.write(index, picture)
         return picture

@@ -23,6 +23,11 @@ def is_hub(place: Path) -> bool:
     return str(place).startswith(HUB)
 
 
+def is_remote(place: str) -> bool:
+    """Whether a place of data is an address (s3://, hf://, https://, …) rather than a path."""
+    return "://" in place
+
+
 def is_pattern(place: Path) -> bool:
     return any(sign in str(place) for sign in _SIGNS) and not place.exists()
 

@@ -23,14 +23,14 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
-from cytoclip import images
+from cytoclip import pictures
 from cytoclip.augment import Variation
 from cytoclip.batches import Batch
 from cytoclip.captions import Tokens
 from cytoclip.errors import ExitCode, UserError, counted, first_few, nearest
 from cytoclip.pairs import NO_GROUP, Identity, same_caption_key
 from cytoclip.pictures import PatchDropout
-from cytoclip.pixels import PixelSpec, prepare
+from cytoclip.pixels import PixelSpec
 from cytoclip.places import MANY, braces
 from cytoclip.rows import Columns
 from cytoclip.sides import names_side
@@ -39,11 +39,6 @@ BLOCK = 512  # pairs of a shard that are shuffled together: their encoded pictur
 _BUILDERS = {"tar": "webdataset", "parquet": "parquet", "csv": "csv", "tsv": "csv", "jsonl": "json", "json": "json"}
 _PICTURES = ("image", "img", "jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "gif", "picture", "bytes")
 _CAPTIONS = ("caption", "text", "txt", "captions", "description")
-
-
-def is_remote(place: str) -> bool:
-    """Whether a place of data is an address (s3://, hf://, https://, …) rather than a path."""
-    return "://" in place
 
 
 def shards(address: str) -> list[str]:
@@ -145,7 +140,7 @@ class Plan:
     skips: bool = False
     dropout: PatchDropout | None = None
     variation: Variation | None = None
-    at_least: int | None = None  # as of `images.decode`
+    reduced: bool = False  # as of `pictures.read`
 
 
 class Stream(IterableDataset["Arrived | UserError"]):
@@ -182,8 +177,7 @@ def _batches(plan: Plan, reader: int, readers: int, begin: Position) -> Iterator
         full = epoch == begin.epoch and begin != Position(epoch)
         for sample, position in _epoch(plan, reader, readers, Position(epoch) if epoch != begin.epoch else begin):
             try:
-                picture = images.decode(sample.picture, plan.at_least)
-                held.append((sample, prepare(picture, plan.spec, exact=plan.at_least is None)))
+                held.append((sample, pictures.read(sample.picture, plan.spec, plan.reduced)))
             except UserError as error:
                 if not plan.skips:
                     raise UserError(f"{sample.name}: {error.message}", error.hint, ExitCode.DATA) from None
@@ -297,14 +291,13 @@ def _arrived(
     begins = _hashed([f"{plan.seed} {name}" for name in names])
     drawn = zip(begins, (sample.captions for sample, _ in held), strict=True)
     chosen = [captions[(begin + position.epoch) % len(captions)] for begin, captions in drawn]
-    tokens, epoch, varied = plan.tokenise(chosen), position.epoch, plan.variation
-    upright = zip(pairs, map(names_side, chosen), strict=True)
+    tokens, epoch = plan.tokenise(chosen), position.epoch
     batch = Batch(
         pairs,
         torch.from_numpy(np.stack([picture for _, picture in held])),
         tokens.batch(range(len(held))),
         tokens.lengths(),
-        changes=torch.stack([varied.draw(int(pair), epoch, sided) for pair, sided in upright]) if varied else None,
+        changes=_changes(plan.variation, pairs, epoch, chosen) if plan.variation else None,
         keep=torch.stack([plan.dropout.keep(int(pair), epoch) for pair in pairs]) if plan.dropout else None,
     )
     identity = Identity(
@@ -313,6 +306,11 @@ def _arrived(
         group=np.where([not sample.group for sample, _ in held], NO_GROUP, _hashed([s.group or "" for s, _ in held])),
     )
     return Arrived(batch, identity, names, reader, position, skipped)
+
+
+def _changes(variation: Variation, pairs: NDArray[np.int64], epoch: int, said: Sequence[str]) -> torch.Tensor:
+    upright = [variation.minds_sides and names_side(caption) for caption in said]
+    return torch.stack([variation.draw(int(pair), epoch, one) for pair, one in zip(pairs, upright, strict=True)])
 
 
 def _hashed(keys: Sequence[str | bytes]) -> NDArray[np.int64]:
