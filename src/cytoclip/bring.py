@@ -198,7 +198,8 @@ def _write(folder: Path, pairs: Pairs, names: Sequence[str], rows: NDArray[np.in
         entry: dict[str, Any] = {"img": names[row]}
         entry["caption"] = [pairs.captions[row], *more] if more else pairs.captions[row]
         tags = {"group": pairs.groups[row], "source": pairs.sources[row], "label": pairs.labels[row]}
-        entries.append(entry | {key: value for key, value in tags.items() if value is not None})
+        said = {key: value for key, value in tags.items() if value is not None}
+        entries.append({**dict(pairs.extra[row]), **entry, **said})
         bar.advance()
     files.write_json(folder / sources.LIST_NAME, entries)
     return copied

@@ -22,7 +22,7 @@ from cytoclip.console import Console, size
 from cytoclip.errors import ExitCode, UserError
 from cytoclip.files import Piece, free_bytes, whole_file
 from cytoclip.pairs import Pairs
-from cytoclip.rows import TAGS, Columns, Gathered, concatenated, data_error, kind, pick, plain_tags, require_regular
+from cytoclip.rows import TAGS, Columns, Gathered, concatenated, data_error, kind, pick, plain_row, require_regular
 
 _ROWS = 64  # decoded at once: their pictures are held
 _MAX_GROUP = 8 << 30  # bytes that a row group's columns may claim, unpacked
@@ -65,7 +65,7 @@ def _parquet(file: Path, columns: Columns, console: Console) -> Pairs:
             file, thrift_string_size_limit=_MAX_SCHEMA, thrift_container_size_limit=_MAX_SCHEMA, memory_map=False
         )
         chosen = _chosen(file, table.schema_arrow, table.iter_batches, columns, console)
-        wanted = [name for name in table.schema_arrow.names if name in (chosen.image, chosen.caption, *TAGS)]
+        wanted = _wanted(table.schema_arrow, chosen)
         claimed = _claimed(table, wanted)
         if claimed > _MAX_GROUP:
             raise data_error(f"a row group of {file} claims {size(claimed)}", "write it with smaller row groups")
@@ -93,7 +93,7 @@ def _arrow(file: Path, columns: Columns, console: Console) -> Pairs:
                     yield part.select(columns) if columns else part
 
         chosen = _chosen(file, schema, batches, columns, console)
-        wanted = [name for name in schema.names if name in (chosen.image, chosen.caption, *TAGS)]
+        wanted = _wanted(schema, chosen)
         rows = (row for batch in batches(_ROWS, wanted) for row in batch.to_pylist())
         if not _holds_bytes(schema.field(chosen.image).type):
             return _paths(file, rows, chosen)
@@ -178,7 +178,7 @@ def _gathered(
             return None
         last = name.rpartition("/")[2] if isinstance(name, str) and "\0" not in name else ""
         gathered.add(
-            number, piece, row[str(chosen.caption)], plain_tags(row), f"{file.name}/{number:06}{last and '-'}{last}"
+            number, piece, row[str(chosen.caption)], plain_row(row), f"{file.name}/{number:06}{last and '-'}{last}"
         )
     return gathered.pairs()
 
@@ -186,8 +186,16 @@ def _gathered(
 def _paths(file: Path, rows: Iterator[Mapping[str, Any]], chosen: Columns) -> Pairs:
     gathered = Gathered(file, file.parent, hint=_HINT)
     for number, row in enumerate(rows):
-        gathered.add(number, row[str(chosen.image)], row[str(chosen.caption)], plain_tags(row))
+        gathered.add(number, row[str(chosen.image)], row[str(chosen.caption)], plain_row(row))
     return gathered.pairs()
+
+
+def _wanted(schema: Any, chosen: Columns) -> list[str]:
+    """Picture, caption, tags, and what else a row may say in few words."""
+    short = (pa.types.is_string, pa.types.is_large_string, pa.types.is_dictionary, pa.types.is_integer,
+             pa.types.is_boolean)  # fmt: skip
+    named = (chosen.image, chosen.caption, *TAGS)
+    return [field.name for field in schema if field.name in named or any(fits(field.type) for fits in short)]
 
 
 def _chosen(file: Path, schema: Any, batches: Any, asked: Columns, console: Console) -> Columns:

@@ -20,7 +20,7 @@ from cytoclip.files import Piece, cache_folder, whole_file
 from cytoclip.pairs import Pairs
 from cytoclip.rows import MAX_TEXT
 
-_VERSION = 1
+_VERSION = 2
 _MAX_LINE = 64 * MAX_TEXT  # of an index: a pair has several captions at most
 
 
@@ -35,8 +35,8 @@ def load(file: Path, facts: os.stat_result, about: Sequence[str | None]) -> Pair
         What else the pairs depend on, such as the names of columns.
     """
     images: list[Path | Piece] = []
-    columns: tuple[list[Any], ...] = ([], [], [], [], [], [])
-    shared: dict[str | None, str | None] = {}
+    columns: tuple[list[Any], ...] = ([], [], [], [], [], [], [])
+    shared: dict[Any, Any] = {}
     try:
         index = _index_of(file, about)
         if not stat.S_ISREG(index.lstat().st_mode):
@@ -49,31 +49,34 @@ def load(file: Path, facts: os.stat_result, about: Sequence[str | None]) -> Pair
             end = facts.st_size if header["copied"] is None else header["copied"]
             while line := stream.readline(_MAX_LINE):
                 row = json.loads(line)
-                name, offset, size, caption, more, *tags = row
+                name, offset, size, caption, more, extra, *tags = row
                 if not _is_row(row) or offset < 0 or not 0 < size <= end - offset:
                     return None
                 images.append(Piece(held, offset, size))
-                values = (name, caption, tuple(more), *(shared.setdefault(tag, tag) for tag in tags))
+                rest = (tuple((key, value) for key, value in extra), *tags)
+                values = (name, caption, tuple(more), *(shared.setdefault(each, each) for each in rest))
                 for column, value in zip(columns, values, strict=True):
                     column.append(value)
             if header["pairs"] != len(images):
                 return None
     except (OSError, ValueError, TypeError, KeyError, RecursionError):  # damaged: made anew
         return None
-    names, captions, more, groups, sources, labels = (tuple(column) for column in columns)
-    return Pairs(tuple(images), names, captions, groups, sources, labels, more=more if any(more) else ())
+    names, captions, more, extra, *tags = (tuple(column) for column in columns)
+    more, extra = (column if any(column) else () for column in (more, extra))
+    return Pairs(tuple(images), names, captions, *tags, more=more, extra=extra)
 
 
 def store(file: Path, facts: os.stat_result, about: Sequence[str | None], pairs: Pairs, console: Console) -> None:
     """Keep the pairs of a file. Where nobody may write that is said, and they are found anew each time."""
     held = copy_of(file, about)
     copied = held.stat().st_size if any(isinstance(p, Piece) and p.path == held for p in pairs.images[:1]) else None
-    columns = (pairs.images, pairs.names, pairs.captions, pairs.more, pairs.groups, pairs.sources, pairs.labels)
+    tags = (pairs.groups, pairs.sources, pairs.labels)
     try:
         with whole_file(_index_of(file, about)) as stream:
             stream.write(_line(_header(facts, about, copied, len(pairs))))
-            for image, name, caption, more, *tags in zip(*columns, strict=True):
-                stream.write(_line([name, image.offset, image.size, caption, more, *tags]))
+            columns = (pairs.images, pairs.names, pairs.captions, pairs.more, pairs.extra, *tags)
+            for image, name, *rest in zip(*columns, strict=True):
+                stream.write(_line([name, image.offset, image.size, *rest]))
     except UserError as error:
         console.warn(f"the index of {file} is not kept: {error.message}")
 
@@ -102,8 +105,10 @@ def _header(facts: os.stat_result, about: Sequence[str | None], copied: int | No
 
 def _is_row(row: list[Any]) -> bool:
     """An index may have come with the data."""
-    name, offset, size, caption, more, *tags = row
-    texts = all(type(text) is str for text in (name, caption, *more))
+    name, offset, size, caption, more, extra, *tags = row
+    texts = all(
+        type(text) is str for text in (name, caption, *more, *(text for key, value in extra for text in (key, value)))
+    )
     return texts and type(offset) is type(size) is int and all(type(tag) in (str, type(None)) for tag in tags)
 
 

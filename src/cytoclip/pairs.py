@@ -45,6 +45,8 @@ class Pairs:
 
     more
         Further captions of each pair's picture, where it has several: training draws one of all for each epoch.
+    extra
+        (key, value) of what else the data say of a pair in a few words (a site, a magnification): for slices.
 
     Raises
     ------
@@ -60,18 +62,26 @@ class Pairs:
     labels: tuple[str | None, ...]
     contents: tuple[str, ...] = ()
     more: tuple[tuple[str, ...], ...] = ()
+    extra: tuple[tuple[tuple[str, str], ...], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.contents:
             object.__setattr__(self, "contents", self.names)  # the dataclass is frozen
-        if not self.more:
-            object.__setattr__(self, "more", ((),) * len(self.images))
+        for name in ("more", "extra"):
+            if not getattr(self, name):
+                object.__setattr__(self, name, ((),) * len(self.images))
         lengths = {name: len(column) for name, column in vars(self).items()}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"columns of different lengths: {lengths}")
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def further(self) -> dict[str, tuple[str | None, ...]]:
+        """`extra` as columns: the value of each pair by key, None where a pair has none."""
+        rows = [dict(row) for row in self.extra]
+        keys = sorted({key for row in rows for key in row})
+        return {key: tuple(row.get(key) for row in rows) for key in keys}
 
 
 @dataclass(frozen=True)

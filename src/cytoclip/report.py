@@ -1,66 +1,118 @@
-"""What was measured: hit rates as plain data, and as a table for people."""
+"""What was measured: every metric as plain data, and as a table for people."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cytoclip.retrieval import HitRates
+import numpy as np
+
+from cytoclip import expected, intervals
+from cytoclip.expected import Values
+from cytoclip.intervals import Clusters, Interval
+from cytoclip.retrieval import Ranked
 
 DIRECTIONS = {"image_to_text": "image → text", "text_to_image": "text → image"}
+LOWER_IS_BETTER = ("median_rank", "mean_rank")
 
 Scores = dict[str, Any]
 
 
-def scores(measured: Mapping[str, HitRates], chance: HitRates) -> Scores:
-    """Hit rates of each direction as JSON: `hit@k` by pair, and `hit@k_groups` where any right answer counts.
+def scores(ranked: Mapping[str, Ranked], chance: Ranked) -> Scores:
+    """Each direction as JSON: `hit@k` and so on by pair, and `hit@k_groups` where any right answer counts.
 
     Parameters
     ----------
-    measured
+    ranked
         By `image_to_text` and `text_to_image`, or one of them.
     chance
         What a model that knows nothing scores on the same pairs; the same in both directions.
     """
+    found: Scores = {"pairs": len(chance.strict["mrr"])}
+    for name, one in {**ranked, "chance": chance}.items():
+        found[name] = _flat(expected.summary(one.strict), expected.summary(one.groups))
+    return found
+
+
+def with_intervals(scored: Scores, ranked: Mapping[str, Ranked], drawn: Clusters) -> Scores:
+    """The same with a 95 % interval for each number, and what was drawn for it."""
     return {
-        "pairs": chance.queries,
-        **{name: _flat(rates) for name, rates in measured.items()},
-        "chance": _flat(chance),
+        **scored,
+        "clusters": {"by": drawn.by, "count": drawn.count},
+        "intervals": {name: _listed(intervals.intervals(flat(one), drawn)) for name, one in ranked.items()},
     }
+
+
+def slice_of(ranked: Mapping[str, Ranked], among: Any, drawn: Clusters) -> Scores:
+    """The scores of some queries, each against the whole gallery; (N,) booleans say which. Intervals of hit@k only."""
+    found: Scores = {"pairs": int(among.sum())}
+    found["intervals"] = {}
+    for name, one in ranked.items():
+        strict, groups = ({key: column[among] for key, column in part.items()} for part in (one.strict, one.groups))
+        found[name] = _flat(expected.summary(strict), expected.summary(groups))
+        hits = {key: column for key, column in flat(one).items() if key.startswith("hit@")}
+        found["intervals"][name] = _listed(intervals.intervals(hits, drawn, among))
+    return found
+
+
+def difference(
+    one: tuple[Scores, Mapping[str, Ranked]], other: tuple[Scores, Mapping[str, Ranked]], drawn: Clusters
+) -> Scores:
+    """By how much `one` is above `other` on the same pairs, with its interval, and whether zero is outside of that."""
+    found: Scores = {}
+    for name in one[1]:
+        limits = intervals.differences(flat(one[1][name]), flat(other[1][name]), drawn)
+        found[name] = {
+            key: {
+                "by": one[0][name][key] - other[0][name][key],
+                "interval": list(limits[key]) if key in limits else None,
+                "beyond_noise": key in limits and not limits[key][0] <= 0 <= limits[key][1],
+            }
+            for key in one[0][name]
+        }
+    return found
+
+
+def flat(one: Ranked) -> Values:
+    """Values by pair and by group side by side, by the names that `scores` has (`rank` for both ranks)."""
+    return {**one.strict, **{f"{name}_groups": column for name, column in one.groups.items()}}
 
 
 def selection_score(scored: Scores) -> float:
     """One number to choose the best validation by: the mean of all `hit@k_groups`, over k and directions."""
-    hits = [v for name in DIRECTIONS for key, v in scored.get(name, {}).items() if key.endswith("_groups")]
-    return float(sum(hits) / len(hits))
+    hits = [
+        value
+        for name in DIRECTIONS
+        for key, value in scored.get(name, {}).items()
+        if key.startswith("hit@") and key.endswith("_groups")
+    ]
+    return float(np.mean(hits))
 
 
 def table(columns: Mapping[str, Scores], ks: Sequence[int]) -> str:
-    """The scores side by side, a row for each k, chance last; rows by group only where they differ from by pair."""
+    """The scores side by side, a row for each metric, chance last; by group only where that differs from by pair."""
     first = next(iter(columns.values()))
-    pairs, chance = first["pairs"], first["chance"]
-    lines = []
+    pairs, lines = first["pairs"], []
     for direction, title in DIRECTIONS.items():
         if direction not in first:
             continue
         query, gallery = title.split(" → ")
         lines += ["", f"{title}: each of {pairs} {query}s ranks all {pairs} {gallery}s"]
-        rows = [
-            (f"hit@{k}", *(column[direction][f"hit@{k}"] for column in columns.values()), chance[f"hit@{k}"])
-            for k in ks
-        ]
-        by_group = [
-            (
-                f"hit@{k} by group",
-                *(column[direction][f"hit@{k}_groups"] for column in columns.values()),
-                chance[f"hit@{k}_groups"],
-            )
-            for k in ks
-        ]
-        if [row[1:] for row in rows] != [row[1:] for row in by_group]:
-            rows += by_group
-        lines += _aligned(["", *columns, "chance"], rows)
+        lines += _aligned(["", *columns, "chance"], _rows(columns, direction, ks))
     return "\n".join(lines[1:])
+
+
+def names(scored: Scores, ks: Sequence[int]) -> dict[str, str]:
+    """The metrics that a table shows, in order, and what it calls them."""
+    direction = next(name for name in DIRECTIONS if name in scored)
+    there = {**scored[direction]}
+    shown = {f"hit@{k}": f"hit@{k}" for k in ks} | {"mrr": "MRR", "median_rank": "median rank"}
+    differ = any(there[f"{key}_groups"] != there[key] for key in shown)
+    if differ:
+        more = {f"hit@{k}": f"hit@{k}" for k in ks} | {f"recall@{k}": f"recall@{k}" for k in ks}
+        more |= {"mrr": "MRR", "map": "mAP", "median_rank": "median rank"}
+        shown |= {f"{key}_groups": f"{title} by group" for key, title in more.items() if f"{key}_groups" in there}
+    return shown
 
 
 def one_line(scored: Scores, ks: Sequence[int]) -> str:
@@ -72,13 +124,34 @@ def one_line(scored: Scores, ks: Sequence[int]) -> str:
     return "; ".join(parts)
 
 
-def _flat(rates: HitRates) -> dict[str, float]:
-    strict = {f"hit@{k}": rates.strict[k] for k in rates.ks}
-    return strict | {f"hit@{k}_groups": rates.groups[k] for k in rates.ks}
+def number(key: str, value: float) -> str:
+    """As a table prints it: a rank to one place, all else to four."""
+    return f"{value:.1f}" if key.removesuffix("_groups") in LOWER_IS_BETTER else f"{value:.4f}"
 
 
-def _aligned(titles: list[str], rows: Sequence[tuple[Any, ...]]) -> list[str]:
-    cells = [titles, *([row[0], *(f"{value:.4f}" for value in row[1:])] for row in rows)]
+def _flat(strict: Mapping[str, float], groups: Mapping[str, float]) -> dict[str, float]:
+    return {**strict, **{f"{key}_groups": value for key, value in groups.items()}}
+
+
+def _listed(found: Mapping[str, Interval]) -> dict[str, list[float]]:
+    return {key: list(limits) for key, limits in found.items()}
+
+
+def _rows(columns: Mapping[str, Scores], direction: str, ks: Sequence[int]) -> list[list[str]]:
+    first = next(iter(columns.values()))
+    rows = []
+    for key, title in names(first, ks).items():
+        cells = []
+        for scored in columns.values():
+            limits = scored.get("intervals", {}).get(direction, {}).get(key)
+            span = f" [{', '.join(number(key, limit) for limit in limits)}]" if limits else ""
+            cells.append(number(key, scored[direction][key]) + span)
+        rows.append([title, *cells, number(key, first["chance"][key])])
+    return rows
+
+
+def _aligned(titles: list[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    cells = [titles, *rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(titles))]
     return [
         (

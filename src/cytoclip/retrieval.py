@@ -1,86 +1,76 @@
-"""How well a query finds its answer in a gallery: hit@k, defined once, from embeddings and `pairs.right_answers`.
+"""How well a query finds its answers in a gallery: every metric, defined once, from embeddings and `right_answers`.
 
-Every number is an expectation over the random order of gallery rows that score exactly the same, so a model that gives
-one embedding to everything scores exactly chance, and the order of the gallery never matters.
+Both directions come from one pass over the scores (`tally`), ties are worth their expectation (`expected`), and who is
+right for whom is listed sparsely (`relevance`): memory grows with N and never with N².
 
-Letters: N pairs, D embedding, V distinct queries, U distinct gallery rows, B block of queries.
+Letters: N pairs, D embedding, V different pictures' embeddings, U different captions', b queries sorted at once.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from cytoclip import expected, relevance, tally
 from cytoclip.errors import ExitCode, UserError
+from cytoclip.expected import Runs, Values
 from cytoclip.pairs import Identity, right_answers
+from cytoclip.relevance import Queries
+from cytoclip.tally import Answers, Side
+
+DIRECTIONS = ("image_to_text", "text_to_image")
+_SORTED_AT_ONCE = 1 << 19  # scores; with all that is sorted along, about 100 bytes each
 
 
 @dataclass(frozen=True)
-class HitRates:
-    """The share of queries with a right answer among the first k of the gallery, in one direction.
+class Ranked:
+    """Every metric of every query of one direction: float64 (N,) by name (`expected.values` says what each is).
 
     Parameters
     ----------
-    ks
-        As asked for; a k above the size of the gallery gives 1.
     strict
-        hit@k for each k where only a query's own pair is right (what the original project counts).
+        Only a query's own pair is right, which is what the original project counts.
     groups
-        The same where every row that `right_answers` names is right.
-    queries, gallery
-        How many of each: without them hit@k means nothing.
+        Every row that `right_answers` names is right. The same object as `strict` where that is its own pair always.
     """
 
-    ks: tuple[int, ...]
-    strict: dict[int, float]
-    groups: dict[int, float]
-    queries: int
-    gallery: int
+    strict: Values
+    groups: Values
+
+    def flat(self) -> Values:
+        """`hit@1` by pair, `hit@1_groups` by the relation, and so on."""
+        return {**self.strict, **{f"{name}_groups": column for name, column in self.groups.items()}}
 
 
-@dataclass(frozen=True)
-class Counts:
-    """Where the best-scoring right answer of each query stands; each field is int64 (N,), on the CPU.
+@torch.no_grad()
+def rank(
+    image_ND: Tensor,
+    text_ND: Tensor,
+    identity: Identity,
+    ks: Iterable[int],
+    advance: Callable[[int], None] | None = None,
+) -> dict[str, Ranked]:
+    """Rank all captions for each picture and all pictures for each caption, by cosine similarity.
 
     Parameters
     ----------
-    above
-        Gallery rows that score higher: all wrong.
-    tied
-        Gallery rows with exactly its score, itself included.
-    right_tied
-        The right ones among the tied, at least 1.
-    right
-        The right ones in the whole gallery, at least 1.
-    """
-
-    above: Tensor
-    tied: Tensor
-    right_tied: Tensor
-    right: Tensor
-
-
-def hit_rates(
-    query_ND: Tensor, gallery_ND: Tensor, identity: Identity, ks: Iterable[int], block: int = 256
-) -> HitRates:
-    """Rank the whole gallery for every query by cosine similarity.
-
-    Parameters
-    ----------
-    query_ND, gallery_ND
+    image_ND, text_ND
         Embeddings of the two sides of the same pairs, any float type and scale, on one device. Zeros score 0.
     identity
         Of the same N pairs, as numpy arrays or tensors anywhere.
     ks
-        Each at least 1.
-    block
-        Queries scored at once: memory grows with block × N. On a CPU 1024 took twice the time of 256.
+        Each at least 1; a k above N gives 1.
+    advance
+        Called with how many of the different pictures were compared with all captions.
+
+    Returns
+    -------
+    By `image_to_text` and `text_to_image`.
 
     Raises
     ------
@@ -89,97 +79,56 @@ def hit_rates(
     ValueError
         Shapes that do not belong together.
     """
-    ks = _checked_ks(ks)
-    strict, groups = count_ranks(query_ND, gallery_ND, identity, block)
-    return _rates(strict, groups, ks)
+    ks, pairs = _checked_ks(ks), _checked_size(identity)
+    if image_ND.ndim != 2 or image_ND.shape != text_ND.shape or len(image_ND) != pairs:
+        raise ValueError(f"{tuple(image_ND.shape)} pictures, {tuple(text_ND.shape)} captions, {pairs} pairs")
+    identity = identity.map(_on_cpu)
+    images, image_N = _distinct(image_ND, "image")
+    texts, text_N = _distinct(text_ND, "text")
+    one_right = bool((relevance.right_counts(identity) == 1).all())
+    asked = [relevance.own(image_N, text_N), relevance.own(text_N, image_N)]
+    if not one_right:
+        asked += [relevance.shared(image_N, text_N, identity), relevance.shared(text_N, image_N, identity)]
+    forward, backward = _answers(asked[0::2], len(texts.rows)), _answers(asked[1::2], len(images.rows))
+    counted = tally.count(images, texts, forward, Answers(backward.column, backward.row), advance)
+    sides = [(images, texts, text_N, forward, counted[0]), (texts, images, image_N, backward, counted[1])]
+    found = {}
+    for number, (direction, (query, gallery, gallery_N, answers, counts)) in enumerate(
+        zip(DIRECTIONS, sides, strict=True)
+    ):
+        relations = []
+        for queries in asked[number::2]:
+            runs = [_runs(queries, answers, counts, len(gallery.rows))]
+            runs += _sorted_runs(queries, query, gallery, gallery_N, identity)
+            strict = not relations
+            each = expected.values(Runs.joined(runs), len(queries.row), ks, one_right=strict)
+            relations.append({name: column[queries.of_pair] for name, column in each.items()})
+        found[direction] = Ranked(relations[0], relations[-1])
+    return found
 
 
-def chance(identity: Identity, ks: Iterable[int], block: int = 256) -> HitRates:
-    """What a model that knows nothing scores: `hit_rates` with all scores equal.
+def chance(identity: Identity, ks: Iterable[int]) -> Ranked:
+    """What a model that knows nothing scores, in either direction: `rank` with all scores equal.
 
-    That is k / N for strict, and for groups the mean of 1 - C(N - g, k) / C(N, k) over queries with g right answers.
+    hit@k is k / N by pair, and for g right answers of N 1 − C(N − g, k) / C(N, k).
     """
-    ks = _checked_ks(ks)
-    pairs = _checked_size(identity)
-    ids = identity.map(torch.as_tensor)
-    blocks = torch.split(torch.arange(pairs), block)
-    right = torch.cat([_count(right_answers(ids.take(rows_B), ids)) for rows_B in blocks]).cpu()
-    none, one = torch.zeros_like(right), torch.ones_like(right)
-    return _rates(Counts(none, one * pairs, one, one), Counts(none, one * pairs, right, right), ks)
+    ks, pairs = _checked_ks(ks), _checked_size(identity)
+    right = relevance.right_counts(identity.map(_on_cpu))
+    numbers = np.arange(pairs)
+    none, all_ = np.zeros_like(numbers), np.full_like(numbers, pairs)
+    strict = expected.values(Runs(numbers, none, all_, np.ones_like(numbers)), pairs, ks, one_right=True)
+    if (right == 1).all():
+        return Ranked(strict, strict)
+    return Ranked(strict, expected.values(Runs(numbers, none, all_, right), pairs, ks, one_right=False))
 
 
-@torch.no_grad()
-def count_ranks(query_ND: Tensor, gallery_ND: Tensor, identity: Identity, block: int = 256) -> tuple[Counts, Counts]:
-    """`hit_rates`' counts, for every metric: with only the own pair right, and with all of `right_answers` right."""
-    pairs = _checked_size(identity)
-    if query_ND.ndim != 2 or query_ND.shape != gallery_ND.shape or len(query_ND) != pairs:
-        raise ValueError(f"{tuple(query_ND.shape)} queries, {tuple(gallery_ND.shape)} gallery rows, {pairs} pairs")
-    ids = identity.map(lambda column: torch.as_tensor(column, device=query_ND.device))
-    own_N = torch.arange(pairs, device=query_ND.device)
-    strict_N4 = torch.empty((pairs, 4), dtype=torch.int64, device=query_ND.device)
-    groups_N4 = torch.empty_like(strict_N4)
-    for rows_B, scores_BN in _score_blocks(query_ND, gallery_ND, block):
-        strict_N4[rows_B] = _stand(scores_BN, rows_B[:, None] == own_N)
-        groups_N4[rows_B] = _stand(scores_BN, right_answers(ids.take(rows_B), ids))
-    return Counts(*strict_N4.cpu().unbind(1)), Counts(*groups_N4.cpu().unbind(1))
-
-
-def hit_rate(counts: Counts, k: int) -> float:
-    """The mean over queries of the probability of a right answer among the first k rows.
-
-    Summed as fractions and rounded once: the order of the queries cannot show, and N equal terms give that term.
-    """
-    drawn_N = (k - counts.above).clamp(min=0).minimum(counts.tied)
-    each_N3 = torch.stack([drawn_N, counts.tied, counts.right_tied], dim=1)
-    cases, repeats = torch.unique(each_N3, dim=0, return_counts=True)
-    hits = Fraction(0)
-    for case, repeat in zip(cases.tolist(), repeats.tolist(), strict=True):
-        hits += repeat * Fraction(_drawing_a_right_one(*case))
-    return float(hits / len(counts.above))
-
-
-def _rates(strict: Counts, groups: Counts, ks: tuple[int, ...]) -> HitRates:
-    strict_hits, groups_hits = ({k: hit_rate(counts, k) for k in ks} for counts in (strict, groups))
-    return HitRates(ks, strict_hits, groups_hits, queries=len(strict.above), gallery=len(strict.above))
-
-
-def _drawing_a_right_one(drawn: int, tied: int, right: int) -> float:
-    """1 - C(tied - right, drawn) / C(tied, drawn): at least one of `right` in `drawn` of `tied` (hypergeometric).
-
-    In whole numbers, rounded once, so that one right row gives exactly drawn / tied. `right` and `drawn` may change
-    places in the formula; the smaller one keeps the binomials small.
-    """
-    fewer, more = sorted((drawn, right))
-    ways = math.comb(tied, fewer)
-    return (ways - math.comb(tied - more, fewer)) / ways
-
-
-def _score_blocks(query_ND: Tensor, gallery_ND: Tensor, block: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The pairs of a block of queries and their scores with the whole gallery, until each pair came once.
-
-    Products of different shapes differ in the last bits, and so may two columns of one product: equal gallery rows
-    then rank by their position. So equal rows are scored once and their score is copied, for queries too; and the
-    gallery is never cut. Rows come sorted, so the very same products are made whatever the order of the pairs.
-    """
-    query_VD, query_N = _distinct_directions(query_ND, "query")
-    gallery_UD, gallery_N = _distinct_directions(gallery_ND, "gallery")
-    pairs_N = query_N.argsort()  # pairs with one query lie side by side
-    pairs_per_query_V = query_N.bincount(minlength=len(query_VD))
-    start = 0
-    for block_BD, sizes_B in zip(torch.split(query_VD, block), torch.split(pairs_per_query_V, block), strict=True):
-        scores_BU = _float32_product(block_BD, gallery_UD.T)
-        end = start + int(sizes_B.sum())
-        first = query_N[pairs_N[start]]
-        for rows_B in torch.split(pairs_N[start:end], block):  # one query may be that of all pairs
-            yield rows_B, scores_BU[query_N[rows_B] - first].index_select(1, gallery_N)
-        start = end
-
-
-def _distinct_directions(rows_ND: Tensor, side: str) -> tuple[Tensor, Tensor]:
+def _distinct(rows_ND: Tensor, side: str) -> tuple[Side, NDArray[np.int64]]:
     """The distinct rows at length 1 in float32, sorted, and for each row the number of its distinct one.
 
-    Divided by its largest entry first, a row can neither overflow nor vanish, and exact multiples of one row become
-    equal to the last bit. Lengths are then at least 1, except for rows of zeros, which stay.
+    Products of different shapes differ in the last bits, and so may two columns of one product: equal rows would rank
+    by their position, so they are scored once. Sorted, they do not depend on the order of the pairs. Divided by its
+    largest entry first, a row can neither overflow nor vanish, and exact multiples of one row become equal to the last
+    bit. Lengths are then at least 1, except for rows of zeros, which stay.
     """
     rows_ND = rows_ND if rows_ND.dtype == torch.float64 else rows_ND.float()
     broken = len(rows_ND) - int(rows_ND.isfinite().all(dim=1).sum())
@@ -191,48 +140,60 @@ def _distinct_directions(rows_ND: Tensor, side: str) -> tuple[Tensor, Tensor]:
         )
     largest_N1 = rows_ND.abs().amax(dim=1, keepdim=True)
     scaled_ND = (rows_ND / largest_N1.where(largest_N1 > 0, 1)).float()
-    distinct_UD, distinct_N = torch.unique(scaled_ND, dim=0, return_inverse=True)
-    return distinct_UD / torch.linalg.vector_norm(distinct_UD, dim=1, keepdim=True).clamp(min=1), distinct_N
+    distinct_UD, of, weights = torch.unique(scaled_ND, dim=0, return_inverse=True, return_counts=True)
+    unit_UD = distinct_UD / torch.linalg.vector_norm(distinct_UD, dim=1, keepdim=True).clamp(min=1)
+    return Side(unit_UD, weights.cpu().numpy()), of.cpu().numpy()
 
 
-def _stand(scores_BN: Tensor, right_BN: Tensor) -> Tensor:
-    """The four `Counts` of each row, (B, 4)."""
-    # The best right score comes from the same product as its competitors: computed apart it differs in the last bits.
-    best_B1 = scores_BN.masked_fill(~right_BN, -math.inf).amax(dim=1, keepdim=True)
-    tied_BN = scores_BN == best_B1
-    counted = (scores_BN > best_B1, tied_BN, tied_BN & right_BN, right_BN)
-    return torch.stack([_count(each_BN) for each_BN in counted], dim=1)
+def _answers(relations: Sequence[Queries], columns: int) -> Answers:
+    """All listed answers of one direction, each place once, sorted."""
+    places = np.unique(np.concatenate([each.row[each.query] * columns + each.column for each in relations]))
+    return Answers(places // columns, places % columns)
 
 
-def _count(flags_BN: Tensor) -> Tensor:
-    return flags_BN.sum(dim=1, dtype=torch.int32).long()  # int32: five times as fast as int64 on a CPU
+def _runs(queries: Queries, answers: Answers, counts: tally.Counts, columns: int) -> Runs:
+    """Where the listed answers stand; those of one query with one score are one run."""
+    wanted = queries.row[queries.query] * columns + queries.column
+    at = np.searchsorted(answers.row * columns + answers.column, wanted)
+    above, tied = counts.above[at], counts.tied[at]
+    both, of = np.unique(np.stack([queries.query, above], axis=1), axis=0, return_inverse=True)
+    of = of.reshape(-1)
+    right = np.bincount(of, queries.count, len(both)).astype(np.int64)
+    tied_of_run = np.zeros(len(both), np.int64)
+    tied_of_run[of] = tied
+    return Runs(both[:, 0], both[:, 1], tied_of_run, right)
 
 
-def _float32_product(left: Tensor, right: Tensor) -> Tensor:
-    """`left @ right` in float32, also where training chose TF32 or autocast: fewer bits make ties of their own."""
-    with _ieee_matmul(), torch.autocast(left.device.type, enabled=False):
-        return left @ right
+def _sorted_runs(
+    queries: Queries, asking: Side, gallery: Side, gallery_N: NDArray[np.int64], identity: Identity
+) -> list[Runs]:
+    """Where the answers of crowded queries stand: their whole rows are sorted, some at a time."""
+    device, width = asking.rows.device, len(gallery.rows)
+    gallery_of, weights = torch.from_numpy(gallery_N), torch.from_numpy(gallery.weights)
+    found = []
+    for some in np.array_split(queries.crowded, max(1, -(-len(queries.crowded) * len(gallery_N) // _SORTED_AT_ONCE))):
+        if not len(some):
+            continue
+        right_bN = torch.from_numpy(right_answers(identity.take(queries.pair[some]), identity))
+        right_bU = torch.zeros(len(some), width, dtype=torch.int64).index_add_(1, gallery_of, right_bN.long())
+        with tally.ieee_products(), torch.autocast(device.type, enabled=False):
+            scores_bU = asking.rows[torch.from_numpy(queries.row[some]).to(device)] @ gallery.rows.T
+        sorted_bU, order_bU = scores_bU.sort(dim=1, descending=True)
+        order_bU = order_bU.cpu()
+        starts_bU = torch.ones(len(some), width, dtype=torch.bool)
+        starts_bU[:, 1:] = (sorted_bU[:, 1:] != sorted_bU[:, :-1]).cpu()
+        run_bU = starts_bU.flatten().cumsum(0) - 1
+        tied = torch.bincount(run_bU, weights[order_bU].flatten().double()).long()
+        right = torch.bincount(run_bU, right_bU.gather(1, order_bU).flatten().double()).long()
+        query = torch.arange(len(some))[:, None].expand_as(starts_bU)[starts_bU]
+        above = tied.cumsum(0) - tied - query * len(gallery_N)
+        kept = right > 0
+        found.append(Runs(some[query[kept].numpy()], *(each[kept].numpy() for each in (above, tied, right))))
+    return found
 
 
-@contextmanager
-def _ieee_matmul() -> Iterator[None]:
-    if not hasattr(torch.backends, "fp32_precision"):
-        before = torch.get_float32_matmul_precision()  # before torch 2.9; later it raises once any code has set
-        torch.set_float32_matmul_precision("highest")  # one backend alone
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
-        return
-    matmuls = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    chosen = [(matmul, matmul.fp32_precision) for matmul in matmuls if matmul.fp32_precision in ("tf32", "bf16")]
-    try:
-        for matmul, _ in chosen:
-            matmul.fp32_precision = "ieee"
-        yield
-    finally:
-        for matmul, precision in chosen:
-            matmul.fp32_precision = precision
+def _on_cpu(column: object) -> NDArray[np.int64]:
+    return column.cpu().numpy() if isinstance(column, Tensor) else np.asarray(column)
 
 
 def _checked_ks(ks: Iterable[int]) -> tuple[int, ...]:

@@ -16,6 +16,8 @@ from cytoclip.files import Piece
 from cytoclip.pairs import Pairs
 
 TAGS = ("group", "source", "label")
+MAX_EXTRA = 64  # characters of a further key or value that is kept beside a pair, and how many of them a pair has
+_VALUES = 256  # of a further key in one place: with more it is a number of the row, and no slice
 MAX_TEXT = 1 << 20  # bytes of one caption, line or record: the longest reports have a hundredth of it
 PICTURES = frozenset(
     f".{ending}"
@@ -63,19 +65,24 @@ class Gathered:
         self._captions: list[str] = []
         self._tags: tuple[list[str | None], ...] = ([], [], [])
         self._more: list[tuple[str, ...]] = []
+        self._extra: list[tuple[tuple[str, str], ...]] = []
+        self._values: dict[str, set[str]] = {}  # of each further key; a key that has too many is left out from then on
         self._problems: list[str] = []
         self._outside: list[str] = []
         self._seen = 0
-        self._shared: dict[str, str] = {}  # one text for all rows with the same tag
+        self._shared: dict[Any, Any] = {}  # one text for all rows with the same tag, one tuple for the same extras
         self._parents: dict[str, bool] = {}
 
-    def add(self, where: object, image: object, caption: object, tags: Mapping[str, Any], name: str = "") -> None:
-        """One row, `where` it is in messages; `image` is a name below the folder, or a Piece called `name`."""
+    def add(self, where: object, image: object, caption: object, row: Mapping[str, Any], name: str = "") -> None:
+        """One row, `where` it is in messages; `image` is a name below the folder, or a Piece called `name`.
+
+        Of `row` the tags are read, and what else it says in a few words.
+        """
         self._seen += 1
         wrong = None if isinstance(image, Piece) else name_problem(image)
         if wrong is None and isinstance(image, str) and leaves(image):
             wrong = f"{shown(image)} leaves {self._base.name}/"
-        wrong = wrong or caption_problem(caption) or tags_problem(tags)
+        wrong = wrong or caption_problem(caption) or tags_problem(row)
         if wrong:
             self.refuse(where, wrong)
             return
@@ -92,8 +99,10 @@ class Gathered:
         self._captions.append(texts[0])
         self._more.append(tuple(texts[1:]))
         for column, key in zip(self._tags, TAGS, strict=True):
-            value = None if tags.get(key) is None else str(tags[key])
+            value = None if row.get(key) is None else str(row[key])
             column.append(None if value is None else self._shared.setdefault(value, value))
+        extra = tuple(each for each in extras(row, (image, caption)) if self._distinguishes(*each))
+        self._extra.append(self._shared.setdefault(extra, extra))
 
     def refuse(self, where: object, wrong: str) -> None:
         """A row that is no pair; it has not been given to `add`, or `add` found it."""
@@ -129,6 +138,7 @@ class Gathered:
         if not self._names:
             raise data_error(f"{self._place} holds no pairs", self._hint or "put at least one pair into it")
         groups, sources, labels = (tuple(column) for column in self._tags)
+        extra = [tuple(each for each in row if self._values[each[0]]) for row in self._extra]
         return Pairs(
             images=tuple(self._images),
             names=tuple(self._names),
@@ -137,7 +147,17 @@ class Gathered:
             sources=sources,
             labels=labels,
             more=tuple(self._more) if any(self._more) else (),
+            extra=tuple(extra) if any(extra) else (),
         )
+
+    def _distinguishes(self, key: str, value: str) -> bool:
+        """Whether a further key has had few values so far; one that had too many keeps none of them."""
+        values = self._values.setdefault(key, {value})
+        if values:
+            values.add(value)
+            if len(values) > _VALUES:
+                values.clear()
+        return bool(values)
 
     def _is_inside(self, image: Path) -> bool:
         """By its folder, looked at once for all that it holds, and by the file itself where that is a link."""
@@ -153,7 +173,7 @@ def concatenated(parts: Sequence[Pairs]) -> Pairs:
     """Several parts of one set behind one another; a group or source that comes in two of them is one."""
     if len(parts) == 1:
         return parts[0]
-    names = ("images", "names", "captions", "groups", "sources", "labels", "more")
+    names = ("images", "names", "captions", "groups", "sources", "labels", "more", "extra")
     return Pairs(**{name: tuple(value for part in parts for value in getattr(part, name)) for name in names})
 
 
@@ -223,15 +243,27 @@ def is_picture(value: object) -> bool:
     return isinstance(value, bytes) or (isinstance(value, str) and PurePosixPath(value).suffix.lower() in PICTURES)
 
 
-def plain_tags(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Tags as tables hold them: an empty one is none, and a whole number may have become 3.0 beside a missing one."""
+def extras(row: Mapping[str, Any], but: Sequence[object] = ()) -> tuple[tuple[str, str], ...]:
+    """What a row says beside picture, caption and tags in few words: short texts, whole numbers, yes and no."""
+    found = []
+    for key, value in row.items():
+        if key in TAGS or isinstance(value, float) or not isinstance(value, str | int) or value in but:
+            continue
+        key, text = str(key), str(value)
+        if 0 < len(key) <= MAX_EXTRA and 0 < len(text) <= MAX_EXTRA and not _HALF.search(key + text):
+            found.append((key, text))
+    return tuple(sorted(found)[:MAX_EXTRA])
+
+
+def plain_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row as tables hold it: an empty value is none, and a whole number may have become 3.0 beside a missing one."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, float):
             return None if math.isnan(value) else int(value) if value.is_integer() else value
         return None if value == "" else value
 
-    return {key: plain(row[key]) for key in TAGS if key in row}
+    return {key: plain(value) for key, value in row.items()}
 
 
 def require_regular(path: Path) -> os.stat_result:

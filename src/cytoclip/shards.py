@@ -19,13 +19,12 @@ from cytoclip.pairs import Pairs
 from cytoclip.rows import (
     MAX_TEXT,
     PICTURES,
-    TAGS,
     Columns,
     Gathered,
     concatenated,
     data_error,
     is_picture,
-    plain_tags,
+    plain_row,
     require_regular,
     shown,
 )
@@ -152,7 +151,7 @@ def _add(gathered: Gathered, stream: BinaryIO, key: str, parts: Sequence[Member]
         gathered.skip(where, f"it has {what}")
         return
     try:
-        caption, tags = _said(stream, by_ending, columns)
+        caption, row = _said(stream, by_ending, columns)
     except UserError as error:
         gathered.skip(where, error.message)
         return
@@ -161,11 +160,11 @@ def _add(gathered: Gathered, stream: BinaryIO, key: str, parts: Sequence[Member]
         gathered.skip(where, "its picture is empty")
         return
     piece = Piece(file, picture.offset, picture.size)
-    gathered.add(where, piece, caption, tags, f"{file.name}/{picture.name.removeprefix('./')}")
+    gathered.add(where, piece, caption, row, f"{file.name}/{picture.name.removeprefix('./')}")
 
 
 def _said(stream: BinaryIO, parts: dict[str, Member], columns: Columns) -> tuple[object, dict[str, Any]]:
-    """Caption and tags of a key: from `.json`, else the plain texts."""
+    """Caption of a key, and all else it says: from `.json`, else the plain texts."""
     fields: Any = {}
     if "json" in parts:
         try:
@@ -175,16 +174,16 @@ def _said(stream: BinaryIO, parts: dict[str, Member], columns: Columns) -> tuple
         if not isinstance(fields, dict):
             raise data_error("its .json is not an object", "")
     texts = {ending: _read(stream, parts[ending]).strip() for ending in _TEXTS[:3] if ending in parts}
-    tags = {key: fields.get(key) for key in TAGS if key in fields}
+    row = dict(fields)
     if "cls" in parts:
-        tags["label"] = _read(stream, parts["cls"]).strip()
+        row["label"] = _read(stream, parts["cls"]).strip()
     if columns.caption:
         caption = fields.get(columns.caption, texts.get(columns.caption))
     else:
         caption = next((fields[key] for key in _CAPTIONS if fields.get(key)), None) or next(iter(texts.values()), None)
     if caption is None:
         raise data_error("it has no caption", "")
-    return caption, plain_tags(tags)
+    return caption, plain_row(row)
 
 
 def _read(stream: BinaryIO, member: Member) -> str:

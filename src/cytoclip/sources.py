@@ -11,7 +11,7 @@ from cytoclip import columnar, folders, places, shards, tables
 from cytoclip.console import Console
 from cytoclip.errors import ExitCode, UserError, counted, first_few, nearest
 from cytoclip.pairs import Pairs
-from cytoclip.rows import TAGS, Columns, Gathered, concatenated, data_error, kind
+from cytoclip.rows import Columns, Gathered, concatenated, data_error, kind
 
 LIST_NAME = "img_text_pair.json"
 _LAYOUT = f'a split is a folder with `imgs/` and `{LIST_NAME}`, a list of {{"img": …, "caption": …}}'
@@ -134,7 +134,7 @@ def _original(folder: Path, left_out: list[str] | None) -> Pairs:
         if wrong:
             gathered.skip(number, wrong)
         else:
-            gathered.add(number, entry["img"], entry["caption"], {key: entry.get(key) for key in TAGS})
+            gathered.add(number, entry["img"], entry["caption"], entry)
     return gathered.pairs(left_out)
 
 

@@ -20,7 +20,7 @@ from cytoclip.rows import (
     kind,
     leaves,
     pick,
-    plain_tags,
+    plain_row,
     require_regular,
     shown,
 )
@@ -71,7 +71,7 @@ def from_rows(file: Path, rows: Iterator[Any], columns: Columns, console: Consol
         if isinstance(row, Mapping):
             image = row.get(str(chosen.image))
             image = image.get("path") if isinstance(image, Mapping) else image
-            gathered.add(number, image, row.get(str(chosen.caption)), plain_tags(row))
+            gathered.add(number, image, row.get(str(chosen.caption)), plain_row(row))
         else:
             gathered.skip(number, f"{kind(row)}, not an object")
     return gathered.pairs()
@@ -181,7 +181,7 @@ def _coco(file: Path, loaded: dict[str, Any]) -> Pairs:
             gathered.skip(number, "it has no id")
         else:
             captions = said.pop(one["id"], [])
-            gathered.add(number, one.get("file_name"), captions, plain_tags(one))
+            gathered.add(number, one.get("file_name"), captions, plain_row(one))
     if said:
         raise data_error(f"{len(said)} captions' images of {file} are not among its images, such as {next(iter(said))}",
                          _COCO)  # fmt: skip
