@@ -29,12 +29,6 @@ def scores(measured: Mapping[str, HitRates], chance: HitRates) -> Scores:
     }
 
 
-def selection_score(scored: Scores) -> float:
-    """One number to choose the best validation by: the mean of all `hit@k_groups`, over k and directions."""
-    hits = [v for name in DIRECTIONS for key, v in scored.get(name, {}).items() if key.endswith("_groups")]
-    return float(sum(hits) / len(hits))
-
-
 def table(columns: Mapping[str, Scores], ks: Sequence[int]) -> str:
     """The scores side by side, a row for each k, chance last; rows by group only where they differ from by pair."""
     first = next(iter(columns.values()))
