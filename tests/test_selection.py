@@ -15,7 +15,9 @@ CHANCE = {"hit@1": 0.1, "hit@10": 0.5, "hit@1_groups": 0.2, "hit@10_groups": 0.6
 SCORED = {"pairs": 50, "image_to_text": NUMBERS, "text_to_image": OTHER, "chance": CHANCE}
 
 
-@pytest.mark.parametrize(("by", "expected"), [("hits", 0.4), ("hit@1", 0.3), ("hit@10", 0.5), ("mrr", 0.4), ("map", 0.5)])
+@pytest.mark.parametrize(
+    ("by", "expected"), [("hits", 0.4), ("hit@1", 0.3), ("hit@10", 0.5), ("mrr", 0.4), ("map", 0.5)]
+)
 def test_it_is_the_mean_of_both_directions_every_right_answer_counted(by: str, expected: float) -> None:
     """Strict hits count a second picture with the same caption as a miss; chance is no score, nor is a rank."""
     assert selection.score(SCORED, by) == pytest.approx(expected)

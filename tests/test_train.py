@@ -119,7 +119,9 @@ def test_the_saved_configuration_is_complete_and_repeats_the_run(
     wanted, result = done
     place = Path(wanted.output) / "config.yaml"
     assert config.load(place) == wanted
-    assert re.match(r"# cytoclip \S+, torch \S+, transformers \S+, accelerate \S+, peft \S+, python \S+\n", place.read_text())
+    assert re.match(
+        r"# cytoclip \S+, torch \S+, transformers \S+, accelerate \S+, peft \S+, python \S+\n", place.read_text()
+    )
     again = config.load(place, [f"output={tmp_path / 'again'}", "track.to=[]"])
     repeated = train.fit(again, QUIET)
     assert (repeated.before, repeated.last) == (result.before, result.last)

@@ -19,6 +19,7 @@ from cytoclip import (
     families,
     intake,
     journal,
+    leaks,
     model,
     optim,
     plan,
@@ -102,7 +103,7 @@ def prepare(wanted: Config, run: RunFolder, world: World, console: Console, stor
     optim.refuse_idle(opened.encoder, wanted.train)
     _switch(wanted, opened, console)
     steps = intake.order_of(wanted, found)
-    planned = plan.plan(wanted, opened, steps, world)
+    planned = plan.plan(wanted, opened, steps, world, _ranked(found))
     splits = world.once(lambda: intake.scanned(wanted, found, console))
     opened.encoder.to(world.device).train()
     wanted = _with_chunks(wanted, opened, planned, world, console)
@@ -166,6 +167,12 @@ def _keep(
     pairs = spread(splits[intake.KEEP])
     own = evaluate.reading(opened, pairs, reading.batch_size, reading.workers)
     return pairs, intake.asked_once(wanted, opened, pairs, own, place) if storing else own
+
+
+def _ranked(found: Found) -> int:
+    """Pairs of the held-out splits, each caption one."""
+    there = [found.splits[name][1] for name in leaks.HELD_OUT if name in found.splits]
+    return sum(len(pairs) + sum(map(len, pairs.more)) for pairs in there)
 
 
 def _digests(

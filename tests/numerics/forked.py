@@ -139,7 +139,7 @@ def _better_at_each_third_validation() -> None:
 
     def note(job: Any, progress: Any, book: Any) -> bool:
         due = progress.step // job.config.validation.every % 3 == 0
-        selection.score = lambda scores, by: float(due and scores is progress.last)
+        selection.score = lambda scores, *_: float(due and scores is progress.last)
         return notes(job, progress, book)
 
     validation.note = note

@@ -208,7 +208,7 @@ def each_the_best() -> Iterator[None]:
     notes = validation.note
 
     def note(job: Any, progress: Any, book: Any) -> bool:
-        selection.score = lambda scores, by: float(scores is progress.last)
+        selection.score = lambda scores, *_: float(scores is progress.last)
         return notes(job, progress, book)
 
     with pytest.MonkeyPatch.context() as patched:
