@@ -34,7 +34,7 @@ def test_interpolation_is_the_formula_rounded_once_and_the_ends_are_bytes(alpha:
     for name, tensor in into.state_dict().items():
         one, other = start[name].numpy(), end[name].numpy()
         twin = ((1 - alpha) * one.astype(np.float64) + alpha * other.astype(np.float64)).astype(one.dtype)
-        expected = one if alpha == 0 else other if alpha == 1 or name == "seen" else twin
+        expected = other if alpha == 1 else one if alpha == 0 or name == "seen" else twin
         assert tensor.numpy().tobytes() == np.asarray(expected).tobytes(), name
     assert into.state_dict()["mean"].numpy().tobytes() == start["mean"].numpy().tobytes(), "what both have stays"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 import pytest
 
@@ -17,7 +17,7 @@ KEEP = Curve("keep hits", [(0.0, 0.5), (0.5, 0.45), (1.0, 0.2)], [("mean of <2> 
 
 def test_it_is_one_file_that_says_what_it_shows() -> None:
     drawn = soup_curve.svg([VAL, KEEP], 0.5, "alpha 0.5")
-    page = ElementTree.fromstring(drawn)  # noqa: S314 - made here
+    page = ET.fromstring(drawn)  # noqa: S314 - made here
     assert page.findtext(f"{SVG}title") == (
         "val hits and keep hits between the starting model and the last step; chosen: alpha 0.5"
     )
@@ -28,7 +28,7 @@ def test_it_is_one_file_that_says_what_it_shows() -> None:
 
 
 def test_higher_is_higher_and_alpha_goes_to_the_right() -> None:
-    page = ElementTree.fromstring(soup_curve.svg([VAL, KEEP], 0.5, "alpha 0.5"))  # noqa: S314
+    page = ET.fromstring(soup_curve.svg([VAL, KEEP], 0.5, "alpha 0.5"))  # noqa: S314
     lines = [
         [tuple(map(float, point.split(","))) for point in line.attrib["points"].split()]
         for line in page.iter(f"{SVG}polyline")
@@ -46,13 +46,14 @@ def test_higher_is_higher_and_alpha_goes_to_the_right() -> None:
 
 def test_a_model_beside_the_line_may_be_chosen_and_equal_scores_have_a_scale() -> None:
     flat = Curve("val mrr", [(0.0, 0.2), (1.0, 0.2)], [("step 4 (best/)", 0.2)], 0.2)
-    page = ElementTree.fromstring(soup_curve.svg([flat], None, "step 4 (best/)"))  # noqa: S314
+    page = ET.fromstring(soup_curve.svg([flat], None, "step 4 (best/)"))  # noqa: S314
     (ring,) = [c.attrib for c in page.iter(f"{SVG}circle") if c.attrib["class"] == "ring"]
     assert float(ring["cx"]) > 500
 
 
 @pytest.mark.parametrize(("low", "high", "expected"), [
-    (0.061, 0.168, [0.08, 0.1, 0.12, 0.14, 0.16]), (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0.49, 0.51, [0.49, 0.495, 0.5, 0.505, 0.51]),
+    (0.061, 0.168, [0.08, 0.1, 0.12, 0.14, 0.16]), (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+    (0.49, 0.51, [0.49, 0.495, 0.5, 0.505, 0.51]),
 ])  # fmt: skip
 def test_the_scale_has_round_numbers(low: float, high: float, expected: list[float]) -> None:
     assert soup_curve._round_values(low, high) == pytest.approx(expected)

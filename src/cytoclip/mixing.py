@@ -17,6 +17,7 @@ def interpolate(into: nn.Module, start: Weights, end: Weights, alpha: float) -> 
     """Put (1 − alpha) · start + alpha · end into a model (WiSE-FT, arXiv 2109.01903, equation 1).
 
     Computed in float64 and rounded once: what the two have in common stays as it is, and 0 and 1 give their bytes.
+    Whole numbers (a BatchNorm's count) are the start's, but at 1.
     """
     _check_names(into, start, end)
     for name, tensor in into.state_dict().items():
