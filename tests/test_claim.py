@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cytoclip import checkpoint, claim, config, train
+from cytoclip import checkpoint, claim, config, train, validation
 from cytoclip.config import Config, parse
 from cytoclip.console import Console
 from cytoclip.errors import UserError
@@ -183,11 +183,11 @@ def test_speed_is_that_of_the_steps_alone(experiment: Experiment, monkeypatch: p
         import time
 
         time.sleep(1.0)
-        return validates(job)
+        return looks(job)
 
-    validates = train._validate
+    looks = validation.look
     monkeypatch.setattr(train.journal.Stopwatch, "read", noted)
-    monkeypatch.setattr(train, "_validate", slow)
+    monkeypatch.setattr(validation, "look", slow)
     train.fit(experiment(validate={"every": 1, "ks": [1]}), QUIET)
     assert len(speeds) == 4
     assert min(speeds) > 12 / 1.0

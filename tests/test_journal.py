@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -30,7 +31,7 @@ def write(folder: Path, steps: range, done: int = 0, trackers: tuple[str, ...] =
     return losses
 
 
-def read(losses: Path) -> list[dict[str, float]]:
+def read(losses: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in losses.read_text().splitlines()]
 
 
@@ -39,9 +40,29 @@ def test_a_line_for_each_step_with_every_bit_of_the_loss(tmp_path: Path) -> None
     assert read(write(tmp_path, range(1, 4))) == [row(1), row(2), row(3)]
 
 
-def test_speeds_are_not_in_the_file(tmp_path: Path) -> None:
-    """They are never the same twice; two equal runs have equal files."""
-    assert set(read(write(tmp_path, range(1, 2)))[0]) == {"step", "loss", "lr"}
+def test_speeds_are_in_a_file_of_their_own(tmp_path: Path) -> None:
+    """They are never the same twice; two equal runs have equal losses."""
+    losses = write(tmp_path, range(1, 3))
+    assert set(read(losses)[0]) == {"step", "loss", "lr"}
+    assert read(tmp_path / "curves.jsonl") == [{"step": step, **CURVES} for step in (1, 2)]
+
+
+def test_validations_stand_once_each_and_the_start_s_is_step_0(tmp_path: Path) -> None:
+    scored = {"pairs": 9, "image_to_text": {"hit@1": 0.5}, "text_to_image": {"hit@1": 0.25}, "chance": {}}
+
+    def begun(done: int, steps: Iterable[int]) -> list[dict[str, Any]]:
+        journal = Journal(tmp_path / "losses.jsonl", tmp_path, (), done)
+        for step in steps:
+            journal.validation(step, scored, scored if step else None)
+        journal.sync()
+        journal.close()
+        return read(tmp_path / "validations.jsonl")
+
+    assert [line["step"] for line in begun(0, (0, 2, 4))] == [0, 2, 4]
+    assert [line["step"] for line in begun(3, (4, 6))] == [0, 2, 4, 6]
+    assert begun(0, (0, 2)) == [{"step": 0, "val": scored}, {"step": 2, "val": scored, "keep": scored}], (
+        "killed before its first checkpoint, a run begins with its first validation again"
+    )
 
 
 def test_a_line_is_on_the_disk_when_its_step_is_over(tmp_path: Path) -> None:
@@ -92,10 +113,12 @@ def test_tensorboard_has_the_rows_the_curves_and_the_validations(tmp_path: Path)
     for step in (1, 2):
         journal.step(row(step), CURVES)
     scored = {direction: {"hit@1": 0.25, "hit@1_groups": 0.5} for direction in ("image_to_text", "text_to_image")}
-    journal.validation(2, {"pairs": 20, "chance": {}, **scored})
+    journal.validation(2, {"pairs": 20, "chance": {}, **scored}, {"pairs": 9, "chance": {}, **scored})
     journal.close()
     found = scalars(tmp_path)
     assert sorted(found.Tags()["scalars"]) == [
+        "keep/image_to_text/hit@1", "keep/image_to_text/hit@1_groups",
+        "keep/text_to_image/hit@1", "keep/text_to_image/hit@1_groups",
         "train/hit_at_1", "train/loss", "train/lr", "train/pairs_per_second", "train/waiting_for_data",
         "val/image_to_text/hit@1", "val/image_to_text/hit@1_groups",
         "val/text_to_image/hit@1", "val/text_to_image/hit@1_groups",
@@ -124,7 +147,7 @@ def test_tensorboard_shows_each_step_once_after_a_resume_within_a_second(
 
 def test_no_tracker_writes_no_other_file(tmp_path: Path) -> None:
     write(tmp_path, range(1, 3))
-    assert [path.name for path in tmp_path.iterdir()] == ["losses.jsonl"]
+    assert {path.name for path in tmp_path.iterdir()} == {"losses.jsonl", "curves.jsonl", "validations.jsonl"}
 
 
 def test_a_tracker_that_is_not_installed_is_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

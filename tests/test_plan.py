@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from cytoclip import adapters, checkpoint, files, plan, train
+from cytoclip import adapters, checkpoint, files, plan, selection, train
 from cytoclip.checkpoint import RunFolder
 from cytoclip.config import Config
 from cytoclip.console import Console
@@ -136,7 +136,7 @@ def test_the_disk_estimate_holds_the_run_folder_at_its_largest(
         sizes.append(sum(p.stat().st_size for p in Path(wanted.output).rglob("*.safetensors")))
 
     monkeypatch.setattr(files, "_sync_tree", sync_and_measure)
-    monkeypatch.setattr(train.report, "selection_score", _growing())  # each validation is the best, so each is saved
+    monkeypatch.setattr(selection, "score", _growing())  # each validation is the best, so each is saved
     expected = train.dry_run(wanted, Console(quiet=True)).disk
     train.fit(wanted, Console(quiet=True))
     states = [p.stat().st_size for p in RunFolder(Path(wanted.output)).checkpoints.rglob("state.safetensors")]
@@ -148,7 +148,7 @@ def test_the_disk_estimate_holds_the_run_folder_at_its_largest(
     assert expected < 3 * max(sizes), "an estimate that refuses disks that would do"
 
 
-def _growing() -> Callable[[Any], float]:
+def _growing() -> Callable[[Any, str], float]:
     """A score that is higher whenever a validation is asked for it first, and lower for the best so far."""
     calls = iter(range(1000))
-    return lambda _: float(-(next(calls) % 2))
+    return lambda *_: float(-(next(calls) % 2))

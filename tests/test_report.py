@@ -36,17 +36,6 @@ def test_one_direction_alone_has_no_other() -> None:
     assert list(report.scores({"text_to_image": rates(0.1, 0.1)}, CHANCE)) == ["pairs", "text_to_image", "chance"]
 
 
-def test_selection_is_by_the_mean_over_groups_directions_and_k() -> None:
-    assert report.selection_score(BEFORE) == pytest.approx((0.2 + 0.3 + 0.4 + 0.5) / 4)
-    assert report.selection_score(AFTER) > report.selection_score(BEFORE)
-
-
-def test_selection_does_not_look_at_chance_or_at_strict_hits() -> None:
-    """Strict hits count a second picture with the same caption as a miss."""
-    same = report.scores({"image_to_text": rates(0.9, 0.2), "text_to_image": rates(0.0, 0.4)}, NO_GROUPS)
-    assert report.selection_score(same) == pytest.approx(report.selection_score(BEFORE))
-
-
 def test_the_table_to_the_letter() -> None:
     assert report.table({"before": BEFORE, "after": AFTER}, KS) == "\n".join(
         [

@@ -10,6 +10,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from cytoclip import config, train
+from cytoclip import config, train, validation
 from cytoclip.config import Config
 from cytoclip.console import Console
 from cytoclip.state import MANIFEST, MORE, TENSORS
+from cytoclip.validation import Seen
 from tests.conftest import weights
 
 QUIET = Console(quiet=True)
@@ -65,7 +67,8 @@ def test_the_run_folder_holds_what_is_documented(done: tuple[Config, train.RunRe
     names = {re.sub(r"tfevents.*", "tfevents", name) for name in listing(run)}
     model = {"config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"}
     assert names == {
-        "config.yaml", "results.json", "losses.jsonl", "train.log", ".lock", "tensorboard/events.out.tfevents",
+        "config.yaml", "results.json", "losses.jsonl", "curves.jsonl", "validations.jsonl", "train.log", ".lock",
+        "tensorboard/events.out.tfevents", "embeddings/before.safetensors", "embeddings/best.safetensors",
         *(f"checkpoints/step-{step}/{name}" for step in (2, 4) for name in (TENSORS, MORE, MANIFEST)),
         *(f"{place}/{name}" for place in ("model", "best") for name in model),
     }  # fmt: skip
@@ -104,7 +107,7 @@ def test_tensorboard_has_the_curves(done: tuple[Config, train.RunResult]) -> Non
     events.Reload()
     tags = events.Tags()["scalars"]
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
-    assert [event.step for event in events.Scalars("val/text_to_image/hit@5_groups")] == [2, 4]
+    assert [event.step for event in events.Scalars("val/text_to_image/hit@5_groups")] == [0, 2, 4]
     for name in ("lr", "logit_scale", "gradient_norm", "hit_at_1", "chance_loss", "pairs_per_second"):
         assert f"train/{name}" in tags
     assert events.Scalars("train/loss")[3].value == pytest.approx(losses(done[0].output)[3]["loss"])
@@ -116,7 +119,9 @@ def test_the_saved_configuration_is_complete_and_repeats_the_run(
     wanted, result = done
     place = Path(wanted.output) / "config.yaml"
     assert config.load(place) == wanted
-    assert re.match(r"# cytoclip \S+, torch \S+, transformers \S+, accelerate \S+, peft \S+\n", place.read_text())
+    assert re.match(
+        r"# cytoclip \S+, torch \S+, transformers \S+, accelerate \S+, peft \S+, python \S+\n", place.read_text()
+    )
     again = config.load(place, [f"output={tmp_path / 'again'}", "track.to=[]"])
     repeated = train.fit(again, QUIET)
     assert (repeated.before, repeated.last) == (result.before, result.last)
@@ -261,12 +266,15 @@ def test_best_is_the_best_validation_and_of_equal_ones_the_first(
     script = iter([0.9, 0.1, 0.5, 0.3, 0.5])
     at: list[np.ndarray] = []
 
-    def validate(job: Any) -> dict[str, Any]:
+    looks = validation.look
+
+    def look(job: Any) -> Seen:
         at.append(job.opened.encoder.clip.text_projection.weight.detach().numpy().copy())
         hit = {"hit@1": 0.0, "hit@1_groups": next(script)}
-        return {"pairs": 20, "image_to_text": hit, "text_to_image": hit, "chance": {"hit@1": 0.1, "hit@1_groups": 0.1}}
+        scores = {"image_to_text": hit, "text_to_image": hit, "chance": {"hit@1": 0.1, "hit@1_groups": 0.1}}
+        return replace(looks(job), val={"pairs": 20, **scores})
 
-    monkeypatch.setattr(train, "_validate", validate)
+    monkeypatch.setattr(validation, "look", look)
     wanted = experiment(validate={"every": 1, "ks": [1]})
     result = train.fit(wanted, QUIET)
     assert result.best_step == 2

@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock
 from transformers import BertConfig
 
-from cytoclip import claim, config, files, optim, train
+from cytoclip import claim, config, files, optim, train, validation
 from cytoclip.config import Config, parse
 from cytoclip.console import Console
 from cytoclip.errors import ExitCode, UserError
@@ -272,7 +272,7 @@ def test_bad_data_is_refused_before_any_step_and_leaves_no_folder(
     kind: str, experiment: Experiment, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     no_step(monkeypatch)
-    monkeypatch.setattr(train, "_validate", lambda _: pytest.fail("the model was run"))
+    monkeypatch.setattr(validation, "look", lambda _: pytest.fail("the model was run"))
     spoil, said, code = BAD_DATA[kind]
     data = shutil.copytree(root, tmp_path / "data")
     spoil(data)

@@ -1,9 +1,11 @@
 """The run folder: where things are in it, and models that others can open.
 
-run/config.yaml  results.json  losses.jsonl  train.log  tensorboard/
+run/config.yaml  results.json  losses.jsonl  curves.jsonl  validations.jsonl  train.log  tensorboard/  report.html
 run/model/                     the last weights: a Hugging Face folder, or a peft adapter
 run/best/                      the same at the best validation
+run/embeddings/                of the held-out splits, by the starting model and by best/ (embeddings.py)
 run/checkpoints/step-N/        what a run resumes from (state.py)
+run/soup/                      a model mixed from those above (soup.py)
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from cytoclip import adapters, files, model
-from cytoclip.config import Model
+from cytoclip.config import Config, Model
 from cytoclip.errors import ExitCode, UserError
 from cytoclip.model import DualEncoder
 from cytoclip.pixels import PixelSpec, to_floats
@@ -39,6 +41,11 @@ class RunFolder:
     best = property(lambda self: self.path / "best")
     results = property(lambda self: self.path / "results.json")
     losses = property(lambda self: self.path / "losses.jsonl")
+    curves = property(lambda self: self.path / "curves.jsonl")
+    validations = property(lambda self: self.path / "validations.jsonl")
+    embeddings = property(lambda self: self.path / "embeddings")
+    report = property(lambda self: self.path / "report.html")
+    soup = property(lambda self: self.path / "soup")
     varied = property(lambda self: self.path / "varied.png")
     log = property(lambda self: self.path / "train.log")
     lock = property(lambda self: self.path / ".lock")
@@ -84,6 +91,11 @@ def open_model(name: str, context_length: int | None = None) -> Opened:
     model.stretch_context(read, context_length, opened.name)
     # not plain: an adapter beside the base would lose the stretch
     return replace(opened, context=read.context, plain=False, stretched=True)
+
+
+def open_start(wanted: Config) -> Opened:
+    """The starting model of a run, as training reads it."""
+    return with_crop(open_model(wanted.model.name, wanted.model.context_length), wanted.data.crop)
 
 
 def with_crop(opened: Opened, crop: str) -> Opened:
@@ -172,8 +184,9 @@ def locate(name: str) -> str:
 
 
 def run_of(name: str) -> RunFolder | None:
-    """The run folder that `name` is, or whose `model/` or `best/` it is."""
-    for folder in (Path(name), Path(name).absolute().parent):
+    """The run folder that `name` is, or whose `model/`, `best/` or `soup/model/` it is."""
+    beside = Path(name).absolute().parent
+    for folder in (Path(name), beside, *([beside.parent] if beside == RunFolder(beside.parent).soup else [])):
         if RunFolder(folder).config.is_file():
             return RunFolder(folder)
     return None

@@ -109,6 +109,30 @@ def evaluate(
 
 
 @app.command()
+def soup(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.", show_default=False)],
+    alphas: Annotated[
+        str | None, typer.Option(help="Shares of the way from start to end; else 0, 0.1 … 1.", show_default=False)
+    ] = None,
+    keep: Annotated[
+        str | None, typer.Option(help="Second data root; else the run's validate.keep.", show_default=False)
+    ] = None,
+    keep_at_least: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the start's score on it, above chance, that must stay.")
+    ] = 0.95,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures or captions embedded at once.")] = 64,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Mix the models of a run, from its start to its end, and save the best on val."""
+    from cytoclip import soup as soups
+
+    console, shares = _console(), soups.ALPHAS if alphas is None else _shares(alphas)
+    made = soups.soup(run, soups.Asked(shares, keep, keep_at_least, batch_size), console)
+    saved = f"\n\nsaved: {run / 'soup' / 'model'}"
+    console.result(json.dumps(made.document(), ensure_ascii=False) if as_json else made.table() + saved)
+
+
+@app.command()
 def check(  # noqa: PLR0913 - each is an option
     data_root: Annotated[Path, typer.Argument(help="Folder that holds the splits.", show_default=False)],
     model: Annotated[
@@ -322,3 +346,10 @@ def _numbers(text: str) -> list[int]:
     if not words or not all(word.isdigit() and int(word) for word in words):
         raise UserError(f"--ks {text!r} is not a list of whole numbers from 1", "such as --ks 1,5,10,50")
     return [int(word) for word in words]
+
+
+def _shares(text: str) -> list[float]:
+    try:
+        return [float(word) for word in text.replace(",", " ").split()]
+    except ValueError:
+        raise UserError(f"--alphas {text!r} is not a list of numbers", "such as --alphas 0,0.25,0.5,0.75,1") from None

@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from yaml import YAMLError
 
 from cytoclip import options as options_
+from cytoclip import selection
 from cytoclip.data_options import Data, NonEmpty
 from cytoclip.errors import UserError, nearest
 from cytoclip.options import Option, Section
@@ -203,6 +204,30 @@ class Validate(Section):
     ks: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = Field(
         [1, 10, 50], description="The k of hit@k."
     )
+    select_by: NonEmpty = Field(
+        selection.DEFAULT,
+        description="The number by which one validation is better than another, the mean of both directions, every "
+        "right answer counted: hits (the mean of all hit@k), hit@K for a K of ks, mrr (mean reciprocal rank) or map "
+        "(mean average precision). It decides best/ and patience.",
+    )
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="Stop after this many validations in a row without a better one; null: never. The one of the last "
+        "step counts only where `every` has it due.",
+    )
+    keep: NonEmpty | None = Field(
+        None,
+        description="A second data root, or one split of it: its val split is scored at each validation, which shows "
+        "what the model forgets. Nothing is selected by it. null: none.",
+    )
+
+    @model_validator(mode="after")
+    def _selects_by_what_is_measured(self) -> Validate:
+        problem = selection.problem(self.select_by, self.ks)
+        if problem:
+            raise ValueError(f"select_by: {problem[0]}|{problem[1]}")
+        return self
 
 
 class Checkpoint(Section):

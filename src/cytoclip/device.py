@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import atexit
 import os
+import platform
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
@@ -194,6 +197,21 @@ def start(device: str = "auto", precision: str = "auto", said_by: str = "the con
     chosen, source = settle_precision(precision, os.environ, kind)
     source = source if precision == "auto" else said_by
     return World(state.device, state.process_index, state.num_processes, chosen, source)
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """What the numbers of speed were measured on: processor, cores and memory of this machine, and its GPU."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    found: dict[str, Any] = {
+        "cpu": models[0] if models else platform.processor() or platform.machine(),
+        "cores": os.cpu_count() or 1,
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+    }
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        found |= {"gpu": gpu.name, "gpu_memory_gb": round(gpu.total_memory / 1e9, 1)}
+    return found
 
 
 def _meet(kind: str) -> PartialState:

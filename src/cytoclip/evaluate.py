@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from cytoclip import batches, captions, checkpoint, config, device, encode, files, liveness, places, report, retrieval
 from cytoclip.checkpoint import Opened
 from cytoclip.console import Console
@@ -29,7 +31,14 @@ class Question:
 
 def rank(opened: Opened, pairs: Pairs, reading: Reading, question: Question, world: World, console: Console) -> Scores:
     """Embed a split once and rank it in each direction; the same result in every process."""
-    image_ND, text_ND = encode.encode(opened.encoder, pairs, reading, world, console)
+    embedded = encode.encode(opened.encoder, pairs, reading, world, console)
+    return rank_embedded(*embedded, pairs, question, world)
+
+
+def rank_embedded(
+    image_ND: torch.Tensor, text_ND: torch.Tensor, pairs: Pairs, question: Question, world: World
+) -> Scores:
+    """Rank the embeddings of a split in each direction; the same result in every process."""
     sides = {"image_to_text": (image_ND, text_ND), "text_to_image": (text_ND, image_ND)}
     identity = identities(pairs)
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from cytoclip import batches, cache, captions, decoded, features, leaks, order, places, sources, streams
+from cytoclip import batches, cache, captions, decoded, evaluate, features, leaks, order, places, sources, streams
 from cytoclip.augment import Variation
 from cytoclip.batches import Texts
 from cytoclip.captions import Tokens
@@ -28,6 +28,7 @@ from cytoclip.pixels import PixelSpec
 from cytoclip.rows import Columns
 from cytoclip.sides import names_side
 
+KEEP = "keep"  # the name of `validate.keep` among the splits
 _REPLAY = "replay"  # a replayed root's name begins with it, and its number follows
 
 
@@ -40,7 +41,7 @@ class Found:
     shards
         Addresses of training pairs from afar; none where they are here.
     splits
-        Of each split that is here, and of each replayed root: where it is, and its pairs.
+        Of each split that is here, of each replayed root, and of `validate.keep`: where it is, and its pairs.
     """
 
     shards: list[str]
@@ -52,17 +53,23 @@ def find(wanted: Config, console: Console) -> Found:
     return Found(_shards(wanted), _read_splits(wanted, console))
 
 
+def kept_split(root: Path) -> Path:
+    """What `validate.keep` names: the val split of a data root, or a split itself."""
+    return root if sources.is_split(root) else evaluate.split_folder(root, "val")
+
+
 def scanned(wanted: Config, found: Found, console: Console) -> dict[str, Pairs]:
     """The splits with every picture's bytes read once; leaks between them, replayed roots' too, are said.
 
-    Only training may go on without a picture: a number of validation is one of all of its pairs.
+    Only training may go on without a picture: a number of validation is one of all of its pairs. What is kept is no
+    part of the experiment: its pairs may be in any split.
     """
     skips = wanted.data.on_bad_image == "skip"
     splits = {
-        name: batches.scanned(pairs, folder, console, skips and name not in leaks.HELD_OUT)
+        name: batches.scanned(pairs, folder, console, skips and name in _of_training(found.splits))
         for name, (folder, pairs) in found.splits.items()
     }
-    for line in leaks.warnings(splits):
+    for line in leaks.warnings({name: pairs for name, pairs in splits.items() if name != KEEP}):
         console.warn(line)
     return splits
 
@@ -124,6 +131,17 @@ def open_up(
     return _keeping(wanted, ready, found, splits, place, storing) if wanted.data.cache else ready
 
 
+def asked_once(wanted: Config, opened: Opened, pairs: Pairs, reading: Reading, place: Place) -> Reading:
+    """How a split that is ranked again and again is read: where a tower is frozen, from its stored features."""
+    encoder, each = opened.encoder, reading.batch_size
+    if wanted.model.image_tower == "frozen":
+        rows = features.of_pictures(encoder, pairs, opened.pixels, each, reading.workers, place)
+        reading = replace(reading, image_rows=rows)
+    if wanted.model.text_tower == "frozen":
+        reading = replace(reading, text_rows=features.of_captions(encoder, pairs, reading.tokens, each, place))
+    return reading
+
+
 def _from_disk(
     wanted: Config,
     opened: Opened,
@@ -135,7 +153,7 @@ def _from_disk(
     storing: bool,
 ) -> Intake:
     encoder, each, world = opened.encoder, reading.batch_size, place.world
-    train, val = joined([splits[name] for name in _of_training(splits)]), spread(splits["val"])
+    train = joined([splits[name] for name in _of_training(splits)])
     said, skips = spread(train), wanted.data.on_bad_image == "skip"
     tokens = captions.tokenise(opened.tokenizer, said.captions, opened.context, encoder.family)
     wording = Wording.of(train, wanted.train.seed)
@@ -144,14 +162,11 @@ def _from_disk(
     pictures: Pictures | Rows = Pictures(train.images, spec, _dropout(wanted, opened), varied, reduced)
     texts = Texts(tokens, wording)
     if storing and wanted.model.image_tower == "frozen":
-        pictures, rows = (
-            features.of_pictures(encoder, pairs, opened.pixels, each, reading.workers, place, may_skip)
-            for pairs, may_skip in ((train, skips), (val, False))
-        )
-        reading = replace(reading, image_rows=rows)
+        pictures = features.of_pictures(encoder, train, opened.pixels, each, reading.workers, place, skips)
     if storing and wanted.model.text_tower == "frozen":
         texts = replace(texts, table=features.of_captions(encoder, said, tokens, each, place))
-        reading = replace(reading, text_rows=features.of_captions(encoder, val, reading.tokens, each, place))
+    if storing:
+        reading = asked_once(wanted, opened, spread(splits["val"]), reading, place)
     identity = identities(said).map(lambda ids: torch.from_numpy(ids).to(world.device))
     feed = FromDisk(pictures, texts, steps, identity, train.names, reading.workers, skips)
     return Intake(feed, reading, variation, tokens.truncated)
@@ -242,9 +257,9 @@ def _keeping(
     return replace(ready, feed=kept, reading=replace(reading, kept=of_val))
 
 
-def _of_training(splits: dict[str, Pairs]) -> list[str]:
+def _of_training(splits: Iterable[str]) -> list[str]:
     """The training split and the replayed roots, as they stand behind it in the numbering of the pairs."""
-    return [name for name in splits if name not in leaks.HELD_OUT]
+    return [name for name in splits if name not in (*leaks.HELD_OUT, KEEP)]
 
 
 def _read_splits(wanted: Config, console: Console) -> dict[str, tuple[Path, Pairs]]:
@@ -252,6 +267,8 @@ def _read_splits(wanted: Config, console: Console) -> dict[str, tuple[Path, Pair
     for number, replay in enumerate(wanted.data.replay, start=1):
         root = Path(replay.root)
         found[f"{_REPLAY} {number}"] = root if sources.is_split(root) else places.split(root, "train")
+    if wanted.validation.keep:
+        found[KEEP] = kept_split(Path(wanted.validation.keep))
     columns = Columns(wanted.data.image_column, wanted.data.caption_column)
     return {
         name: (folder, sources.read(folder, columns, console))

@@ -19,6 +19,7 @@ from cytoclip import (
     families,
     intake,
     journal,
+    leaks,
     model,
     optim,
     plan,
@@ -54,8 +55,12 @@ class Job:
         How training pictures are varied, if they are.
     feed
         The training pairs, replayed roots behind them, as they come step by step.
-    val
-        Each caption a pair of its own.
+    val, reading
+        Each caption a pair of its own, and how they are read.
+    test
+        The same of the test split, where there is one.
+    keep
+        Pairs of `validate.keep` and how they are read, where it is given.
     inputs
         Digests of all that the run was begun with.
     """
@@ -75,16 +80,17 @@ class Job:
     variation: Variation | None
     feed: FromDisk | FromAfar
     val: Pairs
-    inputs: dict[str, str]
     reading: Reading
+    test: Pairs | None
+    keep: tuple[Pairs, Reading] | None
+    inputs: dict[str, str]
 
 
 def prepare(wanted: Config, run: RunFolder, world: World, console: Console, storing: bool = True) -> Job:
     """Read, open and build all that a run needs; `storing` False computes no features, as a dry run wants it."""
     journal.check_trackers(wanted.track.to)
     found = world.once(lambda: intake.find(wanted, console))
-    opened = checkpoint.open_model(wanted.model.name, wanted.model.context_length)
-    opened = checkpoint.with_crop(opened, wanted.data.crop)
+    opened = checkpoint.open_start(wanted)
     if opened.crop == "pad":
         console.warn("data.crop=pad: plain transformers, which cannot say it, would cut the saved model's pictures")
     image_tower = opened.encoder.clip.config.vision_config.model_type
@@ -97,7 +103,7 @@ def prepare(wanted: Config, run: RunFolder, world: World, console: Console, stor
     optim.refuse_idle(opened.encoder, wanted.train)
     _switch(wanted, opened, console)
     steps = intake.order_of(wanted, found)
-    planned = plan.plan(wanted, opened, steps, world)
+    planned = plan.plan(wanted, opened, steps, world, _ranked(found))
     splits = world.once(lambda: intake.scanned(wanted, found, console))
     opened.encoder.to(world.device).train()
     wanted = _with_chunks(wanted, opened, planned, world, console)
@@ -106,6 +112,7 @@ def prepare(wanted: Config, run: RunFolder, world: World, console: Console, stor
     reading = evaluate.reading(opened, val, plan.held(wanted, world.size), world.loaders(wanted.data.workers))
     place = Place(run.path, world, console)
     ready = intake.open_up(wanted, opened, found, splits, steps, reading, place, storing)
+    keep = _keep(wanted, opened, splits, reading, place, storing)
     if wanted.train.shard:
         shard.share_out(encoder, world, console)
     optimizer = optim.build(encoder, wanted.train)
@@ -126,8 +133,10 @@ def prepare(wanted: Config, run: RunFolder, world: World, console: Console, stor
         variation=ready.variation,
         feed=ready.feed,
         val=val,
-        inputs=_digests(wanted, opened, began_from, found, splits, world),
         reading=ready.reading,
+        test=spread(splits["test"]) if "test" in splits else None,
+        keep=keep,
+        inputs=_digests(wanted, opened, began_from, found, splits, world),
     )
     _say_what_is_odd(job, ready.truncated)
     return job
@@ -148,6 +157,22 @@ def first_line(wanted: Config, world: World) -> str:
         f"(from {world.precision_from}), global batch {wanted.train.batch_size} = {world.size} × "
         f"{wanted.train.batch_size // world.size}"
     )
+
+
+def _keep(
+    wanted: Config, opened: Opened, splits: dict[str, Pairs], reading: Reading, place: Place, storing: bool
+) -> tuple[Pairs, Reading] | None:
+    if intake.KEEP not in splits:
+        return None
+    pairs = spread(splits[intake.KEEP])
+    own = evaluate.reading(opened, pairs, reading.batch_size, reading.workers)
+    return pairs, intake.asked_once(wanted, opened, pairs, own, place) if storing else own
+
+
+def _ranked(found: Found) -> int:
+    """Pairs of the held-out splits, each caption one."""
+    there = [found.splits[name][1] for name in leaks.HELD_OUT if name in found.splits]
+    return sum(len(pairs) + sum(map(len, pairs.more)) for pairs in there)
 
 
 def _digests(

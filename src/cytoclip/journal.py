@@ -1,4 +1,4 @@
-"""What a run writes down as it goes: `losses.jsonl`, curves for trackers, and the note behind the progress bar."""
+"""What a run writes down as it goes: a line a step and a validation, curves for trackers, the progress bar's note."""
 
 from __future__ import annotations
 
@@ -17,14 +17,19 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, TensorBoar
 from cytoclip import files
 from cytoclip.errors import ExitCode, UserError
 
+CURVES, VALIDATIONS = "curves.jsonl", "validations.jsonl"  # beside losses.jsonl
+
 
 class Journal:
-    """One line a step in `losses.jsonl`, the same to each tracker; begun again where a run resumes.
+    """Lines of JSON, the same numbers to each tracker; begun again where a run resumes.
+
+    `losses.jsonl` has a line a step that two equal runs have equal; `curves.jsonl` one of speeds and such, which are
+    never the same twice; `validations.jsonl` one a validation, that of the start, step 0, first.
 
     Parameters
     ----------
     losses
-        The file; lines after `done` steps are cut off, so that each step stands there once.
+        The first file; the others lie beside it. Lines after `done` steps are cut off, so that each stands there once.
     folder
         The run folder: trackers that write files put them there, the others take its name.
     trackers
@@ -34,37 +39,71 @@ class Journal:
     """
 
     def __init__(self, losses: Path, folder: Path, trackers: Sequence[str], done: int) -> None:
-        kept = [line for line in _lines(losses) if line["step"] <= done]
-        files.write_text(losses, "".join(json.dumps(line) + "\n" for line in kept))
-        self._losses, self._stream = losses, losses.open("a", encoding="utf-8")
+        self._losses, self._curves, self._validations = (
+            _Lines(path, done) for path in (losses, losses.with_name(CURVES), losses.with_name(VALIDATIONS))
+        )
+        self._folder = folder
         self._trackers = [_tracker(name, folder, done) for name in trackers]
 
     def step(self, row: Mapping[str, float], curves: Mapping[str, float]) -> None:
-        """Write a step: `row` everywhere, `curves` (speeds and such, never the same twice) to the trackers only."""
-        whole = {key: value if math.isfinite(value) else None for key, value in row.items()}  # fp16 skips such a step
-        with files.disk_errors(self._losses):
-            self._stream.write(json.dumps(whole, allow_nan=False) + "\n")
-            self._stream.flush()
+        """Write a step: `row` as it was, `curves` for the eye."""
+        self._losses.add(row)
+        self._curves.add({"step": row["step"], **curves})
         values = {f"train/{key}": value for key, value in {**row, **curves}.items() if key != "step"}
         self._log(values, int(row["step"]))
 
-    def validation(self, step: int, scored: Mapping[str, Any]) -> None:
-        for direction in ("image_to_text", "text_to_image"):
-            self._log({f"val/{direction}/{key}": value for key, value in scored[direction].items()}, step)
+    def validation(self, step: int, val: Mapping[str, Any], keep: Mapping[str, Any] | None = None) -> None:
+        """Write the scores after a step; `keep`: of `validate.keep`."""
+        scored = {"val": val, **({"keep": keep} if keep else {})}
+        self._validations.add({"step": step, **scored})
+        values = {
+            f"{name}/{direction}/{key}": value
+            for name, scores in scored.items()
+            for direction in ("image_to_text", "text_to_image")
+            for key, value in scores[direction].items()
+        }
+        self._log(values, step)
 
     def sync(self) -> None:
-        """Before a checkpoint: a step that it counts must have its line after a power cut."""
-        os.fsync(self._stream.fileno())
+        """Before a checkpoint: a step that it counts must have its lines after a power cut."""
+        for lines in (self._losses, self._curves, self._validations):
+            lines.sync()
 
     def close(self) -> None:
-        self._stream.close()
+        for lines in (self._losses, self._curves, self._validations):
+            lines.close()
         for tracker in self._trackers:
             tracker.finish()
 
     def _log(self, values: dict[str, float], step: int) -> None:
-        with files.disk_errors(self._losses.parent):
+        with files.disk_errors(self._folder):
             for tracker in self._trackers:
                 tracker.log(values, step=step)
+
+
+class _Lines:
+    """A file of one JSON object a line, each on the disk's way when it is added."""
+
+    def __init__(self, path: Path, done: int) -> None:
+        kept = [line for line in _lines(path) if done and line["step"] <= done]  # a run from nothing has no old lines
+        files.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._path, self._stream = path, path.open("a", encoding="utf-8")
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        with files.disk_errors(self._path):
+            self._stream.write(json.dumps(_finite(row), allow_nan=False) + "\n")
+            self._stream.flush()
+
+    def sync(self) -> None:
+        os.fsync(self._stream.fileno())
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What JSON can say: a step that fp16 skips has a norm that is not finite."""
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
 
 
 class Stopwatch:
@@ -95,7 +134,7 @@ def note(row: Mapping[str, float], curves: Mapping[str, float], chance_loss: flo
     )
 
 
-def _lines(path: Path) -> list[dict[str, float]]:
+def _lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a file that a crash may have cut in its last one."""
     if not path.is_file():
         return []
@@ -119,7 +158,7 @@ def _tracker(name: str, folder: Path, done: int) -> GeneralTracker:
     try:
         if name == "tensorboard":  # purge_step hides what a crash left behind the checkpoint
             _wait_for_a_later_name(folder / name)
-            made = TensorBoardTracker("tensorboard", str(folder), purge_step=done + 1)
+            made = TensorBoardTracker("tensorboard", str(folder), purge_step=done + 1 if done else 0)
         elif name == "mlflow":
             made = LOGGER_TYPE_TO_CLASS[name](experiment_name="cytoclip", run_name=folder.name)
         else:  # accelerate calls the project "run name"

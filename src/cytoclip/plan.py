@@ -61,8 +61,10 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan(config: Config, opened: Opened, order: Order | None, world: World) -> Plan:
+def plan(config: Config, opened: Opened, order: Order | None, world: World, ranked: int = 0) -> Plan:
     """The plan of `config` for the pairs of `order`, after `adapters.set_moving`; None: for pairs from afar.
+
+    `ranked` pairs of the validation and the test split have their embeddings kept.
 
     Raises
     ------
@@ -84,13 +86,15 @@ def plan(config: Config, opened: Opened, order: Order | None, world: World) -> P
     copies = (total if config.train.anchor else 0) + (moving if config.train.ema else 0)
     saved = (moving if is_adapter_only(config.model, opened) else total) * _FLOAT
     state = moving * (_FLOAT + _ADAM) + (moving * _FLOAT if config.train.ema else 0)
+    kept = 2 * ranked * 2 * opened.encoder.width * _FLOAT  # of the start and of best/, pictures and captions
     return Plan(
         steps=steps,
         steps_per_epoch=per_epoch,
         times_seen=steps * order.own / order.pairs if order else None,
         sizes=sizes,
         memory=total * _FLOAT + moving * (_FLOAT + _ADAM) + copies * _FLOAT + activations,
-        disk=(config.checkpoint.keep_last + 1) * state + 3 * saved,  # a new one is written before the oldest goes
+        # a new one is written before the oldest goes
+        disk=(config.checkpoint.keep_last + 1) * state + 3 * saved + kept * 3 // 2,
     )
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from cytoclip import expected, intervals
 from cytoclip.expected import Values
 from cytoclip.intervals import Clusters, Interval
@@ -76,17 +74,6 @@ def difference(
 def flat(one: Ranked) -> Values:
     """Values by pair and by group side by side, by the names that `scores` has (`rank` for both ranks)."""
     return {**one.strict, **{f"{name}_groups": column for name, column in one.groups.items()}}
-
-
-def selection_score(scored: Scores) -> float:
-    """One number to choose the best validation by: the mean of all `hit@k_groups`, over k and directions."""
-    hits = [
-        value
-        for name in DIRECTIONS
-        for key, value in scored.get(name, {}).items()
-        if key.startswith("hit@") and key.endswith("_groups")
-    ]
-    return float(np.mean(hits))
 
 
 def table(columns: Mapping[str, Scores], ks: Sequence[int]) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from cytoclip import files
@@ -58,6 +58,33 @@ def newest(checkpoints: Path, warn: Callable[[str], None]) -> tuple[int, Path] |
             ExitCode.RUN,
         )
     return None
+
+
+def whole(checkpoints: Path, warn: Callable[[str], None]) -> dict[int, Path]:
+    """The folder of each step whose checkpoint is as it was written; `warn` is told of the others."""
+    found = {}
+    for step, folder in listed(checkpoints):
+        problem = _problem(step, folder)
+        if problem is None:
+            found[step] = folder
+        else:
+            warn(f"the checkpoint {folder} is skipped: {problem}")
+    return found
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """What of a checkpoint is validated and saved, by the name of the parameter: its moving averages where it has some.
+
+    Moments are not read.
+    """
+    with safe_open(folder / TENSORS, "pt") as file:
+        names = list(file.keys())
+        return {
+            name.removeprefix(prefix): file.get_tensor(name)
+            for prefix in ("param.", "extra.")  # `averages.py`: of the same parameters
+            for name in names
+            if name.startswith(prefix)
+        }
 
 
 def save_state(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,23 +15,22 @@ import torch
 from cytoclip import (
     alarms,
     augment,
-    checkpoint,
     claim,
     config,
     device,
     diverged,
-    evaluate,
     files,
     jobs,
     journal,
     liveness,
     optim,
+    outcome,
     plan,
     report,
-    shard,
     signals,
     state,
     streams,
+    validation,
 )
 from cytoclip.batches import Batch
 from cytoclip.checkpoint import RunFolder
@@ -40,13 +38,13 @@ from cytoclip.config import Config
 from cytoclip.console import Console, duration
 from cytoclip.decoded import Decoded
 from cytoclip.errors import ExitCode, Stopped, UserError, counted, first_few
-from cytoclip.evaluate import Question
 from cytoclip.feed import Arrival, FromAfar, FromDisk, Read
 from cytoclip.jobs import Job
 from cytoclip.loss import Logits, contrastive_step
 from cytoclip.pictures import Pictures
 from cytoclip.plan import Plan
 from cytoclip.report import Scores
+from cytoclip.validation import Progress
 
 
 @dataclass(frozen=True)
@@ -57,6 +55,8 @@ class RunResult:
     ----------
     before, last, best
         Scores of the starting point, of the last step, and of the best validation after the start.
+    test
+        Scores of the test split by the starting model (`before`) and by best/ (`best`); empty where there is none.
     """
 
     run: Path
@@ -65,12 +65,19 @@ class RunResult:
     before: Scores
     last: Scores
     best: Scores
+    test: dict[str, Any] = field(default_factory=dict)
 
     def table(self) -> str:
         columns = {"before": self.before, f"step {self.steps}": self.last}
+        best = f"best, step {self.best_step}"
         if self.best_step != self.steps:
-            columns |= {f"best, step {self.best_step}": self.best}
-        return report.table(columns, _ks(self.before))
+            columns |= {best: self.best}
+        ks = _ks(self.before)
+        tables = [report.table(columns, ks)]
+        if self.test:
+            asked = {"before": self.test["before"], best: self.test["best"]}
+            tables += ["the test split, asked once, at the end:", report.table(asked, ks)]
+        return "\n\n".join(tables)
 
 
 def fit(wanted: Config, console: Console) -> RunResult:
@@ -95,7 +102,7 @@ def fit(wanted: Config, console: Console) -> RunResult:
         job = jobs.prepare(wanted, run, world, console)
         world.once(lambda: plan.check_disk(job.plan, run.path))
         world.once(lambda: _begin(run, job.config))
-        progress = _resume(job, *behind) if behind else _start(job)
+        progress = _resume(job, *behind) if behind else validation.begin(job)
         _train(job, progress)
         return _finish(job, progress)
 
@@ -113,23 +120,6 @@ def dry_run(wanted: Config, console: Console) -> Plan:
     return planned
 
 
-@dataclass
-class _Progress:
-    """All that a checkpoint remembers beside weights, moments and random states."""
-
-    step: int = 0
-    before: Scores = field(default_factory=dict)
-    last: Scores = field(default_factory=dict)
-    best: Scores = field(default_factory=dict)
-    best_step: int = 0
-    best_weights: str = ""
-    seconds: float = 0.0
-    scaler: dict[str, Any] = field(default_factory=dict)
-    inputs: dict[str, str] = field(default_factory=dict)
-    skipped: dict[str, int] = field(default_factory=dict)  # names of pictures, and how often others stood in
-    positions: list[list[streams.Position]] = field(default_factory=list)  # of each process's readers, from afar
-
-
 def _finished(run: RunFolder, wanted: Config) -> RunResult | None:
     """What a finished run measured; None for one that is not, or is asked for more steps than it did."""
     if not run.results.is_file() or claim.is_longer(run, wanted):
@@ -140,7 +130,7 @@ def _finished(run: RunFolder, wanted: Config) -> RunResult | None:
         raise UserError(
             f"{run.results} is damaged: {error}", "delete it to score the run again", ExitCode.RUN
         ) from None
-    return RunResult(run.path, found["steps"], found["best_step"], found["before"], found["last"], found["best"])
+    return _result(run, found)
 
 
 def _behind(run: RunFolder, console: Console) -> tuple[int, Path] | None:
@@ -158,17 +148,11 @@ def _behind(run: RunFolder, console: Console) -> tuple[int, Path] | None:
 def _begin(run: RunFolder, wanted: Config) -> None:
     """In this order, so that a crash between the two leaves a run that is not finished, not one of another length."""
     run.results.unlink(missing_ok=True)
-    files.write_text(run.config, _versions() + config.dump(wanted))
+    versions = ", ".join(f"{name} {version}" for name, version in outcome.versions().items())
+    files.write_text(run.config, f"# {versions}\n" + config.dump(wanted))
 
 
-def _start(job: Job) -> _Progress:
-    progress = _Progress(inputs=job.inputs)
-    progress.before = progress.last = _validate(job)
-    job.console.say(f"before: {report.one_line(progress.before, job.config.validation.ks)}")
-    return progress
-
-
-def _resume(job: Job, step: int, folder: Path) -> _Progress:
+def _resume(job: Job, step: int, folder: Path) -> Progress:
     """Go on from a checkpoint; what comes out is what the run would have come to without the stop.
 
     The one exception: a run that was asked for more steps has also been validated at its old last step, and that may
@@ -177,7 +161,7 @@ def _resume(job: Job, step: int, folder: Path) -> _Progress:
     kept, averages = state.load_state(folder, job.opened.encoder, job.optimizer, job.world)
     if job.averages:
         job.averages.load(averages)
-    progress = _Progress(**kept)
+    progress = Progress(**kept)
     other = [name for name, digest in job.inputs.items() if progress.inputs.get(name) != digest]
     if other:
         raise UserError(
@@ -188,20 +172,12 @@ def _resume(job: Job, step: int, folder: Path) -> _Progress:
     if isinstance(job.feed, FromAfar):
         job.feed.refuse_other_readers(progress.positions, job.world)
     job.scaler.load_state_dict(progress.scaler)
-    if step < job.plan.steps and progress.best_weights != job.world.once(lambda: _best_weights(job.run)):
-        # best/ is of a later step than this checkpoint, and so better than all before that step: what is best from
-        # here on leads to the same end, and until then best/ and its scores belong together again.
-        progress.best, progress.best_step, progress.best_weights = {}, 0, ""
+    validation.forget_other_best(job, progress)
     job.console.say(f"resuming {job.run.path} after step {step}")
     return progress
 
 
-def _best_weights(run: RunFolder) -> str:
-    files.recover(run.best)
-    return checkpoint.weights_digest(run.best)
-
-
-def _train(job: Job, progress: _Progress) -> None:
+def _train(job: Job, progress: Progress) -> None:
     steps = job.plan.steps
     read = _read_so_far(job, progress)
     arrivals = job.feed.arrivals(progress.step, steps, job.world, read)
@@ -209,11 +185,11 @@ def _train(job: Job, progress: _Progress) -> None:
     watch, began = journal.Stopwatch(), time.perf_counter() - progress.seconds
     waiting = alarms.Waiting(job.config.data, job.reading.workers, _unwatched(job, progress.step))
     with ExitStack() as stack:
-        book = stack.enter_context(_journal(job, progress.step))
+        book = stack.enter_context(_journal(job, progress))
         bar = stack.enter_context(job.console.progress("training", steps, start=progress.step))
         asked_to_stop = stack.enter_context(signals.heard())
         losses: list[float] | None = []  # since the warm-up; None once their alarm has rung
-        while progress.step < steps:
+        while not validation.is_over(job, progress):
             asked = time.perf_counter()
             arrival = next(arrivals)
             watch.waited(asked)
@@ -231,13 +207,14 @@ def _train(job: Job, progress: _Progress) -> None:
             _ring(job, waiting.line(curves["waiting_for_data"]))
             save = _due(progress.step, job.config.checkpoint.every, steps)
             if _due(progress.step, job.config.validation.every, steps):
-                save |= _note_validation(job, progress, book)  # best/ and the state that made it belong together
+                save |= validation.note(job, progress, book)  # best/ and the state that made it belong together
+            over = validation.is_over(job, progress)
             progress.seconds = time.perf_counter() - began
             stopped = job.world.largest(asked_to_stop())  # all processes stop after the same step
-            if save or stopped:
+            if save or over or stopped:
                 _note_reading(job, progress, read)
                 _save(job, progress, book)
-            if stopped and progress.step < steps:
+            if stopped and not over:
                 raise Stopped(stopped, progress.step)
             watch.read(0)  # the next step's speed is its own
 
@@ -258,13 +235,13 @@ def _unwatched(job: Job, done: int) -> int:
     return max(job.config.train.warmup_steps - done, epoch or 0)
 
 
-def _read_so_far(job: Job, progress: _Progress) -> Read:
+def _read_so_far(job: Job, progress: Progress) -> Read:
     """Where this process goes on reading; what all have skipped is counted on by the first."""
     positions = [streams.Position(*each) for each in progress.positions[job.world.rank]] if progress.positions else []
     return Read(Counter(progress.skipped if job.world.first else {}), positions)
 
 
-def _note_reading(job: Job, progress: _Progress, read: Read) -> None:
+def _note_reading(job: Job, progress: Progress, read: Read) -> None:
     every = job.world.listed([read])
     progress.skipped = dict(sum((one.skipped for one in every), Counter()))
     progress.positions = [one.positions for one in every] if read.positions else []
@@ -304,45 +281,13 @@ def _step(job: Job, step: int, arrival: Arrival) -> tuple[dict[str, float], dict
     return row, curves
 
 
-def _note_validation(job: Job, progress: _Progress, book: journal.Journal | None) -> bool:
-    """Rank the validation split, and keep the model if it is the best so far: whether it was."""
-    progress.last = _validate(job)
-    if book:
-        book.validation(progress.step, progress.last)
-    line = report.one_line(progress.last, job.config.validation.ks)
-    better = not progress.best or report.selection_score(progress.last) > report.selection_score(progress.best)
-    if better:
-        progress.best, progress.best_step = progress.last, progress.step
-        _save_model(job, job.run.best)
-        progress.best_weights = job.world.once(lambda: _best_weights(job.run))
-    job.console.say(f"step {progress.step}: {line}{', the best so far' if better else ''}")
-    _ring(job, alarms.at_chance(progress.last))
-    return better
-
-
 def _ring(job: Job, alarm: str | None) -> bool:
     if alarm:
         job.console.warn(alarm)
     return alarm is not None
 
 
-def _validate(job: Job) -> Scores:
-    question = Question(job.config.validation.ks)
-    with _averaged(job):
-        return evaluate.rank(job.opened, job.val, job.reading, question, job.world, job.console)
-
-
-def _save_model(job: Job, folder: Path) -> None:
-    with _averaged(job), shard.whole(job.opened.encoder, job.world):
-        job.world.once(lambda: checkpoint.save_model(folder, job.opened, job.adapter, job.config.model))
-
-
-def _averaged(job: Job) -> AbstractContextManager[None]:
-    """The weights that are validated and saved: their moving average, where there is one."""
-    return job.averages.applied() if job.averages else nullcontext()
-
-
-def _save(job: Job, progress: _Progress, book: journal.Journal | None) -> None:
+def _save(job: Job, progress: Progress, book: journal.Journal | None) -> None:
     if book:
         book.sync()
     progress.scaler = job.scaler.state_dict()
@@ -354,18 +299,12 @@ def _save(job: Job, progress: _Progress, book: journal.Journal | None) -> None:
     )
 
 
-def _finish(job: Job, progress: _Progress) -> RunResult:
-    steps = progress.step
-    result = RunResult(job.run.path, steps, progress.best_step, progress.before, progress.last, progress.best)
-    written = {
-        **{key: value for key, value in asdict(result).items() if key != "run"},
-        "ks": job.config.validation.ks,
-        "seconds": round(progress.seconds, 1),
-        "pairs_seen": steps * job.config.train.batch_size,
-        "processes": job.world.size,
-        "device": job.world.device.type,
-        "skipped": progress.skipped,
-    }
+def _finish(job: Job, progress: Progress) -> RunResult:
+    if progress.step < job.plan.steps:
+        job.console.say(
+            f"stopped early after step {progress.step} of {job.plan.steps}: validate.patience is "
+            f"{job.config.validation.patience}, and the best validation is that of step {progress.best_step}"
+        )
     _say_what_was_mended(job)
     if progress.skipped:
         job.console.warn(
@@ -373,11 +312,18 @@ def _finish(job: Job, progress: _Progress) -> RunResult:
             f"{counted(sum(progress.skipped.values()), 'time')}: {first_few(list(progress.skipped))}; "
             "`cytoclip check` says what is wrong with each"
         )
-
-    _save_model(job, job.run.model)
+    validation.save_model(job, job.run.model)
+    written = outcome.results(job, progress)
     job.world.once(lambda: files.write_json(job.run.results, written))  # last: it is what makes the run finished
-    job.console.say(f"finished {steps} steps in {duration(progress.seconds)}")
-    return result
+    job.console.say(f"finished {progress.step} steps in {duration(progress.seconds)}")
+    return _result(job.run, written)
+
+
+def _result(run: RunFolder, written: dict[str, Any]) -> RunResult:
+    """From results.json; before there was a schema, a run knew of no test split."""
+    steps, best_step = written["steps"], written["best_step"]
+    test = written.get("test", {})
+    return RunResult(run.path, steps, best_step, written["before"], written["last"], written["best"], test)
 
 
 def _say_what_was_mended(job: Job) -> None:
@@ -392,19 +338,16 @@ def _kept(job: Job) -> list[Decoded]:
     return [kept for kept in (pictures.kept if isinstance(pictures, Pictures) else None, job.reading.kept) if kept]
 
 
-def _versions() -> str:
-    names = ("cytoclip", "torch", "transformers", "accelerate", "peft")
-    return "# " + ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names) + "\n"
-
-
 @contextmanager
-def _journal(job: Job, done: int) -> Iterator[journal.Journal | None]:
-    """The run's journal in the first process; None in the others."""
+def _journal(job: Job, progress: Progress) -> Iterator[journal.Journal | None]:
+    """The run's journal in the first process, with the start's validation in it; None in the others."""
     if not job.world.first:
         yield None
         return
-    book = journal.Journal(job.run.losses, job.run.path, job.config.track.to, done)
+    book = journal.Journal(job.run.losses, job.run.path, job.config.track.to, progress.step)
     try:
+        if progress.step == 0:
+            book.validation(0, progress.before, progress.kept.get("before"))
         yield book
     finally:
         book.close()

@@ -27,7 +27,7 @@ import transformers.models.clip.image_processing_pil_clip
 import transformers.models.clip.modeling_clip  # noqa: F401
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 
-from cytoclip import checkpoint, files, optim, report, state, train
+from cytoclip import checkpoint, files, optim, selection, state, train, validation
 from cytoclip.config import parse
 from cytoclip.console import Console
 from cytoclip.journal import Journal
@@ -68,7 +68,7 @@ MOMENTS: dict[str, tuple[Any, str, str, Test]] = {
     "optimizer moved": (DualEncoder, "clamp_scale", "before", _always),
     "line half written": (Journal, "step", "half a line before", _always),
     "line written, curves not": (Journal, "_log", "before", _always),
-    "validation": (train, "_validate", "after", _always),
+    "validation": (validation, "look", "after", _always),
     "best written": (checkpoint, "save_model", "after", _is_best),
     "best between two renames": (Path, "rename", "before", _is_new_best_while_the_old_one_waits),
     "tensors written": (state, "save_file", "after", _always),
@@ -135,14 +135,14 @@ def _child(run: dict[str, Any], rank: int, port: int, kill: dict[str, Any] | Non
 
 def _better_at_each_third_validation() -> None:
     """So that best/ is written anew however little a tiny model learns; a function of the step alone."""
-    notes = train._note_validation
+    notes = validation.note
 
     def note(job: Any, progress: Any, book: Any) -> bool:
         due = progress.step // job.config.validation.every % 3 == 0
-        report.selection_score = lambda scores: float(due and scores is progress.last)
+        selection.score = lambda scores, *_: float(due and scores is progress.last)
         return notes(job, progress, book)
 
-    train._note_validation = note
+    validation.note = note
 
 
 def _arm(moment: str, after: int, hit: Path) -> None:
@@ -159,8 +159,8 @@ def _arm(moment: str, after: int, hit: Path) -> None:
             left[0] -= 1
             due = left[0] == 0
         if due and when == "half a line before":
-            given[0]._stream.write('{"step": 1, "lo')
-            given[0]._stream.flush()
+            given[0]._losses._stream.write('{"step": 1, "lo')
+            given[0]._losses._stream.flush()
         if due and when != "after":
             die()
         made = plain(*given, **named)

@@ -18,7 +18,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cytoclip import report, state, train
+from cytoclip import selection, state, train, validation
 from cytoclip.config import parse
 from cytoclip.console import Console
 from tests.conftest import weights
@@ -111,7 +111,7 @@ def test_best_and_its_scores_belong_together_at_every_checkpoint(
         with pytest.raises(_Stop):
             run_until(DIES, case)
         shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-4")
-    monkeypatch.setattr(report, "selection_score", lambda _: 0.0)  # nothing is better than what is remembered
+    monkeypatch.setattr(selection, "score", lambda *_: 0.0)  # nothing is better than what is remembered
     assert run(case).best_step == 4
 
 
@@ -205,15 +205,15 @@ def run_until(step: int, case: dict[str, Any]) -> None:
 @contextmanager
 def each_the_best() -> Iterator[None]:
     """Each validation is better than those before it."""
-    notes = train._note_validation
+    notes = validation.note
 
     def note(job: Any, progress: Any, book: Any) -> bool:
-        report.selection_score = lambda scores: float(scores is progress.last)
+        selection.score = lambda scores, *_: float(scores is progress.last)
         return notes(job, progress, book)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(report, "selection_score", None)  # note's is undone with it
-        patched.setattr(train, "_note_validation", note)
+        patched.setattr(selection, "score", None)  # note's is undone with it
+        patched.setattr(validation, "note", note)
         yield
 
 

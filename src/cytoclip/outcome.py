@@ -1,0 +1,128 @@
+"""What a run comes to: its held-out splits scored in full, with the starting model and with best/, for results.json."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cytoclip import checkpoint, device, embeddings, encode, evaluate, model, plan, report, retrieval
+from cytoclip.checkpoint import Opened
+from cytoclip.embeddings import Owner
+from cytoclip.errors import ExitCode, UserError
+from cytoclip.jobs import Job
+from cytoclip.pairs import Pairs, fingerprint, identities
+from cytoclip.report import Scores
+from cytoclip.validation import Progress
+
+SCHEMA = 1  # of results.json; another number where a key changes its meaning
+SIDES = ("before", "best")
+
+
+def results(job: Job, progress: Progress) -> dict[str, Any]:
+    """All of results.json, the same in every process.
+
+    The test split is embedded and scored here and nowhere else: twice the cost of one evaluation, since the starting
+    model is asked too.
+    """
+    world, wanted = job.world, job.config
+    kept = {"keep": {"root": wanted.validation.keep, **progress.kept}} if wanted.validation.keep else {}
+    return {
+        "schema": SCHEMA,
+        "steps": progress.step,
+        "best_step": progress.best_step,
+        "ks": wanted.validation.ks,
+        "select_by": wanted.validation.select_by,
+        "stopped_early": progress.step < job.plan.steps,
+        "before": progress.before,
+        "last": progress.last,
+        "best": progress.best,
+        **_held_out(job, progress),
+        **kept,
+        "seconds": round(progress.seconds, 1),
+        "pairs_seen": progress.step * wanted.train.batch_size,
+        "processes": world.size,
+        "device": world.device.type,
+        "hardware": device.hardware(world.device),
+        "versions": versions(),
+        "skipped": progress.skipped,
+    }
+
+
+def measure(image_ND: torch.Tensor, text_ND: torch.Tensor, pairs: Pairs, ks: Sequence[int]) -> Scores:
+    """Scores of a split in both directions, from its embeddings."""
+    identity = identities(pairs)
+    sides = {"image_to_text": (image_ND, text_ND), "text_to_image": (text_ND, image_ND)}
+    measured = {name: retrieval.hit_rates(*both, identity, ks) for name, both in sides.items()}
+    return report.scores(measured, retrieval.chance(identity, ks))
+
+
+def versions() -> dict[str, str]:
+    """Of what decides a number: our own and the libraries' below us, and Python's."""
+    names = ("cytoclip", "torch", "transformers", "accelerate", "peft")
+    return {**{name: importlib.metadata.version(name) for name in names}, "python": platform.python_version()}
+
+
+def _held_out(job: Job, progress: Progress) -> dict[str, dict[str, Scores]]:
+    """Of val, and of test where there is one: the scores of each side, from the embeddings in the run folder."""
+    splits = {"val": job.val, **({"test": job.test} if job.test else {})}
+    owners = {
+        (split, side): Owner(fingerprint(pairs), *_side(job, progress, side))
+        for split, pairs in splits.items()
+        for side in SIDES
+    }
+    for side in SIDES:
+        lacking = [split for split in splits if not _is_there(job, split, side, owners[split, side])]
+        if lacking:
+            opened = _opened(job, side)
+            for split in lacking:
+                _embed(job, opened, splits[split], _path(job, split, side), owners[split, side])
+
+    def measured(split: str, side: str) -> Scores:
+        image_ND, text_ND = (rows.to(job.world.device) for rows in embeddings.read(_path(job, split, side)))
+        return measure(image_ND, text_ND, splits[split], job.config.validation.ks)
+
+    return job.world.once(lambda: {split: {side: measured(split, side) for side in SIDES} for split in splits})
+
+
+def _side(job: Job, progress: Progress, side: str) -> tuple[str, str]:
+    """The name and the weights' digest of the starting model, or of best/."""
+    if side == "before":
+        return job.opened.name, job.inputs["model"]
+    return str(job.run.best.absolute()), progress.best_weights
+
+
+def _path(job: Job, split: str, side: str) -> Path:
+    """Validation writes those of val as it goes (`validation.py`)."""
+    path: Path = job.run.embeddings / (f"{side}.safetensors" if split == "val" else f"{split}-{side}.safetensors")
+    return path
+
+
+def _is_there(job: Job, split: str, side: str, owner: Owner) -> bool:
+    return job.world.once(lambda: embeddings.are_of(_path(job, split, side), owner))
+
+
+def _opened(job: Job, side: str) -> Opened:
+    """One more model beside the one that was trained: whole in every process, without gradients and moments."""
+    if side == "best":
+        opened = checkpoint.open_model(str(job.run.best))
+    else:
+        opened = checkpoint.open_start(job.config)
+        if model.fingerprint(opened.encoder.clip) != job.inputs["model"]:
+            raise UserError(
+                f"{job.config.model.name} holds other weights than when {job.run.path} was begun",
+                "put them back and give the same command again: all steps are done and saved",
+                ExitCode.RUN,
+            )
+    opened.encoder.to(job.world.device)
+    return opened
+
+
+def _embed(job: Job, opened: Opened, pairs: Pairs, path: Path, owner: Owner) -> None:
+    reading = evaluate.reading(opened, pairs, plan.held(job.config, job.world.size), job.reading.workers)
+    embedded = encode.encode(opened.encoder, pairs, reading, job.world, job.console)
+    job.world.once(lambda: embeddings.write(path, *embedded, owner))
