@@ -89,23 +89,30 @@ def train(
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Hub id, Hugging Face folder or run folder.", show_default=False)],
+    models: Annotated[
+        list[str], typer.Argument(help="Hub ids, Hugging Face folders or run folders.", show_default=False)
+    ],
     data_root: Annotated[Path, typer.Argument(help="Folder that holds the split.", show_default=False)],
     split: Annotated[str, typer.Option(help="Which split to rank.")] = "val",
     ks: Annotated[str, typer.Option(help="The k of hit@k, such as --ks 1 5 10 50.")] = "1 5 10 50",
+    base: Annotated[
+        str | None,
+        typer.Option(help="Model to compare with, or none; if absent, a run's starting point.", show_default=False),
+    ] = None,
+    embeddings: Annotated[
+        Path | None, typer.Option(help="Keep embeddings here (.safetensors), and use those there.", show_default=False)
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures or captions embedded at once.")] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Rank a split with a model, in both directions."""
-    from cytoclip import report
-    from cytoclip.evaluate import Question, split_folder
+    """Rank a split with one or several models, in both directions, with chance and intervals."""
+    from cytoclip.evaluate import How, Question, split_folder
     from cytoclip.evaluate import evaluate as measure
 
     console, asked = _console(), _numbers(ks)
-    scored = measure(model, split_folder(data_root, split), Question(asked), console, batch_size)
-    console.result(
-        json.dumps({"model": model, "split": split, **scored}) if as_json else report.table({model: scored}, asked)
-    )
+    how = How(base, embeddings, batch_size)
+    found = measure(models, split_folder(data_root, split), Question(asked), console, how)
+    console.result(json.dumps(found.document(split), ensure_ascii=False) if as_json else found.text(asked))
 
 
 @app.command()
@@ -251,17 +258,18 @@ def main() -> None:
 
 def _original_evaluation(given: argparse.Namespace) -> None:
     from cytoclip import report
-    from cytoclip.evaluate import Question, evaluate, save_as_original, split_folder
+    from cytoclip.evaluate import How, Question, evaluate, save_as_original, split_folder
 
     if given.batch_size < 1 or min(given.ks) < 1:
         raise UserError("--batch_size and every --ks must be at least 1", "such as --batch_size 64 --ks 1 10 50")
     console = _console()
     question = Question(given.ks, given.direction.names())
     folder = split_folder(given.data_root, "val")
-    scored = evaluate(given.pretrained_clip_path, folder, question, console, given.batch_size)
-    console.result(report.table({given.pretrained_clip_path: scored}, given.ks))
+    name = given.pretrained_clip_path
+    scored = evaluate([name], folder, question, console, How(batch_size=given.batch_size)).columns()[name]
+    console.result(report.table({name: scored}, given.ks))
     if _first_process():
-        saved = save_as_original(scored, given.pretrained_clip_path, given.direction.value)
+        saved = save_as_original(scored, name, given.direction.value)
         console.result(f"saved {saved}")
 
 

@@ -1,24 +1,47 @@
-"""Rank a split with a model and say how often the right answer is among the first k."""
+"""Rank a split with one or several models, and say how they differ and whether that is beyond noise."""
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from cytoclip import batches, captions, checkpoint, config, device, encode, files, liveness, places, report, retrieval
+from cytoclip import (
+    batches,
+    captions,
+    checkpoint,
+    config,
+    device,
+    embeddings,
+    encode,
+    files,
+    liveness,
+    measure,
+    model,
+    places,
+    report,
+)
 from cytoclip.checkpoint import Opened
 from cytoclip.console import Console
 from cytoclip.device import World
+from cytoclip.embeddings import Owner
 from cytoclip.encode import Reading
 from cytoclip.errors import ExitCode, UserError, counted
-from cytoclip.pairs import Pairs, identities, spread
+from cytoclip.measure import Measured
+from cytoclip.pairs import Pairs, fingerprint, spread
 from cytoclip.report import Scores
 
 RESULT_NAME = "eval_result.json"  # the original project's
+SCHEMA = 1  # of the document; another number where a key changes its meaning
+BASE = "base"
+NO_BASE = "none"
+
+Embedded = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -29,8 +52,68 @@ class Question:
     directions: Sequence[str] = tuple(report.DIRECTIONS)
 
 
+@dataclass(frozen=True)
+class How:
+    """How to go about it.
+
+    Parameters
+    ----------
+    base
+        The model that the others are compared with: a name, `none`, or None for the starting point of the first of
+        them that is a run.
+    embeddings
+        A file where embeddings are kept, and from which those of the same model and pairs are taken; each further model
+        has a file beside it, with its number in the name.
+    batch_size, workers
+        Pictures or captions embedded at once, and processes that decode.
+    """
+
+    base: str | None = NO_BASE
+    embeddings: Path | None = None
+    batch_size: int = 64
+    workers: int | None = None
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Several models on one split, the base first where there is one; each dictionary goes by what a table calls them.
+
+    Parameters
+    ----------
+    names
+        What was asked for: a hub id or folder.
+    differences
+        Of each model to the base.
+    """
+
+    pairs: Pairs
+    names: dict[str, str]
+    measured: dict[str, Measured]
+    embedded: dict[str, Embedded]
+    differences: dict[str, Scores]
+
+    def columns(self) -> dict[str, Scores]:
+        return {title: one.scores for title, one in self.measured.items()}
+
+    def document(self, split: str) -> dict[str, Any]:
+        """What `--json` prints."""
+        models = []
+        for title, one in self.columns().items():
+            compared = {"difference": self.differences[title]} if title in self.differences else {}
+            models.append({"model": self.names[title], **one, **compared})
+        return {"schema": SCHEMA, "split": split, "base": self.names.get(BASE), "models": models}
+
+    def text(self, ks: Sequence[int]) -> str:
+        """The table, and what it says of the base."""
+        lines = [report.table(self.columns(), ks)]
+        for title, difference in self.differences.items():
+            lines += ["", f"{title} against {BASE} ({self.names[BASE]}), with its 95 % interval:"]
+            lines += report.difference_lines(difference, ks)
+        return "\n".join(lines)
+
+
 def rank(opened: Opened, pairs: Pairs, reading: Reading, question: Question, world: World, console: Console) -> Scores:
-    """Embed a split once and rank it in each direction; the same result in every process."""
+    """Embed a split once and rank it in both directions; the same result in every process."""
     embedded = encode.encode(opened.encoder, pairs, reading, world, console)
     return rank_embedded(*embedded, pairs, question, world)
 
@@ -38,15 +121,8 @@ def rank(opened: Opened, pairs: Pairs, reading: Reading, question: Question, wor
 def rank_embedded(
     image_ND: torch.Tensor, text_ND: torch.Tensor, pairs: Pairs, question: Question, world: World
 ) -> Scores:
-    """Rank the embeddings of a split in each direction; the same result in every process."""
-    sides = {"image_to_text": (image_ND, text_ND), "text_to_image": (text_ND, image_ND)}
-    identity = identities(pairs)
-
-    def ranked() -> Scores:
-        measured = {name: retrieval.hit_rates(*sides[name], identity, question.ks) for name in question.directions}
-        return report.scores(measured, retrieval.chance(identity, question.ks))
-
-    return world.once(ranked)
+    """Rank the embeddings of a split in both directions; the same result in every process."""
+    return world.once(lambda: measure.quick(image_ND, text_ND, pairs, question.ks))
 
 
 def reading(opened: Opened, pairs: Pairs, batch_size: int, workers: int) -> Reading:
@@ -55,41 +131,38 @@ def reading(opened: Opened, pairs: Pairs, batch_size: int, workers: int) -> Read
     return Reading(tokens, opened.pixels, batch_size, workers)
 
 
-def evaluate(
-    name: str, folder: Path, question: Question, console: Console, batch_size: int = 64, workers: int | None = None
-) -> Scores:
-    """Open a model and rank one split folder with it.
+def evaluate(models: Sequence[str], folder: Path, question: Question, console: Console, how: How) -> Compared:
+    """Open models one after another and rank one split with each; the same result in every process.
 
     Raises
     ------
     UserError
         For a model or split that cannot be used.
     """
-    precision, said_by = _precision(name)
+    precision, said_by = _precision(models)
     world = device.start(precision=precision, said_by=said_by)
     with liveness.watched(world):
         pairs = world.once(lambda: spread(batches.open_split(folder, console)))
-        opened = checkpoint.open_model(name)
-        opened.encoder.to(world.device)
         for k in question.ks:
             if k > len(pairs):
                 console.warn(f"k = {k} is more than the {len(pairs)} captions and pictures there are: hit@{k} is 1")
         console.say(
-            f"{opened.name}: {len(pairs)} pairs of {folder} on {world.device.type}, precision {world.precision} "
+            f"{counted(len(pairs), 'pair')} of {folder} on {world.device.type}, precision {world.precision} "
             f"(from {world.precision_from}), {counted(world.size, 'process', 'processes')}"
         )
-        how = reading(opened, pairs, batch_size, world.loaders(workers))
-        if how.tokens.truncated:
-            console.warn(f"{counted(how.tokens.truncated, 'caption')} above {opened.context} tokens: cut there")
-        return rank(opened, pairs, how, question, world, console)
-
-
-def _precision(name: str) -> tuple[str, str]:
-    """A run's own, so that its results come again; else the launcher's; else float32, and who says so."""
-    run = checkpoint.run_of(name)
-    if run:
-        return config.load(run.config).train.precision, "the run"
-    return ("auto", "") if os.environ.get("ACCELERATE_MIXED_PRECISION") else ("no", "the default of evaluation")
+        names: dict[str, str] = {}
+        embedded: dict[str, Embedded] = {}
+        for asked in _asked(models, how.base):
+            opened = _opened(asked, console)
+            if opened:
+                file = _file(how, asked.title, len(embedded.keys() - {BASE}))
+                embedded[asked.title] = _embedded(opened, pairs, file, how, world, console)
+                names[asked.title] = asked.name
+                del opened  # one model at a time
+        measured = world.once(lambda: _measured(pairs, embedded, question, console))
+        others = [title for title in names if BASE in names and title != BASE]
+        differences = {title: measure.difference(measured[title], measured[BASE]) for title in others}
+        return Compared(pairs, names, measured, embedded, differences)
 
 
 def save_as_original(scored: Scores, place: str, direction: str) -> Path:
@@ -115,3 +188,90 @@ def split_folder(data_root: Path, split: str) -> Path:
         hint = f"splits there: {', '.join(there)}" if there else "a data root holds train/ and val/"
         raise UserError(f"no split {split!r} in {data_root}", hint, ExitCode.DATA)
     return found or data_root / split
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A model that was asked for, or is implied by one that was."""
+
+    title: str
+    name: str
+    open: Callable[[], Opened]
+    implied: bool = False
+
+
+def _asked(models: Sequence[str], base: str | None) -> list[_Asked]:
+    found = [_Asked(name, name, lambda name=name: checkpoint.open_model(name)) for name in dict.fromkeys(models)]  # type: ignore[misc]
+    run = next((run for run in map(checkpoint.run_of, models) if run), None)
+    if base is None and run:
+        wanted = config.load(run.config)
+        return [_Asked(BASE, wanted.model.name, lambda: checkpoint.open_start(wanted), implied=True), *found]
+    if base in (None, NO_BASE):
+        return found
+    name = str(base)
+    return [_Asked(BASE, name, lambda: checkpoint.open_model(name)), *found]
+
+
+def _opened(asked: _Asked, console: Console) -> Opened | None:
+    """None for a starting point that is not there any more."""
+    try:
+        return asked.open()
+    except UserError as error:
+        if not asked.implied:
+            raise
+        console.warn(f"without the run's starting point, {asked.name}: {error.message}")
+        return None
+
+
+def _file(how: How, title: str, others: int) -> Path | None:
+    """FILE for the first model that was asked for; `FILE-base`, `FILE-2` and so on beside it for the others."""
+    if how.embeddings is None or (title != BASE and not others):
+        return how.embeddings
+    ending = BASE if title == BASE else str(others + 1)
+    return how.embeddings.with_stem(f"{how.embeddings.stem}-{ending}")
+
+
+def _embedded(opened: Opened, pairs: Pairs, file: Path | None, how: How, world: World, console: Console) -> Embedded:
+    """Embeddings of the split, from a file that has them, or made and kept there."""
+    opened.encoder.to(world.device)
+    weights = hashlib.sha256(
+        repr((model.fingerprint(opened.encoder.clip), opened.pixels, opened.context, world.precision)).encode()
+    ).hexdigest()
+    owner = Owner(fingerprint(pairs), opened.name, weights)
+    if file and world.once(lambda: embeddings.are_of(file, owner)):
+        console.say(f"{opened.name}: embeddings from {file}")
+        image_ND, text_ND = embeddings.read(file)
+        return image_ND.to(world.device), text_ND.to(world.device)
+    console.say(f"{opened.name}")
+    reads = reading(opened, pairs, how.batch_size, world.loaders(how.workers))
+    if reads.tokens.truncated:
+        console.warn(f"{counted(reads.tokens.truncated, 'caption')} above {opened.context} tokens: cut there")
+    image_ND, text_ND = encode.encode(opened.encoder, pairs, reads, world, console)
+    if file:
+        world.once(lambda: embeddings.write(file, image_ND, text_ND, owner))
+    return image_ND, text_ND
+
+
+def _measured(pairs: Pairs, embedded: dict[str, Embedded], question: Question, console: Console) -> dict[str, Measured]:
+    found = {}
+    for title, (image_ND, text_ND) in embedded.items():
+        with console.progress("ranking", len(set(pairs.contents))) as bar:
+            found[title] = measure.full(image_ND, text_ND, pairs, question.ks, question.directions, bar.advance)
+    drawn = next(iter(found.values())).drawn
+    if drawn.rough:
+        console.warn(
+            f"intervals are drawn from {counted(drawn.count, drawn.by)}: "
+            f"{'one says nothing of others' if drawn.count < 2 else 'with so few they are too narrow'}"
+        )
+    return found
+
+
+def _precision(models: Sequence[str]) -> tuple[str, str]:
+    """That of the runs among them, so that their results come again, else the launcher's, else float32; and whose it is.
+
+    Runs of several precisions are compared in float32.
+    """
+    runs = [config.load(run.config).train.precision for run in map(checkpoint.run_of, models) if run]
+    if runs:
+        return (runs[0], "the run") if len(set(runs)) == 1 else ("no", "runs of several precisions")
+    return ("auto", "") if os.environ.get("ACCELERATE_MIXED_PRECISION") else ("no", "the default of evaluation")

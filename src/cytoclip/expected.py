@@ -1,8 +1,8 @@
 """What a ranking is worth on average over the random order of gallery rows that score exactly the same.
 
-A query's gallery falls into runs of equal scores, best first. A run has `above` rows before it, `right_above` right ones
-among those, `tied` rows, and `right` right ones among them; runs without a right answer do not matter. So a model that
-gives one embedding to everything (one run a query) scores exactly chance, and the order of the gallery never shows.
+A query's gallery falls into runs of equal scores, best first. A run has `above` rows before it, of which `right_above`
+are right, and `tied` rows, of which `right` are; runs without a right answer do not matter. So a model that gives one
+embedding to everything (one run a query) scores exactly chance, and the order of the gallery never shows.
 
 Letters: Q queries, R runs.
 """
@@ -48,8 +48,8 @@ class Runs:
 def values(runs: Runs, queries: int, ks: Sequence[int], one_right: bool) -> Values:
     """Every metric of every query, each float64 (Q,).
 
-    - `hit@k`: the probability of a right answer among the first k; for a run of t rows of which r are right, of which the
-      first d are in the top k, 1 − C(t − r, d) / C(t, d) (hypergeometric);
+    - `hit@k`: the probability of a right answer among the first k: of a run of t rows, r of them right, whose first d
+      are in the top k, 1 − C(t − r, d) / C(t, d) (hypergeometric);
     - `recall@k`: the share of right answers among the first k; it may be below `hit@k` only where there are several;
     - `mrr`: 1 / rank of the first right answer; `rank`: that rank, (t + 1) / (r + 1) into its run on average;
     - `map`: the mean over right answers of the share of right ones up to and including it (average precision).
@@ -115,7 +115,7 @@ def _reciprocal(above: NDArray[np.int64], tied: NDArray[np.int64], right: NDArra
 
 
 def _reciprocal_of_first(above: int, tied: int, right: int) -> float:
-    """E[1 / (above + P)] where P is the place of the first right one: P(P = p) = C(tied - p, right - 1) / C(tied, right)."""
+    """E[1 / (above + P)], P the place of the first right one: P(P = p) = C(tied - p, right - 1) / C(tied, right)."""
     if right == tied:
         return 1 / (above + 1)
     places = np.arange(1, tied - right + 2)

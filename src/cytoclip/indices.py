@@ -61,9 +61,9 @@ def load(file: Path, facts: os.stat_result, about: Sequence[str | None]) -> Pair
                 return None
     except (OSError, ValueError, TypeError, KeyError, RecursionError):  # damaged: made anew
         return None
-    names, captions, more, extra, *tags = (tuple(column) for column in columns)
+    names, captions, more, extra, groups, sources, labels = (tuple(column) for column in columns)
     more, extra = (column if any(column) else () for column in (more, extra))
-    return Pairs(tuple(images), names, captions, *tags, more=more, extra=extra)
+    return Pairs(tuple(images), names, captions, groups, sources, labels, more=more, extra=extra)
 
 
 def store(file: Path, facts: os.stat_result, about: Sequence[str | None], pairs: Pairs, console: Console) -> None:

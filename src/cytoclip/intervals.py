@@ -1,8 +1,8 @@
 """How far a number would move with other data of the same kind: a bootstrap that draws clusters, not pairs.
 
-Pairs of one patient, slide or figure are not independent, so whole clusters are drawn with replacement (Field and Welsh,
-"Bootstrapping clustered data", JRSS-B 69(3), 2007), and the middle 95 % of the resampled numbers is the interval. Two
-models on the same pairs are resampled together: what is hard for both cancels out of their difference.
+Pairs of one patient, slide or figure are not independent, so whole clusters are drawn with replacement (Field and
+Welsh, "Bootstrapping clustered data", JRSS-B 69(3), 2007), and the middle 95 % of the resampled numbers is the
+interval. Two models on the same pairs are resampled together: what is hard for both cancels out of their difference.
 
 Letters: N pairs, G clusters, R resamples.
 """

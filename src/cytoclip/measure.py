@@ -77,7 +77,7 @@ def difference(one: Measured, other: Measured) -> Scores:
 
 
 def slices(pairs: Pairs) -> dict[str, dict[str, NDArray[np.bool_]]]:
-    """Which pairs have which value of a key, (N,) booleans: `label`, further keys of the entries, length of the caption.
+    """Which pairs have which value of a key, (N,) booleans: `label`, further keys of the entries, words of the caption.
 
     A key of one value, or of more than `MOST_VALUES`, makes no slices.
     """

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from cytoclip import checkpoint, device, embeddings, encode, evaluate, model, plan, report, retrieval
+from cytoclip import checkpoint, device, embeddings, encode, evaluate, measure, model, plan
 from cytoclip.checkpoint import Opened
 from cytoclip.embeddings import Owner
 from cytoclip.errors import ExitCode, UserError
 from cytoclip.jobs import Job
-from cytoclip.pairs import Pairs, fingerprint, identities
+from cytoclip.pairs import Pairs, fingerprint
 from cytoclip.report import Scores
 from cytoclip.validation import Progress
 
@@ -53,14 +50,6 @@ def results(job: Job, progress: Progress) -> dict[str, Any]:
     }
 
 
-def measure(image_ND: torch.Tensor, text_ND: torch.Tensor, pairs: Pairs, ks: Sequence[int]) -> Scores:
-    """Scores of a split in both directions, from its embeddings."""
-    identity = identities(pairs)
-    sides = {"image_to_text": (image_ND, text_ND), "text_to_image": (text_ND, image_ND)}
-    measured = {name: retrieval.hit_rates(*both, identity, ks) for name, both in sides.items()}
-    return report.scores(measured, retrieval.chance(identity, ks))
-
-
 def versions() -> dict[str, str]:
     """Of what decides a number: our own and the libraries' below us, and Python's."""
     names = ("cytoclip", "torch", "transformers", "accelerate", "peft")
@@ -82,11 +71,17 @@ def _held_out(job: Job, progress: Progress) -> dict[str, dict[str, Scores]]:
             for split in lacking:
                 _embed(job, opened, splits[split], _path(job, split, side), owners[split, side])
 
-    def measured(split: str, side: str) -> Scores:
-        image_ND, text_ND = (rows.to(job.world.device) for rows in embeddings.read(_path(job, split, side)))
-        return measure(image_ND, text_ND, splits[split], job.config.validation.ks)
+    return job.world.once(lambda: {split: _compared(job, split, pairs) for split, pairs in splits.items()})
 
-    return job.world.once(lambda: {split: {side: measured(split, side) for side in SIDES} for split in splits})
+
+def _compared(job: Job, split: str, pairs: Pairs) -> dict[str, Scores]:
+    """Both sides in full, and by how much best/ is above the start."""
+    found = {}
+    for side in SIDES:
+        image_ND, text_ND = (rows.to(job.world.device) for rows in embeddings.read(_path(job, split, side)))
+        found[side] = measure.full(image_ND, text_ND, pairs, job.config.validation.ks)
+    difference = measure.difference(found["best"], found["before"])
+    return {**{side: one.scores for side, one in found.items()}, "difference": difference}
 
 
 def _side(job: Job, progress: Progress, side: str) -> tuple[str, str]:

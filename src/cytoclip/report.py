@@ -12,6 +12,7 @@ from cytoclip.retrieval import Ranked
 
 DIRECTIONS = {"image_to_text": "image → text", "text_to_image": "text → image"}
 LOWER_IS_BETTER = ("median_rank", "mean_rank")
+_TITLES = {"mrr": "MRR", "map": "mAP", "median_rank": "median rank"}
 
 Scores = dict[str, Any]
 
@@ -89,16 +90,27 @@ def table(columns: Mapping[str, Scores], ks: Sequence[int]) -> str:
     return "\n".join(lines[1:])
 
 
+def difference_lines(difference: Scores, ks: Sequence[int]) -> list[str]:
+    """For each direction its metrics with the interval, and whether that is beyond noise."""
+    rows = []
+    for direction, found in difference.items():
+        for key in [*(f"hit@{k}" for k in ks), "mrr", "median_rank"]:
+            one = found[key]
+            span = f"[{', '.join(_signed(key, limit) for limit in one['interval'])}]" if one["interval"] else "–"
+            verdict = "beyond noise" if one["beyond_noise"] else "within noise"
+            rows.append([f"{DIRECTIONS[direction]} {_TITLES.get(key, key)}", _signed(key, one["by"]), span, verdict])
+    return _aligned(["", "by", "95 %", ""], rows)
+
+
 def names(scored: Scores, ks: Sequence[int]) -> dict[str, str]:
     """The metrics that a table shows, in order, and what it calls them."""
     direction = next(name for name in DIRECTIONS if name in scored)
     there = {**scored[direction]}
-    shown = {f"hit@{k}": f"hit@{k}" for k in ks} | {"mrr": "MRR", "median_rank": "median rank"}
-    differ = any(there[f"{key}_groups"] != there[key] for key in shown)
-    if differ:
-        more = {f"hit@{k}": f"hit@{k}" for k in ks} | {f"recall@{k}": f"recall@{k}" for k in ks}
-        more |= {"mrr": "MRR", "map": "mAP", "median_rank": "median rank"}
-        shown |= {f"{key}_groups": f"{title} by group" for key, title in more.items() if f"{key}_groups" in there}
+    strict = [*(f"hit@{k}" for k in ks), "mrr", "median_rank"]
+    shown = {key: _TITLES.get(key, key) for key in strict}
+    if any(there[f"{key}_groups"] != there[key] for key in strict):
+        more = [*(f"hit@{k}" for k in ks), *(f"recall@{k}" for k in ks), "mrr", "map", "median_rank"]
+        shown |= {f"{key}_groups": f"{_TITLES.get(key, key)} by group" for key in more if f"{key}_groups" in there}
     return shown
 
 
@@ -114,6 +126,10 @@ def one_line(scored: Scores, ks: Sequence[int]) -> str:
 def number(key: str, value: float) -> str:
     """As a table prints it: a rank to one place, all else to four."""
     return f"{value:.1f}" if key.removesuffix("_groups") in LOWER_IS_BETTER else f"{value:.4f}"
+
+
+def _signed(key: str, value: float) -> str:
+    return ("+" if value > 0 else "−" if value < 0 else "±") + number(key, abs(value))
 
 
 def _flat(strict: Mapping[str, float], groups: Mapping[str, float]) -> dict[str, float]:

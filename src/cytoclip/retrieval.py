@@ -96,7 +96,7 @@ def rank(
     for number, (direction, (query, gallery, gallery_N, answers, counts)) in enumerate(
         zip(DIRECTIONS, sides, strict=True)
     ):
-        relations = []
+        relations: list[Values] = []
         for queries in asked[number::2]:
             runs = [_runs(queries, answers, counts, len(gallery.rows))]
             runs += _sorted_runs(queries, query, gallery, gallery_N, identity)

@@ -1,6 +1,6 @@
 """How many rows score above given answers, for both directions in one pass over the scores.
 
-The table of scores, V rows by U columns, is made tile by tile and each score once. An answer is a place (row, column) in
+The table of scores, V rows by U columns, is made tile by tile, each score once. An answer is a place (row, column) in
 it; what is counted are the scores of its row (forward) or of its column (backward) that are higher, and those that are
 equal. Its own score must be known before the first tile is counted, so tiles that hold answers are made twice; rows and
 columns are ordered so that answers lie near the diagonal, in few tiles.
@@ -21,7 +21,7 @@ from torch import Tensor
 
 Ids = NDArray[np.int64]
 # A tile of 2 MB stays in a core's cache between the product and the comparisons. Flags are added up eight at a time, as
-# the bytes of one integer, so a byte must hold the flags of a column (R) and every eighth of a row (C / 8): at most 255.
+# the bytes of one integer: a byte must hold the flags of a column (R) and every eighth of a row (C / 8), at most 255.
 ROWS, COLUMNS = 240, 2032
 
 
