@@ -19,13 +19,14 @@ from cytoclip.config import Config
 from cytoclip.console import Console
 from cytoclip.device import World
 from cytoclip.errors import ExitCode, UserError
-from cytoclip.evaluate import Question
+from cytoclip.evaluate import How, Question
 from cytoclip.pairs import Pairs
 from cytoclip.report import Scores
 
 QUIET = Console(quiet=True)
 ALONE = World(torch.device("cpu"))
 KS = [1, 3, 5, 10]
+AT_ONCE = How(workers=0)
 
 
 def features(folder: Path, split: Path) -> tuple[torch.Tensor, torch.Tensor, list[dict[str, str]]]:
@@ -114,7 +115,7 @@ def test_a_random_model_scores_about_chance(root: Path, base: Path) -> None:
 
 
 def test_ks_above_the_gallery_warn_and_are_1(base: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = evaluate.evaluate(str(base), root / "val", Question([1, 20, 21, 500]), Console(), workers=0)
+    found = evaluate.evaluate([str(base)], root / "val", Question([1, 20, 21, 500]), Console(), AT_ONCE).columns()[str(base)]
     for direction in ("image_to_text", "text_to_image", "chance"):
         assert [found[direction][f"hit@{k}"] for k in (20, 21, 500)] == [1, 1, 1]
         assert found[direction]["hit@1"] < 1

@@ -113,7 +113,7 @@ class Compared:
 
 
 def rank(opened: Opened, pairs: Pairs, reading: Reading, question: Question, world: World, console: Console) -> Scores:
-    """Embed a split once and rank it in both directions; the same result in every process."""
+    """Embed a split once and rank it; the same result in every process."""
     embedded = encode.encode(opened.encoder, pairs, reading, world, console)
     return rank_embedded(*embedded, pairs, question, world)
 
@@ -121,8 +121,8 @@ def rank(opened: Opened, pairs: Pairs, reading: Reading, question: Question, wor
 def rank_embedded(
     image_ND: torch.Tensor, text_ND: torch.Tensor, pairs: Pairs, question: Question, world: World
 ) -> Scores:
-    """Rank the embeddings of a split in both directions; the same result in every process."""
-    return world.once(lambda: measure.quick(image_ND, text_ND, pairs, question.ks))
+    """Rank the embeddings of a split; the same result in every process."""
+    return world.once(lambda: measure.quick(image_ND, text_ND, pairs, question.ks, question.directions))
 
 
 def reading(opened: Opened, pairs: Pairs, batch_size: int, workers: int) -> Reading:
@@ -267,7 +267,7 @@ def _measured(pairs: Pairs, embedded: dict[str, Embedded], question: Question, c
 
 
 def _precision(models: Sequence[str]) -> tuple[str, str]:
-    """That of the runs among them, so that their results come again, else the launcher's, else float32; and whose it is.
+    """That of the runs among them, so that their results come again, else the launcher's, else float32; who says so.
 
     Runs of several precisions are compared in float32.
     """

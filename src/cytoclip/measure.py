@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from cytoclip import intervals, report, retrieval
+from cytoclip.errors import counted
 from cytoclip.intervals import Clusters
 from cytoclip.pairs import Pairs, identities
 from cytoclip.report import Scores
@@ -43,10 +44,17 @@ class Measured:
     drawn: Clusters
 
 
-def quick(image_ND: torch.Tensor, text_ND: torch.Tensor, pairs: Pairs, ks: Sequence[int]) -> Scores:
+def quick(
+    image_ND: torch.Tensor,
+    text_ND: torch.Tensor,
+    pairs: Pairs,
+    ks: Sequence[int],
+    directions: Sequence[str] = retrieval.DIRECTIONS,
+) -> Scores:
     """Scores without intervals and slices: what each validation of a run has."""
     identity = identities(pairs)
-    return report.scores(retrieval.rank(image_ND, text_ND, identity, ks), retrieval.chance(identity, ks))
+    ranked = retrieval.rank(image_ND, text_ND, identity, ks)
+    return report.scores({name: ranked[name] for name in directions}, retrieval.chance(identity, ks))
 
 
 def full(
@@ -98,7 +106,7 @@ def _by_length(captions: Sequence[str]) -> dict[str, NDArray[np.bool_]]:
     found, above = {}, 0
     for end in ends.tolist():
         low = int(words[words > above].min())
-        name = f"{low} words" if low == end else f"{low}–{end} words"
+        name = counted(low, "word") if low == end else f"{low}–{end} words"
         found[name] = (words > above) & (words <= end)
         above = end
     return found

@@ -102,15 +102,17 @@ def difference_lines(difference: Scores, ks: Sequence[int]) -> list[str]:
     return _aligned(["", "by", "95 %", ""], rows)
 
 
-def names(scored: Scores, ks: Sequence[int]) -> dict[str, str]:
-    """The metrics that a table shows, in order, and what it calls them."""
-    direction = next(name for name in DIRECTIONS if name in scored)
-    there = {**scored[direction]}
+def names(columns: Mapping[str, Scores], direction: str, ks: Sequence[int]) -> dict[str, str]:
+    """The metrics that a table shows of a direction, in order, and what it calls them.
+
+    Those by group only where they differ from those by pair, for a model or for chance.
+    """
+    parts = [part for scored in columns.values() for part in (scored[direction], scored["chance"])]
     strict = [*(f"hit@{k}" for k in ks), "mrr", "median_rank"]
     shown = {key: _TITLES.get(key, key) for key in strict}
-    if any(there[f"{key}_groups"] != there[key] for key in strict):
+    if any(part[f"{key}_groups"] != part[key] for part in parts for key in strict):
         more = [*(f"hit@{k}" for k in ks), *(f"recall@{k}" for k in ks), "mrr", "map", "median_rank"]
-        shown |= {f"{key}_groups": f"{_TITLES.get(key, key)} by group" for key in more if f"{key}_groups" in there}
+        shown |= {f"{key}_groups": f"{_TITLES.get(key, key)} by group" for key in more if f"{key}_groups" in parts[0]}
     return shown
 
 
@@ -143,7 +145,7 @@ def _listed(found: Mapping[str, Interval]) -> dict[str, list[float]]:
 def _rows(columns: Mapping[str, Scores], direction: str, ks: Sequence[int]) -> list[list[str]]:
     first = next(iter(columns.values()))
     rows = []
-    for key, title in names(first, ks).items():
+    for key, title in names(columns, direction, ks).items():
         cells = []
         for scored in columns.values():
             limits = scored.get("intervals", {}).get(direction, {}).get(key)
