@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import platform
 from collections.abc import Sequence
@@ -81,6 +82,8 @@ def _held_out(job: Job, progress: Progress) -> dict[str, dict[str, Scores]]:
             opened = _opened(job, side)
             for split in lacking:
                 _embed(job, opened, splits[split], _path(job, split, side), owners[split, side])
+            del opened
+            gc.collect()  # an encoder and the hook in its tower hold each other, on a GPU too
 
     def measured(split: str, side: str) -> Scores:
         image_ND, text_ND = (rows.to(job.world.device) for rows in embeddings.read(_path(job, split, side)))
