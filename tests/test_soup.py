@@ -300,8 +300,5 @@ def test_two_processes_cook_the_same(runs: dict[str, Config], kept: Path, tmp_pa
 def test_every_family_is_mixed(kind: str, bases: dict[str, Path], root: Path, tmp_path: Path) -> None:
     wanted = made(root, bases[kind], tmp_path / "run", model={"image_tower": "lora", "text_tower": "full"})
     found = soup.soup(Path(wanted.output), Asked((0.0, 0.5, 1.0)), QUIET)
-    assert len(found.tasted) == 3 + len(soup._of_steps(
-        soup._members(RunFolder(Path(wanted.output)), files.read_json(Path(wanted.output) / "results.json"),
-                      {2: Path(), 4: Path(), 6: Path()}), files.read_json(Path(wanted.output) / "results.json")))  # fmt: skip
     again = evaluate.evaluate(f"{wanted.output}/soup/model", root / "val", Question([1, 5]), QUIET, 64, 0)
     assert again["text_to_image"] == found.chosen.val["text_to_image"]
