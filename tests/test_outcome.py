@@ -96,7 +96,7 @@ def test_another_test_split_changes_nothing_but_its_own_scores(
 def test_training_warns_of_what_leaks_into_the_test_split(experiment: Experiment, root: Path, tmp_path: Path) -> None:
     data = shutil.copytree(root, tmp_path / "data")
     shutil.copytree(root / "train", data / "test")
-    train.fit(experiment(data={"root": str(data)}), QUIET)
+    train.fit(experiment(data={"root": str(data)}), Console())
     log = (tmp_path / "run" / "train.log").read_text()
     assert "48 of 48 pairs in test and train: test/000.png = train/000.png" in log
 
@@ -130,7 +130,7 @@ def test_embeddings_that_are_not_there_or_others_are_made_again(
     wanted = experiment(data={"root": str(tested)}, validate={"every": 2, "ks": [1, 5]})
     train.fit(wanted, QUIET)
     whole, folder = results(wanted), Path(wanted.output) / "embeddings"
-    kept = {path.name: embeddings.read(path) for path in folder.iterdir()}
+    kept = {path.name: [rows.clone() for rows in embeddings.read(path)] for path in folder.iterdir()}
     (Path(wanted.output) / "results.json").unlink()
     shutil.copy(folder / "test-best.safetensors", folder / "best.safetensors")
     (folder / "before.safetensors").unlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import platform
 from pathlib import Path
@@ -70,6 +71,8 @@ def _held_out(job: Job, progress: Progress) -> dict[str, dict[str, Scores]]:
             opened = _opened(job, side)
             for split in lacking:
                 _embed(job, opened, splits[split], _path(job, split, side), owners[split, side])
+            del opened
+            gc.collect()  # an encoder and the hook in its tower hold each other, on a GPU too
 
     return job.world.once(lambda: {split: _compared(job, split, pairs) for split, pairs in splits.items()})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -283,14 +284,21 @@ def _mixed(
     by_alpha = [recipe for recipe in recipes if recipe.alpha is not None]
     if by_alpha:
         start, end = _weights(checkpoint.open_start(wanted)), _weights(checkpoint.open_model(str(run.model)))
+        gc.collect()  # an encoder and the hook in its tower hold each other
         for recipe in by_alpha:
             mixing.interpolate(clip, start, end, recipe.alpha or 0.0)
             yield recipe
         del start, end
     for recipe in recipes:
         if recipe.alpha is None:
-            mixing.average(clip, (_of_member(members[step], wanted) for step in recipe.steps))
+            mixing.average(clip, _in_turn([members[step] for step in recipe.steps], wanted))
             yield recipe
+
+
+def _in_turn(folders: Sequence[Path], wanted: Config) -> Iterator[Weights]:
+    for folder in folders:
+        yield _of_member(folder, wanted)
+        gc.collect()  # as above: the one before the last is gone when the next is opened
 
 
 def _weights(opened: Opened) -> Weights:
