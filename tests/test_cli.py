@@ -92,10 +92,8 @@ def test_no_command_shows_the_help_and_no_empty_error(run: Run) -> None:
         (["--foo"], "--foo"),
         (["train"], "config"),
         (["train", "x.yaml", "--foo"], "--foo"),
-        (["evaluate", "model"], "data_root"),
         (["evaluate", "model", "root", "--ks"], "--ks"),
         (["evaluate", "model", "root", "--batch-size", "0"], "--batch-size"),
-        (["evaluate", "model", "root", "--ks=1", "5"], "5"),
         (["demo", "--seed", "x"], "--seed"),
     ],
 )
@@ -157,13 +155,18 @@ def test_missing_data_is_refused_with_its_own_exit_code(run: Run, tmp_path: Path
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Put a recorder in the place of the evaluation itself."""
     from cytoclip import evaluate
+    from cytoclip.measure import Measured
 
     calls: list[dict[str, Any]] = []
 
-    def record(model: str, folder: Path, question: Any, _console: Any, batch_size: int) -> dict[str, Any]:
-        calls.append({"model": model, "ks": list(question.ks), "batch_size": batch_size, "names": question.directions})
-        rates = {f"hit@{k}{end}": 0.5 for k in question.ks for end in ("", "_groups")}
-        return {"pairs": 9, **dict.fromkeys(question.directions, rates), "chance": rates}
+    def record(models: list[str], folder: Path, question: Any, _console: Any, how: Any) -> Any:
+        calls.append({"models": models, "root": folder.parent, "ks": list(question.ks), "how": how})
+        calls[-1]["names"] = question.directions
+        names = [*(f"hit@{k}" for k in question.ks), "mrr", "median_rank"]
+        rates = {f"{name}{end}": 0.5 for name in names for end in ("", "_groups")}
+        scores = {"pairs": 9, **dict.fromkeys(question.directions, rates), "chance": rates}
+        measured = {model: Measured(scores, {}, None) for model in models}  # type: ignore[arg-type]
+        return evaluate.Compared(None, dict(zip(models, models, strict=True)), measured, {}, {})  # type: ignore[arg-type]
 
     monkeypatch.setattr(evaluate, "evaluate", record)
     return calls
@@ -178,6 +181,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         (["--ks", "1, 5"], [1, 5]),
         (["--ks", "7"], [7]),
         (["--ks=1,5"], [1, 5]),
+        (["--ks=1", "5"], [1, 5]),
         (["--ks", "1", "5", "--batch-size", "3"], [1, 5]),
         (["--ks", "5 1"], [5, 1]),
     ],
@@ -188,14 +192,30 @@ def test_ks_may_be_written_in_many_ways(
     outcome = run("evaluate", "some/model", str(root), *words)
     assert outcome.code == 0, outcome.err
     assert [call["ks"] for call in asked] == [ks]
-    assert asked[0]["batch_size"] == (3 if "--batch-size" in words else 64)
+    assert asked[0]["how"].batch_size == (3 if "--batch-size" in words else 64)
     assert outcome.out.count("hit@") == 2 * len(ks)
+
+
+def test_a_model_without_a_data_root_is_refused(run: Run) -> None:
+    message, hint = refused(run("evaluate", "some/model"))
+    assert message == "evaluate got some/model and nothing else"
+    assert hint == "cytoclip evaluate MODEL… DATA_ROOT"
 
 
 def test_ks_may_stand_before_the_model(run: Run, asked: list[dict[str, Any]], root: Path) -> None:
     """Digits end where the next word begins."""
     assert run("evaluate", "--ks", "1", "5", "some/model", str(root)).code == 0
-    assert (asked[0]["model"], asked[0]["ks"]) == ("some/model", [1, 5])
+    assert (asked[0]["models"], asked[0]["ks"]) == (["some/model"], [1, 5])
+
+
+def test_the_last_word_is_the_data_root(run: Run, asked: list[dict[str, Any]], root: Path) -> None:
+    words = ("one", "two", "three", str(root), "--base", "none", "--embeddings", "kept.safetensors")
+    outcome = run("evaluate", *words)
+    assert outcome.code == 0, outcome.err
+    assert (asked[0]["models"], asked[0]["root"]) == (["one", "two", "three"], root)
+    assert (asked[0]["how"].base, asked[0]["how"].embeddings) == ("none", Path("kept.safetensors"))
+    assert "one" in outcome.out.splitlines()[1]
+    assert "three" in outcome.out.splitlines()[1]
 
 
 @pytest.mark.parametrize("ks", ["0", "1,x", "1.5", ",", "1,0"])
@@ -210,8 +230,9 @@ def test_bad_ks_are_refused_before_the_model_is_opened(
 
 def test_json_is_one_document_on_stdout(run: Run, asked: list[dict[str, Any]], root: Path) -> None:
     found = json.loads(run("evaluate", "some/model", str(root), "--json", "--ks", "1").out)
-    assert (found["model"], found["split"], found["pairs"]) == ("some/model", "val", 9)
-    assert found["image_to_text"] == {"hit@1": 0.5, "hit@1_groups": 0.5}
+    assert (found["schema"], found["split"], found["base"]) == (1, "val", None)
+    (model,) = found["models"]
+    assert (model["model"], model["pairs"], model["image_to_text"]["hit@1"]) == ("some/model", 9, 0.5)
 
 
 def test_only_the_first_process_prints(
@@ -298,7 +319,9 @@ def test_the_original_evaluation_command(
     words = ["--data_root", str(root), "--ks", "1", "10", *ORIGINAL]
     outcome = run(*words, entry=cli.original_evaluation, program="evaluation.py")
     assert outcome.code == 0, outcome.err
-    assert asked == [{"model": "some/model", "ks": [1, 10], "batch_size": 8, "names": ("image_to_text",)}]
+    (one,) = asked
+    assert (one["models"], one["ks"], one["names"]) == (["some/model"], [1, 10], ("image_to_text",))
+    assert (one["how"].batch_size, one["how"].base) == (8, "none")
     assert "hit@10" in outcome.out
     saved = tmp_path / outcome.out.splitlines()[-1].removeprefix("saved ")
     assert saved.is_file()

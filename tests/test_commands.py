@@ -227,8 +227,9 @@ def test_cytoclip_evaluate_prints_one_json_document(base: Path, root: Path, tmp_
     )  # fmt: skip
     assert made.returncode == 0, made.stderr
     found = json.loads(made.stdout)
-    assert (found["pairs"], found["split"], found["model"]) == (48, "train", str(base))
-    assert set(found["text_to_image"]) == {f"hit@{k}{end}" for k in (1, 5, 30) for end in ("", "_groups")}
+    (model,) = found["models"]
+    assert (model["pairs"], found["split"], model["model"]) == (48, "train", str(base))
+    assert {f"hit@{k}{end}" for k in (1, 5, 30) for end in ("", "_groups")} < set(model["text_to_image"])
     assert made.stderr
     assert list(tmp_path.iterdir()) == []
     made = run(tmp_path, str(BIN / "cytoclip"), "evaluate", str(base), str(root), "--ks", "none")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cytoclip import checkpoint, config, evaluate, features, jobs, train
+from cytoclip import checkpoint, config, features, jobs, train
 from cytoclip.checkpoint import RunFolder
 from cytoclip.config import Config
 from cytoclip.console import Console
@@ -57,8 +57,7 @@ def test_averages_are_what_is_validated_and_saved(experiment: Experiment, tmp_pa
         expected = 0.5 * expected + 0.5 * at.numpy()
     assert np.allclose(weights(Path(averaged.output) / "model")["text_projection.weight"], expected, atol=1e-6)
     scored = json.loads((Path(averaged.output) / "results.json").read_text())["last"]
-    again = evaluate.evaluate(f"{averaged.output}/model", Path(str(averaged.data.root)) / "val",
-                              evaluate.Question([1, 5]), QUIET, 12, 0)  # fmt: skip
+    again = tiny.scores_of(f"{averaged.output}/model", Path(str(averaged.data.root)) / "val", [1, 5], 12)
     assert again["image_to_text"] == scored["image_to_text"]
 
 
@@ -292,8 +291,7 @@ def test_every_family_trains_learns_and_opens_again(
     said = "knowing nothing" if kind.startswith("siglip") else "ln(batch)"
     assert f"groups; {said}: " in log(wanted)
     result = json.loads((Path(wanted.output) / "results.json").read_text())
-    again = evaluate.evaluate(f"{wanted.output}/model", Path(str(wanted.data.root)) / "val",
-                              evaluate.Question([1, 5]), QUIET, 7, 0)  # fmt: skip
+    again = tiny.scores_of(f"{wanted.output}/model", Path(str(wanted.data.root)) / "val", [1, 5], 7)
     for direction in ("image_to_text", "text_to_image"):
         assert again[direction] == pytest.approx(result["last"][direction], abs=0.051), "one pair of 20 may tip"
     if kind.startswith("siglip"):
@@ -325,7 +323,6 @@ def test_a_run_is_evaluated_by_the_crop_that_it_was_trained_with(experiment: Exp
     assert losses(own) != losses(padded)
     assert "would cut" in log(padded)
     scored = json.loads((Path(padded.output) / "results.json").read_text())["last"]
-    again = evaluate.evaluate(f"{padded.output}/model", Path(str(own.data.root)) / "val",
-                              evaluate.Question([1, 5]), QUIET, 12, 0)  # fmt: skip
+    again = tiny.scores_of(f"{padded.output}/model", Path(str(own.data.root)) / "val", [1, 5], 12)
     assert again["image_to_text"] == scored["image_to_text"]
     assert checkpoint.open_model(f"{padded.output}/model").pixels.pad

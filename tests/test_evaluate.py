@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from transformers import AutoTokenizer, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -22,11 +23,11 @@ from cytoclip.errors import ExitCode, UserError
 from cytoclip.evaluate import How, Question
 from cytoclip.pairs import Pairs
 from cytoclip.report import Scores
+from tests import tiny
 
 QUIET = Console(quiet=True)
 ALONE = World(torch.device("cpu"))
 KS = [1, 3, 5, 10]
-AT_ONCE = How(workers=0)
 
 
 def features(folder: Path, split: Path) -> tuple[torch.Tensor, torch.Tensor, list[dict[str, str]]]:
@@ -115,13 +116,13 @@ def test_a_random_model_scores_about_chance(root: Path, base: Path) -> None:
 
 
 def test_ks_above_the_gallery_warn_and_are_1(base: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = evaluate.evaluate([str(base)], root / "val", Question([1, 20, 21, 500]), Console(), AT_ONCE).columns()[str(base)]
+    found = tiny.scores_of(base, root / "val", [1, 20, 21, 500], console=Console())
     for direction in ("image_to_text", "text_to_image", "chance"):
         assert [found[direction][f"hit@{k}"] for k in (20, 21, 500)] == [1, 1, 1]
         assert found[direction]["hit@1"] < 1
     said = capsys.readouterr()
     assert said.out == ""
-    warnings = [line for line in said.err.splitlines() if line.startswith("warning:")]
+    warnings = [line for line in said.err.splitlines() if line.startswith("warning: k = ")]
     assert len(warnings) == 2
     assert "k = 21 is more than the 20" in warnings[0]
     assert "k = 500" in warnings[1]
@@ -130,7 +131,7 @@ def test_ks_above_the_gallery_warn_and_are_1(base: Path, root: Path, capsys: pyt
 def test_the_first_line_says_what_is_measured_and_how(
     base: Path, root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    evaluate.evaluate(str(base), root / "val", Question([1]), Console(), workers=0)
+    tiny.scores_of(base, root / "val", [1], console=Console())
     said = capsys.readouterr().err
     for part in (
         str(base),
@@ -149,7 +150,7 @@ def test_long_captions_are_said(base: Path, tmp_path: Path, capsys: pytest.Captu
     Image.new("RGB", (40, 40)).save(tmp_path / "val" / "imgs" / "a.png")
     entries = [{"img": "a.png", "caption": caption} for caption in ("cell " * 200, "short")]
     (tmp_path / "val" / "img_text_pair.json").write_text(json.dumps(entries))
-    found = evaluate.evaluate(str(base), tmp_path / "val", Question([1]), Console(), workers=0)
+    found = tiny.scores_of(base, tmp_path / "val", [1], console=Console())
     assert "1 caption above 77 tokens" in capsys.readouterr().err
     assert found["text_to_image"]["hit@1"] == 0.5, "one picture under two captions is a tie"
     assert found["text_to_image"]["hit@1_groups"] == 1.0
@@ -169,8 +170,7 @@ def test_a_run_folder_scores_what_its_results_say(
     run = Path(wanted.output)
     written = json.loads((run / "results.json").read_text())
     for place, key in ((run, "best"), (run / "best", "best"), (run / "model", "last")):
-        found = evaluate.evaluate(str(place), root / "val", Question([1, 5]), QUIET, batch_size=12, workers=0)
-        assert found == written[key], place
+        assert tiny.scores_of(place, root / "val", [1, 5]) == written[key], place
     assert written["best"] != written["before"]
 
 
@@ -221,10 +221,10 @@ def test_a_missing_split_lists_those_there(root: Path, tmp_path: Path) -> None:
 
 def test_a_missing_data_root_and_a_missing_model_are_named(base: Path, tmp_path: Path, root: Path) -> None:
     with pytest.raises(UserError, match="no such folder") as caught:
-        evaluate.evaluate(str(base), evaluate.split_folder(tmp_path / "nowhere", "val"), Question([1]), QUIET)
+        tiny.scores_of(base, evaluate.split_folder(tmp_path / "nowhere", "val"), [1])
     assert caught.value.code is ExitCode.DATA
     with pytest.raises(UserError, match="holds no model") as caught:
-        evaluate.evaluate(str(tmp_path), root / "val", Question([1]), QUIET)
+        tiny.scores_of(tmp_path, root / "val", [1])
     assert caught.value.code is ExitCode.MODEL
 
 
@@ -237,3 +237,92 @@ def test_order_of_the_split_changes_no_number(base: Path, distinct: Path) -> Non
         for some in (pairs, turned)
     )
     assert one == two
+
+
+def trained(experiment: Callable[..., Config], **more: Any) -> Path:
+    wanted = experiment(train={"steps": 4, "learning_rate": 3e-3}, validate={"every": 2, "ks": [1, 5]}, **more)
+    train.fit(wanted, QUIET)
+    return Path(wanted.output)
+
+
+def test_a_run_stands_beside_its_own_starting_point(
+    experiment: Callable[..., Config], base: Path, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = trained(experiment)
+    found = evaluate.evaluate([str(run)], root / "val", Question([1, 5]), QUIET, How(base=None, workers=0))
+    written = json.loads((run / "results.json").read_text())
+    assert found.names == {"base": str(base), str(run): str(run)}
+    columns = found.columns()
+    assert columns == {"base": written["val"]["before"], str(run): written["val"]["best"]}
+    assert found.differences == {str(run): written["val"]["difference"]}
+    document = json.loads(json.dumps(found.document("val")))
+    assert document["base"] == str(base)
+    assert [one["model"] for one in document["models"]] == [str(base), str(run)]
+    assert "difference" not in document["models"][0]
+    one = document["models"][1]["difference"]["text_to_image"]["hit@5"]
+    assert one["by"] == pytest.approx(
+        columns[str(run)]["text_to_image"]["hit@5"] - columns["base"]["text_to_image"]["hit@5"]
+    )
+    text = found.text([1, 5])
+    assert f"{run} against base ({base})" in text
+    assert "noise" in text
+
+
+def test_several_models_and_a_named_base(
+    experiment: Callable[..., Config], base: Path, root: Path, tmp_path: Path
+) -> None:
+    run = trained(experiment)
+    asked = [str(run), str(run / "model"), str(run)]  # named twice is one column
+    found = evaluate.evaluate(asked, root / "val", Question([1]), QUIET, How(base=str(run / "best"), workers=0))
+    assert list(found.names) == ["base", str(run), str(run / "model")]
+    assert all(one["by"] == 0 for part in found.differences[str(run)].values() for one in part.values())
+    alone = evaluate.evaluate([str(base)], root / "val", Question([1]), QUIET, How(base=None, workers=0))
+    assert list(alone.names) == [str(base)], "a plain model has no starting point"
+    with pytest.raises(UserError, match="holds no model"):
+        evaluate.evaluate([str(run)], root / "val", Question([1]), QUIET, How(base=str(tmp_path), workers=0))
+
+
+def test_without_its_starting_point_a_run_stands_alone(
+    experiment: Callable[..., Config], base: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moved = tmp_path / "start"
+    shutil.copytree(base, moved)
+    run = trained(experiment, model={"name": str(moved)})
+    shutil.rmtree(moved)
+    found = evaluate.evaluate([str(run)], root / "val", Question([1]), Console(), How(base=None, workers=0))
+    assert list(found.names) == [str(run)]
+    assert "without the run's starting point" in capsys.readouterr().err
+
+
+def test_embeddings_are_kept_and_used_again(
+    experiment: Callable[..., Config], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, kept = trained(experiment), tmp_path / "kept.safetensors"
+    how = How(base=None, embeddings=kept, workers=0)
+    asked = [str(run), str(run / "model")]
+    first = evaluate.evaluate(asked, root / "val", Question([1, 5]), QUIET, how)
+    names = {path.name for path in tmp_path.glob("kept*")}
+    assert names == {"kept.safetensors", "kept-base.safetensors", "kept-2.safetensors"}
+    with safe_open(kept, "pt") as file:
+        assert file.get_tensor("image").shape == file.get_tensor("text").shape == (20, 16)
+        assert (file.get_tensor("image").norm(dim=1) - 1).abs().max() < 1e-5
+    encode, made = evaluate.encode.encode, []
+    monkeypatch.setattr(evaluate.encode, "encode", lambda *given: made.append(1) or encode(*given))
+    again = evaluate.evaluate(asked, root / "val", Question([1, 5]), QUIET, how)
+    assert made == []
+    assert again.columns() == first.columns()
+    evaluate.evaluate(asked[1:], root / "val", Question([1]), QUIET, how)  # of another model: made anew
+    evaluate.evaluate(asked[1:], root / "train", Question([1]), QUIET, how)  # of other pairs, the base too
+    assert len(made) == 3
+
+
+def test_few_clusters_are_said(base: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(root / "val", tmp_path / "val")
+    place = tmp_path / "val" / "img_text_pair.json"
+    entries = [{**entry, "source": f"slide {i % 3}"} for i, entry in enumerate(json.loads(place.read_text()))]
+    place.write_text(json.dumps(entries))
+    tiny.scores_of(base, tmp_path / "val", [1], console=Console())
+    assert "intervals are drawn from 3 sources: with so few they are too narrow" in capsys.readouterr().err
+    place.write_text(json.dumps([{**entry, "source": "one"} for entry in entries]))
+    tiny.scores_of(base, tmp_path / "val", [1], console=Console())
+    assert "1 source: one says nothing of others" in capsys.readouterr().err

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from cytoclip import checkpoint, embeddings, encode, evaluate, outcome, train
+from cytoclip import checkpoint, embeddings, encode, outcome, train
 from cytoclip.config import Config
 from cytoclip.console import Console
 from cytoclip.errors import ExitCode, UserError
-from cytoclip.evaluate import Question
 from cytoclip.pairs import Pairs
+from tests import tiny
 from tests.conftest import weights, write_split
 from tests.numerics.test_processes import spawn
 
@@ -63,7 +63,7 @@ def test_the_test_split_is_scored_with_the_start_and_with_best(
     monkeypatch.undo()
     found = results(wanted)["test"]
     for side, model in (("before", wanted.model.name), ("best", f"{wanted.output}/best")):
-        again = evaluate.evaluate(model, tested / "test", Question([1, 5]), QUIET, 12, 0)
+        again = tiny.scores_of(model, tested / "test", [1, 5])
         for direction in ("image_to_text", "text_to_image"):
             assert {key: found[side][direction][key] for key in again[direction]} == again[direction]
     assert result.test == found

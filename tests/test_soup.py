@@ -17,7 +17,6 @@ from cytoclip.checkpoint import RunFolder
 from cytoclip.config import Config, parse
 from cytoclip.console import Console
 from cytoclip.errors import ExitCode, UserError
-from cytoclip.evaluate import Question
 from cytoclip.model import DualEncoder
 from cytoclip.pairs import Pairs
 from cytoclip.soup import Asked, Recipe, Tasted
@@ -224,7 +223,7 @@ def test_the_saved_model_is_the_one_that_was_scored(name: str, runs: dict[str, C
         assert document["mixtures"][number]["val"]["image_to_text"] == pytest.approx(results[side]["image_to_text"])
     place = str(run.soup / "model")
     for split, scored in ((Path(str(wanted.data.root)) / "val", found.chosen.val), (kept / "val", found.chosen.keep)):
-        again = evaluate.evaluate(place, split, Question([1, 5]), QUIET, 64, 0)
+        again = tiny.scores_of(place, split, [1, 5], 64)
         for direction in ("image_to_text", "text_to_image"):
             assert again[direction] == (scored or {})[direction]
     assert "<svg" in (run.soup / "curve.svg").read_text()
@@ -300,5 +299,5 @@ def test_two_processes_cook_the_same(runs: dict[str, Config], kept: Path, tmp_pa
 def test_every_family_is_mixed(kind: str, bases: dict[str, Path], root: Path, tmp_path: Path) -> None:
     wanted = made(root, bases[kind], tmp_path / "run", model={"image_tower": "lora", "text_tower": "full"})
     found = soup.soup(Path(wanted.output), Asked((0.0, 0.5, 1.0)), QUIET)
-    again = evaluate.evaluate(f"{wanted.output}/soup/model", root / "val", Question([1, 5]), QUIET, 64, 0)
+    again = tiny.scores_of(f"{wanted.output}/soup/model", root / "val", [1, 5], 64)
     assert again["text_to_image"] == found.chosen.val["text_to_image"]

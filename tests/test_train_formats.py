@@ -17,8 +17,7 @@ from cytoclip import evaluate, train
 from cytoclip.config import Config
 from cytoclip.console import Console
 from cytoclip.errors import UserError
-from cytoclip.evaluate import Question
-from tests import formats
+from tests import formats, tiny
 from tests.formats import put
 
 QUIET = Console(quiet=True)
@@ -75,7 +74,7 @@ def test_replayed_pairs_come_from_any_place(experiment: Callable[..., Config], s
 def test_evaluation_of_a_table(shards: Path, root: Path, base: Path) -> None:
     places = [evaluate.split_folder(folder, "val") for folder in (shards, root)]
     assert places[0].name == "val.jsonl"
-    scores = [evaluate.evaluate(str(base), place, Question([1, 5]), QUIET) for place in places]
+    scores = [tiny.scores_of(base, place, [1, 5]) for place in places]
     assert scores[0] == scores[1]
 
 

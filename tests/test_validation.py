@@ -19,7 +19,7 @@ from cytoclip.config import Config
 from cytoclip.console import Console
 from cytoclip.embeddings import Owner
 from cytoclip.errors import ExitCode, UserError
-from cytoclip.evaluate import Question
+from tests import tiny
 from tests.conftest import weights, write_split
 
 QUIET = Console(quiet=True)
@@ -214,7 +214,7 @@ def test_what_is_kept_is_scored_at_the_start_and_at_each_validation(
     assert [line["step"] for line in one] == [0, 2, 4]
     found = results(made[0])
     for place, expected in ((made[0].model.name, one[0]["keep"]), (f"{made[0].output}/best", found["keep"]["best"])):
-        again = evaluate.evaluate(place, kept / "val", Question([1, 5]), QUIET, 12, 0)
+        again = tiny.scores_of(place, kept / "val", [1, 5])
         assert again["image_to_text"] == pytest.approx(expected["image_to_text"], abs=1e-9)
     assert found["keep"] == {"root": str(kept), "before": one[0]["keep"], "best": one[found["best_step"] // 2]["keep"]}
     assert "; keep: image → text hit@1" in (Path(made[0].output) / "train.log").read_text()

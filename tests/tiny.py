@@ -26,12 +26,18 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from cytoclip import evaluate
+from cytoclip.console import Console
+from cytoclip.evaluate import How, Question
+from cytoclip.report import Scores
+
 CAPTIONS = [
     "A round cell, with blue nucleus (on the left).",
     "two cells on a clean background; small vacuoles beside a purple cytoplasm and a dark, clumped, lobed nucleus",
     "cell",
     "Many small cells with a round nucleus",
 ]
+QUIET = Console(quiet=True)
 SIDE, PATCH, WIDTH, LAYERS = 32, 16, 32, 2
 _SIZES = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": 2}
 _VISION = {**_SIZES, "image_size": SIDE, "patch_size": PATCH}
@@ -124,3 +130,10 @@ def _bert_tokenizer(folder: Path, captions: Iterable[str]) -> Any:
 
 def _clip_processor() -> CLIPImageProcessorPil:
     return CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+
+
+def scores_of(model: Path | str, split: Path, ks: list[int], batch_size: int = 12, console: Console = QUIET) -> Scores:
+    """What `cytoclip evaluate` measures of one model, less what a validation in training has not."""
+    how = How(batch_size=batch_size, workers=0)
+    found = evaluate.evaluate([str(model)], split, Question(ks), console, how).columns()[str(model)]
+    return {key: found[key] for key in ("pairs", "image_to_text", "text_to_image", "chance")}

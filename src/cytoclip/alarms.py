@@ -44,8 +44,10 @@ def at_chance(scored: dict[str, Any]) -> str | None:
     pairs, chance = scored["pairs"], scored["chance"]
     for direction in ("image_to_text", "text_to_image"):
         for name, hit in scored.get(direction, {}).items():
+            if not name.startswith("hit@") or name.endswith("_groups"):
+                continue
             by_luck = chance[name]
-            if not name.endswith("_groups") and hit > by_luck + 3 * math.sqrt(by_luck * (1 - by_luck) / pairs):
+            if hit > by_luck + 3 * math.sqrt(by_luck * (1 - by_luck) / pairs):
                 return None
     return f"the validation is no better than chance on {pairs} pairs"
 

@@ -89,10 +89,14 @@ def train(
 
 @app.command()
 def evaluate(
-    models: Annotated[
-        list[str], typer.Argument(help="Hub ids, Hugging Face folders or run folders.", show_default=False)
+    places: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL… DATA_ROOT",
+            help="Hub ids, Hugging Face folders or run folders; then the folder that holds the split.",
+            show_default=False,
+        ),
     ],
-    data_root: Annotated[Path, typer.Argument(help="Folder that holds the split.", show_default=False)],
     split: Annotated[str, typer.Option(help="Which split to rank.")] = "val",
     ks: Annotated[str, typer.Option(help="The k of hit@k, such as --ks 1 5 10 50.")] = "1 5 10 50",
     base: Annotated[
@@ -110,8 +114,11 @@ def evaluate(
     from cytoclip.evaluate import evaluate as measure
 
     console, asked = _console(), _numbers(ks)
+    *models, data_root = places
+    if not models:
+        raise UserError(f"evaluate got {data_root} and nothing else", "cytoclip evaluate MODEL… DATA_ROOT")
     how = How(base, embeddings, batch_size)
-    found = measure(models, split_folder(data_root, split), Question(asked), console, how)
+    found = measure(models, split_folder(Path(data_root), split), Question(asked), console, how)
     console.result(json.dumps(found.document(split), ensure_ascii=False) if as_json else found.text(asked))
 
 
@@ -342,11 +349,12 @@ def _speaks() -> bool:
 
 def _joined_ks(words: list[str]) -> list[str]:
     """`--ks 1 5 10` as one word after the option: the original's way to write a list, which typer cannot parse."""
-    if "--ks" not in words:
+    at = next((i for i, word in enumerate(words) if word == "--ks" or word.startswith("--ks=")), None)
+    if at is None:
         return words
-    begin = words.index("--ks") + 1
-    end = next((i for i in range(begin, len(words)) if not words[i].isdigit()), len(words))
-    return [*words[:begin], *([" ".join(words[begin:end])] if end > begin else []), *words[end:]]
+    end = next((i for i in range(at + 1, len(words)) if not words[i].isdigit()), len(words))
+    listed = [*words[at].partition("=")[2].split(), *words[at + 1 : end]]
+    return [*words[:at], "--ks", *([" ".join(listed)] if listed else []), *words[end:]]
 
 
 def _numbers(text: str) -> list[int]:

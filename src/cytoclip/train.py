@@ -358,4 +358,4 @@ def _due(step: int, every: int, steps: int) -> bool:
 
 
 def _ks(scored: Scores) -> list[int]:
-    return [int(key.removeprefix("hit@")) for key in scored["chance"] if not key.endswith("_groups")]
+    return [int(k) for key in scored["chance"] if (k := key.removeprefix("hit@")).isdigit()]
