@@ -25,6 +25,8 @@ class Drawn:
     captions: tuple[str, ...]
     source: str
     label: str
+    site: str  # a further key
+    power: int  # another, a whole number
 
 
 def drawn(count: int = COUNT, several: bool = False) -> list[Drawn]:
@@ -34,7 +36,9 @@ def drawn(count: int = COUNT, several: bool = False) -> list[Drawn]:
         stream = io.BytesIO()
         Image.new("RGB", (8, 8), (i * 7 % 256, i // 256, 90)).save(stream, "PNG")
         captions = (f'a "cell", number {i}; with a | and\ta tab, {"é细胞"}', *([f"another {i}"] if several else []))
-        found.append(Drawn(f"{i:03}.png", stream.getvalue(), captions, f"slide {i // 2}", str(i % 2)))
+        found.append(
+            Drawn(f"{i:03}.png", stream.getvalue(), captions, f"slide {i // 2}", str(i % 2), f"site {i % 3}", 10)
+        )
     return found
 
 
@@ -46,7 +50,7 @@ def write_pictures(folder: Path, pairs: list[Drawn]) -> None:
 
 def original(folder: Path, pairs: list[Drawn]) -> Path:
     write_pictures(folder / "imgs", pairs)
-    listed = [{"img": p.name, "caption": list(p.captions), "source": p.source, "label": p.label} for p in pairs]
+    listed = [{"img": p.name, **fields(p, p.name, "img"), "caption": list(p.captions)} for p in pairs]
     (folder / "img_text_pair.json").write_text(json.dumps(listed))
     return folder
 
@@ -56,8 +60,11 @@ def table(ending: str, separator: str = ",", header: str = "img_path") -> Callab
         write_pictures(folder / "pictures", pairs)
         with (folder / f"pairs.{ending}").open("w", encoding="utf-8", newline="") as stream:
             rows = csv.writer(stream, delimiter=separator)
-            rows.writerow(["id", header, "source", "caption", "label"])
-            rows.writerows([i, f"pictures/{p.name}", p.source, p.captions[0], p.label] for i, p in enumerate(pairs))
+            rows.writerow(["id", header, "source", "caption", "label", "site", "power"])
+            rows.writerows(
+                [i, f"pictures/{p.name}", p.source, p.captions[0], p.label, p.site, p.power]
+                for i, p in enumerate(pairs)
+            )
         return folder / f"pairs.{ending}"
 
     return write
@@ -65,7 +72,8 @@ def table(ending: str, separator: str = ",", header: str = "img_path") -> Callab
 
 def fields(one: Drawn, image: Any, key: str = "image") -> dict[str, Any]:
     captions: Any = list(one.captions) if len(one.captions) > 1 else one.captions[0]
-    return {key: image, "caption": captions, "source": one.source, "label": one.label}
+    said = {"source": one.source, "label": one.label, "site": one.site, "power": one.power}
+    return {key: image, "caption": captions, **said}
 
 
 def json_lines(folder: Path, pairs: list[Drawn]) -> Path:
@@ -83,7 +91,9 @@ def json_list(folder: Path, pairs: list[Drawn]) -> Path:
 def coco(folder: Path, pairs: list[Drawn]) -> Path:
     """As COCO's own: `annotations/captions_x.json` beside `x/`; annotations are in an order of their own."""
     write_pictures(folder / "val2017", pairs)
-    images = [{"id": i * 3, "file_name": p.name, "source": p.source, "label": p.label} for i, p in enumerate(pairs)]
+    images = [{"id": i * 3, **fields(p, p.name, "file_name")} for i, p in enumerate(pairs)]
+    for one in images:
+        del one["caption"]
     said = [{"id": i, "image_id": i * 3, "caption": c} for i, p in enumerate(pairs) for c in p.captions]
     (folder / "annotations").mkdir()
     place = folder / "annotations" / "captions_val2017.json"

@@ -99,11 +99,13 @@ def test_the_same_pairs_come_out_of_every_format(tmp_path: Path, name: str) -> N
     for split in SPLITS:
         read = sources.read(to / split)
         assert len(read) == counts[split]
-        for image, caption, source, label in zip(read.images, read.captions, read.sources, read.labels, strict=True):
-            found[caption] = (bytes_of(image), source, label)
+        sites = read.further().get("site", (None,) * len(read))
+        columns = (read.images, read.captions, read.sources, read.labels, sites)
+        for image, caption, source, label, site in zip(*columns, strict=True):
+            found[caption] = (bytes_of(image), source, label, site)
             by_source[source].add(split)
     tags = name not in formats.NO_TAGS
-    wanted = {p.captions[0]: (p.picture, *((p.source, p.label) if tags else (None, None))) for p in pairs}
+    wanted = {p.captions[0]: (p.picture, *((p.source, p.label, p.site) if tags else (None, None, None))) for p in pairs}
     assert found == wanted
     assert not tags or all(len(splits) == 1 for splits in by_source.values())
 

@@ -34,6 +34,10 @@ def assert_same(found: Pairs, pairs: list[Drawn], several: bool, tags: bool = Tr
     assert found.sources == tuple(one.source if tags else None for one in pairs)
     assert found.labels == tuple(one.label if tags else None for one in pairs)
     assert found.groups == (None,) * len(pairs)
+    if tags:
+        assert found.further()["site"] == tuple(one.site for one in pairs)
+        assert found.further()["power"] == ("10",) * len(pairs)
+    assert not {"image", "img", "caption", "source", "label"} & set(found.further())
     assert len(set(found.names)) == len(pairs)
 
 
