@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from cytoclip import __version__, cli, config
+from cytoclip.console import Console
 from cytoclip.errors import ExitCode, UserError
 
 
@@ -67,11 +68,11 @@ def test_help_lists_every_command(run: Run, word: str) -> None:
     outcome = run(word)
     assert (outcome.code, outcome.err) == (0, "")
     commands = {command.name or command.callback.__name__ for command in cli.app.registered_commands}  # type: ignore[union-attr]
-    assert len(commands) == 6
+    assert len(commands) == 7
     assert all(f" {name} " in outcome.out for name in commands)
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "config", "demo"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "soup", "config", "demo"])
 def test_every_command_has_help(run: Run, command: str) -> None:
     outcome = run(command, "--help")
     assert (outcome.code, outcome.err) == (0, "")
@@ -95,12 +96,14 @@ def test_no_command_shows_the_help_and_no_empty_error(run: Run) -> None:
         (["evaluate", "model", "root", "--ks"], "--ks"),
         (["evaluate", "model", "root", "--batch-size", "0"], "--batch-size"),
         (["demo", "--seed", "x"], "--seed"),
+        (["soup"], "run"),
+        (["soup", "runs/x", "--keep-at-least", "1.5"], "--keep-at-least"),
     ],
 )
 def test_a_wrong_command_line_is_two_lines(run: Run, words: list[str], said: str) -> None:
     message, hint = refused(run(*words))
     assert said in message
-    assert re.match(r"cytoclip( train| evaluate| demo)? --help says", hint)
+    assert re.match(r"cytoclip( train| evaluate| demo| soup)? --help says", hint)
 
 
 def test_a_misspelt_command_names_the_nearest(run: Run) -> None:
@@ -111,7 +114,7 @@ def test_config_shows_every_option_with_type_default_and_doc(run: Run) -> None:
     outcome = run("config")
     assert (outcome.code, outcome.err) == (0, "")
     options = list(config.options())
-    assert len(options) == 79
+    assert len(options) == 82
     for option in options:
         assert option.doc in outcome.out
         line = (
@@ -346,3 +349,24 @@ def test_a_wrong_original_evaluation_command_is_two_lines(
 
 def test_the_version(run: Run) -> None:
     assert run("--version") == Outcome(0, f"{__version__}\n", "")
+
+
+def test_a_soup_is_a_table_or_one_document(run: Run, experiment: Callable[..., Any], tmp_path: Path) -> None:
+    from cytoclip import train
+
+    train.fit(experiment(validate={"every": 2}), Console(quiet=True))
+    outcome = run("soup", str(tmp_path / "run"), "--alphas", "0.5 1")
+    assert outcome.code == 0, outcome.err
+    assert [line.split("  ")[1] for line in outcome.out.splitlines()[1:4]] == ["alpha 0", "alpha 0.5", "alpha 1"]
+    assert outcome.out.count("← chosen") == 1
+    assert outcome.out.endswith(f"saved: {tmp_path / 'run' / 'soup' / 'model'}\n")
+    found = json.loads(run("soup", str(tmp_path / "run"), "--alphas", "1,0.25", "--json").out)
+    assert [mixture["alpha"] for mixture in found["mixtures"]][:3] == [0, 0.25, 1]
+    assert found["select_by"] == "hits"
+
+
+@pytest.mark.parametrize("alphas", ["a", "0.5;1"])
+def test_bad_alphas_are_refused(run: Run, tmp_path: Path, alphas: str) -> None:
+    message, hint = refused(run("soup", str(tmp_path), "--alphas", alphas))
+    assert message == f"--alphas {alphas!r} is not a list of numbers"
+    assert hint == "such as --alphas 0,0.25,0.5,0.75,1"

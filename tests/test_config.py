@@ -147,6 +147,7 @@ def test_an_unknown_option_near_nothing_says_where_all_are_listed(load: Callable
         ("validate: {ks: []}", "validate.ks", "at least 1 item"),
         ("validate: {ks: [1, 0]}", "validate.ks", "0 is refused"),
         ("validate: {every: 0}", "validate.every", "0 is refused"),
+        ("validate: {patience: 0}", "validate.patience", "0 is refused"),
         ("checkpoint: {every: 0}", "checkpoint.every", "0 is refused"),
         ("track: {to: [wandbb]}", "track.to", "'wandb'"),
         ("model: {image_tower: half}", "model.image_tower", "'full', 'frozen' or 'lora'"),
@@ -204,6 +205,12 @@ def test_several_faults_are_counted(load: Callable[..., Config]) -> None:
     [
         (DATA + "train: {steps: 3, epochs: 2}", "steps is 3 and epochs is 2", "give one of the two"),
         (DATA + "train: {steps: null}", "steps is null and epochs is null", "give one of the two"),
+        (
+            DATA + "validate: {select_by: hit@5}",
+            "validate.select_by: hit@5 is not measured: validate.ks is [1, 10, 50]",
+            "add 5 to validate.ks, or choose hits, hit@1, hit@10, hit@50, mrr, map",
+        ),
+        (DATA + "validate: {select_by: hitz}", "validate.select_by: 'hitz' is not measured", "did you mean hits?"),
         ("data: {root: d, train: e, val: f}", "root and train, val are both given", "give root, or train and val"),
         ("data: {root: d, test: f}", "root and test are both given", "give root, or train and val"),
         ("data: {train: e}", "no data is named", "give data.root, or data.train and data.val"),
@@ -299,7 +306,7 @@ EVERYTHING: dict[str, Any] = {
         "lora": {"targets": ["q_proj"], "alpha": 3.5},
     },
     "train": {"epochs": 2, "learning_rate": 3e-7, "precision": "no", "schedule": "cosine", "max_grad_norm": None},
-    "validate": {"every": 3, "ks": [2]},
+    "validate": {"every": 3, "ks": [2], "select_by": "hit@2", "patience": 4, "keep": "x y"},
     "checkpoint": {"every": 4},
     "track": {"to": []},
     "output": "no",
@@ -357,7 +364,7 @@ def fields() -> set[str]:
 def test_options_lists_every_field_with_a_doc() -> None:
     listed = list(config.options())
     assert {option.name for option in listed} == fields()
-    assert len(listed) == len(fields()) == 79
+    assert len(listed) == len(fields()) == 82
     assert {option.name for option in listed if option.kind == "section"} == {*SECTIONS} - {""}
     for option in listed:
         assert option.doc.endswith("."), option.name
@@ -376,6 +383,7 @@ def test_options_lists_every_field_with_a_doc() -> None:
         ("model.image_tower", "full | frozen | lora", "full"),
         ("model.lora.targets", "auto | list of text", "auto"),
         ("validate.ks", "list of whole number ≥ 1", "[1, 10, 50]"),
+        ("validate.patience", "whole number | null, ≥ 1", "null"),
         ("track.to", "list of (tensorboard | wandb | trackio | mlflow)", "[tensorboard]"),
     ],
 )

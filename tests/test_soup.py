@@ -141,7 +141,7 @@ def test_which_means_there_are(runs: dict[str, Config], tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     finished = {"steps": 60, "best_step": 30}
     members = soup._members(run, finished, {50: Path("a"), 60: Path("b")})
-    assert members == {60: run.model, 50: Path("a"), 30: run.best}
+    assert list(members.items()) == [(60, run.model), (50, Path("a")), (30, run.best)]
     names = [recipe.name for recipe in soup._of_steps(members, finished)]
     assert names == ["step 30 (best/)", "mean of steps 50, 60", "mean of steps 30, 50, 60"]
     assert soup._of_steps(soup._members(run, {"steps": 9, "best_step": 9}, {}), {"steps": 9, "best_step": 9}) == []

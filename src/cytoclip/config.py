@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from yaml import YAMLError
 
 from cytoclip import options as options_
@@ -222,12 +222,13 @@ class Validate(Section):
         "what the model forgets. Nothing is selected by it. null: none.",
     )
 
-    @model_validator(mode="after")
-    def _selects_by_what_is_measured(self) -> Validate:
-        problem = selection.problem(self.select_by, self.ks)
+    @field_validator("select_by")
+    @classmethod
+    def _is_measured(cls, given: str, fields: ValidationInfo) -> str:
+        problem = selection.problem(given, fields.data.get("ks", ()))
         if problem:
-            raise ValueError(f"select_by: {problem[0]}|{problem[1]}")
-        return self
+            raise ValueError("|".join(problem))
+        return given
 
 
 class Checkpoint(Section):

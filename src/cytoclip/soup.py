@@ -155,9 +155,8 @@ class Soup:
             "mixtures": [
                 {
                     "name": one.recipe.name,
-                    **(
-                        {"steps": sorted(one.recipe.steps)} if one.recipe.alpha is None else {"alpha": one.recipe.alpha}
-                    ),
+                    "alpha": one.recipe.alpha,
+                    "steps": sorted(one.recipe.steps),
                     "score": selection.score(one.val, self.select_by),
                     "allowed": one.allowed,
                     "val": one.val,
