@@ -16,15 +16,18 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from cytoclip import config
+from cytoclip import config, evaluate
 from cytoclip.config import Config
+from cytoclip.console import Console
 from cytoclip.errors import ExitCode
+from cytoclip.evaluate import How, Question
 from tests import group
 
 HERE = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 TRAIN, EVALUATION = str(HERE / "train.py"), str(HERE / "evaluation.py")
 PYTHON = [sys.executable]
+QUIET = Console(quiet=True)
 TORCHRUN = [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port"]
 ACCELERATE = [str(BIN / "accelerate"), "launch"]
 LAUNCHER_SETS = ("ACCELERATE_", "RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "FORK_LAUNCHED", "TORCHELASTIC_")
@@ -234,3 +237,23 @@ def test_cytoclip_evaluate_prints_one_json_document(base: Path, root: Path, tmp_
     assert list(tmp_path.iterdir()) == []
     made = run(tmp_path, str(BIN / "cytoclip"), "evaluate", str(base), str(root), "--ks", "none")
     assert_refused(made, ExitCode.USAGE, "--ks 'none'")
+
+
+@pytest.mark.slow  # two processes import at once: 25 s
+def test_two_processes_evaluate_as_one(base: Path, root: Path, tmp_path: Path) -> None:
+    """The embedding is shared out, and the numbers are those of one process; one of them speaks."""
+    words = ["-m", "cytoclip", "evaluate", str(base), str(root), "--split", "train", "--json", "--batch-size", "4"]
+    made = run(tmp_path, *TORCHRUN, str(group.free_port()), *words)
+    assert made.returncode == 0, made.stderr
+    assert made.stderr.count("48 pairs of") == 1
+    assert "2 processes" in made.stderr
+    found = json.loads(made.stdout)["models"][0]
+    alone = evaluate.evaluate(
+        [str(base)], root / "train", Question([1, 5, 10, 50]), QUIET, How(batch_size=4, workers=0)
+    )
+    expected = json.loads(json.dumps(alone.columns()[str(base)]))
+    assert found["slices"].keys() == expected["slices"].keys()
+    for direction in ("image_to_text", "text_to_image"):
+        for part in ("scores", "intervals"):
+            one, other = (each if part == "scores" else each[part] for each in (found, expected))
+            assert one[direction] == {key: pytest.approx(value, abs=1e-9) for key, value in other[direction].items()}
