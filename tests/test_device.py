@@ -67,6 +67,18 @@ def test_start_looks_at_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         device.start("cpu", "no")
 
 
+def test_float32_convolutions_are_float32() -> None:
+    if not hasattr(torch.backends, "fp32_precision"):
+        pytest.skip("torch before 2.9 has one switch for all of cuDNN")
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    try:
+        device.start("cpu", "no")
+        assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
+
+
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_precision_is_what_is_written_else_the_launchers_else_the_devices(
     kind: str, monkeypatch: pytest.MonkeyPatch

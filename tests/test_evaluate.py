@@ -137,7 +137,7 @@ def test_the_first_line_says_what_is_measured_and_how(
         str(base),
         "20 pairs",
         str(root / "val"),
-        "cpu",
+        f"on {'cuda' if torch.cuda.is_available() else 'cpu'}",
         "precision no (from the default of evaluation)",
         "1 process",
     ):

@@ -104,7 +104,28 @@ def test_a_frozen_tower_keeps_no_activations_and_a_larger_batch_keeps_more(exper
     assert activations(image_tower="frozen", text_tower="frozen") == 0
     assert activations(image_tower="lora", text_tower="lora") == both
     assert activations(batch=24) == 2 * both == activations(batch=48, processes=2)
-    assert activations(precision="bf16") * 2 == both
+    assert activations(precision="bf16") * 81 == both * 49
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_what_a_layer_keeps_is_what_autograd_keeps(precision: str, experiment: Experiment) -> None:
+    """Counted: the storages that the backward pass of three pairs asks for."""
+    wanted = experiment(train={"precision": precision})
+    opened = checkpoint.open_model(wanted.model.name)
+    world = World(torch.device("cpu"), precision=precision)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in opened.encoder.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        if place not in weights and len(tensor) in (3, 3 * 77, 3 * 5):  # else a weight that was cast
+            kept[place] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), world.autocast():
+        opened.encoder(torch.zeros(3, 3, 32, 32, dtype=torch.uint8), torch.ones(3, 77, dtype=torch.int64))
+    counted = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    assert counted / 3 == pytest.approx(plan.bytes_per_pair(wanted, opened), rel=0.15)
 
 
 @pytest.mark.parametrize(

@@ -187,6 +187,7 @@ def start(device: str = "auto", precision: str = "auto", said_by: str = "the con
             f"start {torch.cuda.device_count()} here, or set train.device=cpu",
             ExitCode.SYSTEM,
         )
+    _plain_convolutions()
     state = _meet(kind)
     if state.num_processes != wanted:
         raise UserError(
@@ -242,6 +243,14 @@ def _part() -> None:
     """
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _plain_convolutions() -> None:
+    """float32 convolutions in float32, as matrix products are: cuDNN may use TF32, of 10 bits, where nobody says so."""
+    if hasattr(torch.backends, "fp32_precision"):
+        torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+    else:  # before torch 2.9, which raises for who mixes the two ways
+        torch.backends.cudnn.allow_tf32 = False
 
 
 def refuse_launcher(environment: Mapping[str, str]) -> None:

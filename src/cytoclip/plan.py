@@ -19,8 +19,10 @@ from cytoclip.order import Order
 _FLOAT = 4  # bytes of a float32
 _ADAM = 2 * _FLOAT  # two moments a weight
 # Bytes that one transformer layer keeps for the backward pass, a token and a unit of width, without the attention
-# matrix, which fused attention never stores: 34 in 16 bits (arXiv 2205.05198, section 4.1), twice that in float32.
-_KEPT = 34
+# matrix, which fused attention never stores: counted on ViT-B/16, and under bf16 what a GPU takes (bench/RESULTS.md).
+# The 34 of a model that is all in 16 bits (arXiv 2205.05198, section 4.1) are too few: autocast keeps norms and what
+# lies between layers in float32, and quick GELU, which is not fused, keeps three parts.
+_KEPT, _KEPT_IN_FLOAT32 = 49, 81
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,6 @@ def held(config: Config, processes: int) -> int:
 
 def bytes_per_pair(config: Config, opened: Opened) -> int:
     """Bytes kept for the backward pass of one pair; a frozen tower keeps none."""
-    wide = 2 if config.train.precision == "no" else 1
     settings = opened.encoder.clip.config
     vision, text = settings.vision_config, settings.text_config
     patches = opened.encoder.patches * (1 - config.train.patch_dropout) + 1
@@ -175,10 +176,11 @@ def bytes_per_pair(config: Config, opened: Opened) -> int:
         (config.model.text_tower, text, opened.context),
     ]
     kept = [tokens * t.hidden_size * _kept(config, t) for mode, t, tokens in towers if mode != "frozen"]
-    return int(sum(kept)) * wide
+    return int(sum(kept))
 
 
 def _kept(config: Config, tower: Any) -> int:
     """Bytes a token and a unit of width, over all layers; with checkpointing, the inputs of all and the rest of one."""
     layers = int(tower.num_hidden_layers)
-    return layers * 2 + _KEPT if config.train.gradient_checkpointing else layers * _KEPT
+    kept = _KEPT_IN_FLOAT32 if config.train.precision == "no" else _KEPT
+    return layers * _FLOAT + kept if config.train.gradient_checkpointing else layers * kept

@@ -108,12 +108,12 @@ def _needed(identity: Identity) -> list[Ids]:
 
 
 def _inside(ids: Ids, others: Ids) -> NDArray[np.bool_]:
-    """(N,): whether all pairs that share this pair's number also share one of the others."""
+    """(N,): whether all pairs that share this pair's number also have one number of the others, or none of them any."""
     _, of = np.unique(ids, return_inverse=True)
     low, high = np.full(of.max() + 1, np.iinfo(np.int64).max), np.full(of.max() + 1, -1)
     np.minimum.at(low, of, others)
     np.maximum.at(high, of, others)
-    whole: NDArray[np.bool_] = ((low == high) & (low != NO_GROUP))[of]
+    whole: NDArray[np.bool_] = (low == high)[of]
     return whole
 
 

@@ -191,15 +191,14 @@ class _Counted:
 def _near_the_diagonal(forward: Answers, backward: Answers, rows: int, columns: int) -> tuple[Ids, Ids]:
     """An order of rows and one of columns in which answers that hang together lie together.
 
-    Each row follows the first column that it answers, each column the first of its rows, and each row those again. The
-    numbers of distinct embeddings do not depend on the order of the pairs, so neither does this.
+    Each row follows the first column that it answers, and each column the first of its rows. The numbers of distinct
+    embeddings do not depend on the order of the pairs, so neither does this.
     """
     row, column = (np.concatenate(each) for each in ((forward.row, backward.row), (forward.column, backward.column)))
     row_key = np.full(rows, columns)
     np.minimum.at(row_key, row, column)
     column_key = np.full(columns, columns)
     np.minimum.at(column_key, column, row_key[row])
-    np.minimum.at(row_key, row, column_key[column])
     return np.argsort(row_key, kind="stable"), np.argsort(column_key, kind="stable")
 
 
