@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from cytoclip.device import World
 from cytoclip.errors import ExitCode, UserError
 from cytoclip.order import Order
 from cytoclip.plan import Plan
+from tests.conftest import write_split
 
 Experiment = Callable[..., Config]
 
@@ -167,6 +169,22 @@ def test_the_disk_estimate_holds_the_run_folder_at_its_largest(
     slack = 40_000  # names and shapes in the headers of files, which matter only in a model this small
     assert max(sizes) <= expected + slack
     assert expected < 3 * max(sizes), "an estimate that refuses disks that would do"
+
+
+def test_embeddings_of_what_is_ranked_are_counted(experiment: Experiment, root: Path, tmp_path: Path) -> None:
+    """Of val and test by two models, and the file that is written beside the one it replaces."""
+    data = shutil.copytree(root, tmp_path / "data")
+    write_split(data / "test", 30, seed=3)
+    without, found = (
+        train.dry_run(experiment(data={"root": str(place)}), Console(quiet=True)).disk for place in (root, data)
+    )
+    wanted = experiment(data={"root": str(data)})
+    train.fit(wanted, Console(quiet=True))
+    sizes = {path.name: path.stat().st_size for path in RunFolder(Path(wanted.output)).embeddings.iterdir()}
+    bare = {name: 2 * 16 * 4 * (30 if name.startswith("test") else 20) for name in sizes}
+    assert all(0 < sizes[name] - bare[name] < 1000 for name in sizes), "no more than a header beside the rows"
+    assert len(sizes) == 4
+    assert found - without == 1.5 * (bare["test-before.safetensors"] + bare["test-best.safetensors"])
 
 
 def _growing() -> Callable[[Any, str], float]:

@@ -270,6 +270,20 @@ def test_what_cannot_be_mixed_is_two_lines(runs: dict[str, Config], tmp_path: Pa
         soup.soup(run, Asked((0.5,), str(tmp_path / "nowhere")), QUIET)
 
 
+def test_another_starting_model_is_refused_and_other_pairs_are_said(
+    root: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, data = shutil.copytree(base, tmp_path / "own"), shutil.copytree(root, tmp_path / "data")
+    run = Path(made(data, own, tmp_path / "run").output)
+    shutil.rmtree(data / "val")
+    write_split(data / "val", 9, seed=3)
+    soup.soup(run, Asked((0.5,)), Console())
+    assert "the validation pairs are others than those that the run was validated on" in capsys.readouterr().err
+    shutil.copy(run / "model" / "model.safetensors", own / "model.safetensors")
+    with pytest.raises(UserError, match=f"{own} holds other weights than {run} began with"):
+        soup.soup(run, Asked((0.5,)), QUIET)
+
+
 def test_a_damaged_checkpoint_is_no_member(runs: dict[str, Config], tmp_path: Path) -> None:
     run = RunFolder(shutil.copytree(Path(runs["full"].output), tmp_path / "run"))
     (run.checkpoints / "step-4" / "state.json").write_text("{}")

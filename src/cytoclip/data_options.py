@@ -100,7 +100,9 @@ class Data(Section):
     )
     val: NonEmpty | None = Field(None, description="The validation split, where the splits lie apart.")
     test: NonEmpty | None = Field(
-        None, description="The test split, where the splits lie apart. Checked, never trained or selected on."
+        None,
+        description="The test split, where the splits lie apart. Checked, scored once at the end of a run, and never "
+        "trained or selected on.",
     )
     replay: list[Replay] = Field(
         [],

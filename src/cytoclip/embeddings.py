@@ -29,23 +29,30 @@ class Owner:
     weights: str
 
 
-def write(path: Path, image_ND: torch.Tensor, text_ND: torch.Tensor, owner: Owner) -> None:
+def write(path: Path, image_ND: torch.Tensor, text_ND: torch.Tensor, owned_by: Owner) -> None:
     """The whole file, or the one that was there."""
     tensors = {
         name: rows_ND.detach().float().cpu().contiguous() for name, rows_ND in ((IMAGE, image_ND), (TEXT, text_ND))
     }
-    files.write_bytes(path, save(tensors, metadata=dict(vars(owner))))
+    files.write_bytes(path, save(tensors, metadata=dict(vars(owned_by))))
 
 
-def are_of(path: Path, owner: Owner) -> bool:
-    """Whether the file is there and holds these pairs by these weights, wherever the model lies by now."""
+def owner(path: Path) -> Owner | None:
+    """Whose the file says they are; None where it is not there, is damaged or does not say."""
     try:
         with safe_open(path, "pt") as file:
             said = file.metadata() or {}
             there = set(file.keys())
     except (OSError, SafetensorError):
-        return False
-    return there == {IMAGE, TEXT} and (said.get("pairs"), said.get("weights")) == (owner.pairs, owner.weights)
+        return None
+    whole = there == {IMAGE, TEXT} and said.keys() >= {"pairs", "model", "weights"}
+    return Owner(said["pairs"], said["model"], said["weights"]) if whole else None
+
+
+def are_of(path: Path, expected: Owner) -> bool:
+    """Whether the file holds these pairs by these weights, wherever the model lies by now."""
+    found = owner(path)
+    return found is not None and (found.pairs, found.weights) == (expected.pairs, expected.weights)
 
 
 def read(path: Path) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,11 +15,13 @@ from cytoclip import (
     checkpoint,
     config,
     device,
+    embeddings,
     evaluate,
     files,
     intake,
     liveness,
     mixing,
+    model,
     selection,
     soup_curve,
     sources,
@@ -33,7 +35,7 @@ from cytoclip.errors import ExitCode, UserError, counted
 from cytoclip.evaluate import Question
 from cytoclip.features import Place
 from cytoclip.mixing import Weights
-from cytoclip.pairs import Pairs, spread
+from cytoclip.pairs import Pairs, fingerprint, spread
 from cytoclip.report import Scores
 from cytoclip.rows import Columns
 from cytoclip.soup_curve import Curve
@@ -189,6 +191,7 @@ def soup(path: Path, asked: Asked, console: Console) -> Soup:
         opened = checkpoint.open_start(wanted)
         opened.encoder.to(world.device)
         splits = world.once(lambda: _splits(wanted, root, console))
+        world.once(lambda: _refuse_other_start(run, wanted, opened, splits["val"], console))
         place = Place(run.path, world, console)
         readings = {name: _reading(wanted, asked, opened, pairs, place) for name, pairs in splits.items()}
         members = _members(run, finished, world.once(lambda: state.whole(run.checkpoints, console.warn)))
@@ -254,6 +257,17 @@ def _splits(wanted: Config, root: str | None, console: Console) -> dict[str, Pai
         for name, folder in folders.items()
         if folder
     }
+
+
+def _refuse_other_start(run: RunFolder, wanted: Config, opened: Opened, val: Pairs, console: Console) -> None:
+    """The line must begin where the run did, whose first validation has left the digests of its weights and pairs."""
+    began = embeddings.owner(run.embeddings / "before.safetensors")
+    if began and began.weights != model.fingerprint(opened.encoder.clip):
+        raise UserError(
+            f"{wanted.model.name} holds other weights than {run.path} began with", "put them back", ExitCode.MODEL
+        )
+    if began and began.pairs != fingerprint(val):
+        console.warn("the validation pairs are others than those that the run was validated on")
 
 
 def _reading(wanted: Config, asked: Asked, opened: Opened, pairs: Pairs, place: Place) -> Reading:
