@@ -56,7 +56,7 @@ def evaluate(
     UserError
         For a model or split that cannot be used.
     """
-    precision, said_by = _precision(name)
+    precision, said_by = precision_of(name)
     world = device.start(precision=precision, said_by=said_by)
     with liveness.watched(world):
         pairs = world.once(lambda: spread(batches.open_split(folder, console)))
@@ -75,7 +75,7 @@ def evaluate(
         return rank(opened, pairs, how, question, world, console)
 
 
-def _precision(name: str) -> tuple[str, str]:
+def precision_of(name: str) -> tuple[str, str]:
     """A run's own, so that its results come again; else the launcher's; else float32, and who says so."""
     run = checkpoint.run_of(name)
     if run:
