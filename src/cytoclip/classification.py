@@ -85,7 +85,9 @@ def class_scores(image_ND: NDArray[Any], class_CD: NDArray[Any]) -> Floats:
     """
     image_UD, image_N = _distinct(image_ND)
     class_UD, class_C = _distinct(class_CD)
-    return np.ascontiguousarray((image_UD @ class_UD.T)[image_N[:, None], class_C])
+    scores_UU: Floats = image_UD @ class_UD.T
+    scores_NC: Floats = scores_UU[image_N[:, None], class_C]
+    return scores_NC
 
 
 def margins(logits_NC: NDArray[Any]) -> Floats:
@@ -127,9 +129,7 @@ def measure(scores_NC: NDArray[Any], margin_NC: NDArray[Any], truth: Truth) -> M
     ones_1N = np.ones((1, len(truth.label_N)), np.int32)
     confusion_1CC, auroc_1C = _confusions(entries, ones_1N), _aurocs(rankings, ones_1N)
     by_class, values = _metrics(confusion_1CC, auroc_1C)
-    drawn = [
-        (_confusions(entries, weight_rN), _aurocs(rankings, weight_rN)) for weight_rN in _weights(truth)
-    ]
+    drawn = [(_confusions(entries, weight_rN), _aurocs(rankings, weight_rN)) for weight_rN in _weights(truth)]
     parts = [_metrics(*one) for one in drawn]
     few = len(truth.classes) <= CELLS
     return Measured(
@@ -265,7 +265,7 @@ def _rankings(margin_NC: NDArray[Any], truth: Truth) -> list[_Ranking]:
             _Ranking(
                 order,
                 own,
-                *(np.searchsorted(where, values, side) for where in (sorted_N, values) for side in ("left", "right")),  # type: ignore[arg-type]
+                *(np.searchsorted(where, values, side) for where in (sorted_N, values) for side in ("left", "right")),
             )
         )
     return found
@@ -286,8 +286,10 @@ def _weights(truth: Truth) -> Iterator[Weights]:
 
 def _confusions(entries: _Entries, weight_rN: Weights) -> Floats:
     cells = entries.classes**2
-    flat = [np.bincount(entries.cell_E, row_N[entries.picture_E] * entries.share_E, cells) for row_N in weight_rN]
-    return np.stack(flat).reshape(-1, entries.classes, entries.classes)
+    flat_rX = np.empty((len(weight_rN), cells))
+    for row, weight_N in zip(flat_rX, weight_rN, strict=True):
+        row[:] = np.bincount(entries.cell_E, weight_N[entries.picture_E] * entries.share_E, cells)
+    return flat_rX.reshape(-1, entries.classes, entries.classes)
 
 
 def _aurocs(rankings: Sequence[_Ranking], weight_rN: Weights) -> Floats:
@@ -299,7 +301,9 @@ def _aurocs(rankings: Sequence[_Ranking], weight_rN: Weights) -> Floats:
         sorted_rN = weight_rN.take(ranking.order_N, axis=1)  # twice as fast as [:, …]
         own_rn = sorted_rN.take(ranking.own_n, axis=1)
         below_rN, own_below_rn = _sums_before(sorted_rN), _sums_before(own_rn)
-        beaten_rn = below_rN.take(ranking.begin_n, axis=1) + below_rN.take(ranking.end_n, axis=1)  # twice: ties count half
+        beaten_rn = below_rN.take(ranking.begin_n, axis=1) + below_rN.take(
+            ranking.end_n, axis=1
+        )  # twice: ties count half
         beaten_rn -= own_below_rn.take(ranking.own_begin_n, axis=1) + own_below_rn.take(ranking.own_end_n, axis=1)
         own_r, all_r = own_below_rn[:, -1], below_rN[:, -1]
         pairs_r = (2.0 * own_r) * (all_r - own_r)
@@ -335,7 +339,8 @@ def _metrics(confusion_rCC: Floats, auroc_rC: Floats) -> tuple[dict[str, Floats]
 
 
 def _ratio(above: Floats, below: Floats, where: NDArray[np.bool_]) -> Floats:
-    return np.divide(above, below, out=np.full(above.shape, np.nan), where=where)
+    found: Floats = np.divide(above, below, out=np.full(above.shape, np.nan), where=where)
+    return found
 
 
 def _mean(values_rC: Floats) -> Floats:
@@ -347,7 +352,9 @@ def _mean(values_rC: Floats) -> Floats:
 
 def _shares(confusion_rCC: Floats) -> Floats:
     support = confusion_rCC.sum(axis=2, keepdims=True)
-    return _ratio(confusion_rCC, np.broadcast_to(support, confusion_rCC.shape), np.broadcast_to(support > 0, confusion_rCC.shape))
+    return _ratio(
+        confusion_rCC, np.broadcast_to(support, confusion_rCC.shape), np.broadcast_to(support > 0, confusion_rCC.shape)
+    )
 
 
 def _joined(parts: Sequence[Floats], shape: tuple[int, ...]) -> Floats:

@@ -90,7 +90,7 @@ def classify(
         embedded = {
             split: encode.encode_pictures(opened.encoder, pairs, how, world, console) for split, pairs in splits.items()
         }
-        result = {"schema": SCHEMA, "model": name, "split": asked.split}
+        result: Result = {"schema": SCHEMA, "model": name, "split": asked.split}
         result |= zero_shot(opened, tried, embedded[asked.split], templates, how, world, console)
         if len(splits) == 1:
             return result
@@ -215,11 +215,15 @@ def _learned(
             console.warn("the linear probe had not converged after 1000 steps: its numbers may be a little low")
         votes_NC = probe.neighbours(known, image_ND)
         bar.advance(note="neighbours")
-        few_shot = {str(shots): _few_shot(known, image_ND, truth, chance, shots, asked.seeds, bar) for shots in asked.shots}
+        few_shot = {
+            str(shots): _few_shot(known, image_ND, truth, chance, shots, asked.seeds, bar) for shots in asked.shots
+        }
     logits = probed.logits_NC
     return {
         "probe": {
-            **classification.document(classification.measure(logits, _one_against_rest(logits), truth), chance, truth),
+            **classification.document(
+                classification.measure(logits, classification.margins(logits), truth), chance, truth
+            ),
             "pictures": len(known.label_M),
             "strength": probed.strength,
             "chosen_by": probed.chosen_by,
@@ -245,10 +249,14 @@ def _known(pairs: Pairs, image_MD: Floats, classes: Sequence[str], console: Cons
     kept = Pairs(**columns)
     missing = [name for name in classes if name not in set(kept.labels)]
     if len(classes) - len(missing) < 2:
-        console.warn(f"no probe, neighbours or few labels: {LEARNED_FROM} has pictures of fewer than two of the classes")
+        console.warn(
+            f"no probe, neighbours or few labels: {LEARNED_FROM} has pictures of fewer than two of the classes"
+        )
         return None
     if missing:
-        console.warn(f"classes without a picture in {LEARNED_FROM}, which no classifier can learn: {first_few(missing)}")
+        console.warn(
+            f"classes without a picture in {LEARNED_FROM}, which no classifier can learn: {first_few(missing)}"
+        )
     truth, _ = truth_of(kept, classes)
     return Known(image_MD[rows], truth.label_N, truth.cluster_N, len(classes))
 
@@ -262,7 +270,7 @@ def _few_shot(
     for seed in range(seeds):
         some = known.take(probe.few(known.label_M, shots, seed))
         logits = probe.fitted(some, scaling, image_ND, probe.PLAIN, "given").logits_NC
-        drawn.append(classification.measure(logits, _one_against_rest(logits), truth))
+        drawn.append(classification.measure(logits, classification.margins(logits), truth))
         bar.advance(note=f"{counted(shots, 'picture')} a class")
     counts_C = np.bincount(known.label_M, minlength=known.classes)
     found: Result = {"fewer": [name for name, count in zip(truth.classes, counts_C, strict=True) if count < shots]}
@@ -276,8 +284,3 @@ def _few_shot(
             "chance": None if np.isnan(chance.values[name]) else chance.values[name],
         }
     return found
-
-
-def _one_against_rest(logits_NC: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Margins; all equal for a class that a classifier has not seen."""
-    return classification.margins(logits_NC)

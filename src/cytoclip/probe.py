@@ -60,7 +60,10 @@ class Scaling:
     def of(cls, image_MD: Floats) -> Scaling:
         scale_D = image_MD.std(axis=0, dtype=np.float64)
         constant = scale_D < 1e-7  # of unit rows: rounding, which division would make a feature
-        return cls(image_MD.mean(axis=0, dtype=np.float64).astype(np.float32), np.where(constant, 1, scale_D).astype(np.float32))
+        return cls(
+            image_MD.mean(axis=0, dtype=np.float64).astype(np.float32),
+            np.where(constant, 1, scale_D).astype(np.float32),
+        )
 
     def of_rows(self, image_ND: Floats) -> Floats:
         return (image_ND - self.mean_D) / self.scale_D
@@ -98,9 +101,9 @@ def fitted(known: Known, scaling: Scaling, image_ND: Floats, strength: float, ch
 
 
 def neighbours(known: Known, image_ND: Floats, block: int = 1024) -> NDArray[np.float64]:
-    """Each class's share (N, C) of the votes of the 20 nearest known pictures by cosine, weighted by exp(cosine / 0.07).
+    """Each class's share (N, C) of the votes of the 20 nearest known pictures, by cosine.
 
-    Exact; computed with torch, which takes a tenth of the time of scikit-learn's brute search.
+    A vote weighs exp(cosine / 0.07). Exact; with torch, since scikit-learn's brute search takes five times as long.
     """
     known_MD, label_M = torch.from_numpy(known.image_MD), torch.from_numpy(known.label_M)
     shares = []
@@ -136,7 +139,9 @@ def _choose(known: Known, seed: int) -> tuple[float, str]:
             model.set_params(C=strength)
             _fit(model, learned, some.label_M[rest])
             truth = some.label_M[held_out]
-            sums[i] += recall_score(truth, model.predict(tried), labels=np.unique(truth), average="macro", zero_division=0)
+            sums[i] += recall_score(
+                truth, model.predict(tried), labels=np.unique(truth), average="macro", zero_division=0
+            )
     return STRENGTHS[int(sums.argmax())], f"{len(folds)} folds of {len(some.label_M)} pictures"
 
 

@@ -60,7 +60,7 @@ def classes(asked: Templates, labels: Sequence[str]) -> list[str]:
     if missing:
         near = nearest(missing[0], asked.classes)
         raise _error(
-            f"classes: has no entry for {first_few([shown(label) for label in missing])}, which pictures are labelled as",
+            f"classes has no entry for the label {first_few([shown(label) for label in missing])}",
             f"add it, or spell {shown(near)} as the labels do" if near else "give each label of the data its names",
         )
     return list(asked.classes)
@@ -93,7 +93,9 @@ def _templates(text: str, place: str) -> Templates:
         raise _error(f"templates of {place} is no list of sentences", _SHAPE)
     for number, template in enumerate(templates, start=1):
         if not isinstance(template, str) or HOLE not in template:
-            raise _error(f"template {number} of {place} has no {HOLE}: {shown(template)}", f'such as "a photo of {HOLE}."')
+            raise _error(
+                f"template {number} of {place} has no {HOLE}: {shown(template)}", f'such as "a photo of {HOLE}."'
+            )
     return Templates(templates, _classes(given.get("classes"), place))
 
 
