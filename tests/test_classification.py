@@ -78,7 +78,7 @@ def test_every_metric_equals_scikit_learns(classes: int, seed: int) -> None:
         assert found.by_class[name] == pytest.approx(column)
 
 
-@pytest.mark.parametrize(("classes", "seed"), itertools.product([2, 4], range(4)))
+@pytest.mark.parametrize(("classes", "seed"), list(itertools.product([2, 4], range(4))))
 def test_ties_are_expectations(classes: int, seed: int) -> None:
     scores, labels = drawn(40, classes, seed, whole=True)
     assert sum(len(set(row)) < classes for row in scores) >= 5

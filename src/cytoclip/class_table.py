@@ -49,12 +49,13 @@ def _few(few_shot: Mapping[str, Any]) -> list[str]:
 
 
 def _confusion(result: Mapping[str, Any]) -> list[str]:
-    classes = result["classes"]
+    """Columns by number: names of classes may be long."""
+    numbered = [f"{number} {name}" for number, name in enumerate(result["classes"], start=1)]
     rows = [
         [name, *(f"{count:.10g}" if count == int(count) else f"{count:.1f}" for count in row)]
-        for name, row in zip(classes, result["confusion"], strict=True)
+        for name, row in zip(numbered, result["confusion"], strict=True)
     ]
-    return _aligned([["", *classes], *rows])
+    return _aligned([["", *(name.partition(" ")[0] for name in numbered)], *rows])
 
 
 def _value(one: Mapping[str, Any]) -> str:

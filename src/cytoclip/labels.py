@@ -50,9 +50,9 @@ def given(splits: Mapping[str, Pairs], table: Mapping[str, str], console: Consol
     unknown = [shown(name) for name in table if name not in known]
     where = " and ".join(splits)
     if len(unknown) == len(table):
-        example = next(iter(known))
+        example = next(iter(splits.values())).names[0]
         raise data_error(
-            f"none of the {counted(len(table), 'picture')} with a label is in {where}: {first_few(unknown)}",
+            f"none of the pictures that the labels name is in {where}: {first_few(unknown)}",
             f"write names as the data do, such as {shown(example)}",
         )
     if unknown:
