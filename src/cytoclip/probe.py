@@ -178,8 +178,10 @@ def _model(strength: float, steps: int) -> Any:
 def _fit(model: Any, features: Floats, labels: Whole) -> bool:
     """Whether it came to an end by itself."""
     from sklearn.exceptions import ConvergenceWarning
+    from threadpoolctl import threadpool_limits
 
-    with warnings.catch_warnings(record=True) as said:
+    # One thread: threads that wait for each other in many small products took 40 times as long on a busy machine.
+    with warnings.catch_warnings(record=True) as said, threadpool_limits(1):
         warnings.simplefilter("always")
         model.fit(features, labels)
     return not any(issubclass(one.category, ConvergenceWarning) for one in said)
