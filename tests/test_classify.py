@@ -204,5 +204,3 @@ def test_pictures_and_captions_alone_are_embedded_as_both_are(root: Path, base: 
     assert opened.encoder.training
     assert torch.equal(image, encode.encode_pictures(opened.encoder, pairs, how, alone, QUIET))
     assert torch.equal(text, encode.encode_captions(opened.encoder, pairs.captions, how, alone, QUIET))
-
-

@@ -67,11 +67,11 @@ def test_help_lists_every_command(run: Run, word: str) -> None:
     outcome = run(word)
     assert (outcome.code, outcome.err) == (0, "")
     commands = {command.name or command.callback.__name__ for command in cli.app.registered_commands}  # type: ignore[union-attr]
-    assert len(commands) == 6
+    assert len(commands) == 7
     assert all(f" {name} " in outcome.out for name in commands)
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "config", "demo"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "classify", "config", "demo"])
 def test_every_command_has_help(run: Run, command: str) -> None:
     outcome = run(command, "--help")
     assert (outcome.code, outcome.err) == (0, "")
@@ -212,6 +212,47 @@ def test_json_is_one_document_on_stdout(run: Run, asked: list[dict[str, Any]], r
     found = json.loads(run("evaluate", "some/model", str(root), "--json", "--ks", "1").out)
     assert (found["model"], found["split"], found["pairs"]) == ("some/model", "val", 9)
     assert found["image_to_text"] == {"hit@1": 0.5, "hit@1_groups": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("words", "shots"),
+    [([], (1, 2, 4, 8, 16)), (["--shots", "3", "5"], (3, 5)), (["--shots", "2,4", "--no-probe"], (2, 4))],
+)
+def test_classify_hands_on_what_was_asked(
+    run: Run, words: list[str], shots: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cytoclip import class_table, classify
+
+    asked: list[Any] = []
+    monkeypatch.setattr(classify, "classify", lambda *given: asked.append(given) or {"schema": 1})
+    monkeypatch.setattr(class_table, "text", lambda result: f"schema {result['schema']}")
+    typed = [
+        "classify",
+        "m",
+        "r",
+        "--labels",
+        "a.csv",
+        "--labels",
+        "b.csv",
+        "--seeds",
+        "3",
+        "--batch-size",
+        "9",
+        *words,
+    ]
+    assert run(*typed) == (0, "schema 1\n", "")
+    ((model, root, wanted, _, batch_size),) = asked
+    assert (model, root, batch_size) == ("m", Path("r"), 9)
+    assert wanted == classify.Asked(
+        "val", [Path("a.csv"), Path("b.csv")], None, "--no-probe" not in words, list(shots), 3
+    )
+    assert json.loads(run(*typed, "--json").out) == {"schema": 1}
+
+
+def test_bad_shots_are_refused_before_the_model_is_opened(run: Run) -> None:
+    message, hint = refused(run("classify", "m", "r", "--shots", "0"))
+    assert message == "--shots '0' is not a list of whole numbers from 1"
+    assert hint == "such as --shots 1,5,10,50"
 
 
 def test_only_the_first_process_prints(

@@ -50,7 +50,10 @@ def test_every_format_gives_the_same_labels(tmp_path: Path, name: str, text: str
 
 
 def test_several_tables_are_one(tmp_path: Path) -> None:
-    files = [table(tmp_path, "img,label\na.png,x\n", "1.csv"), table(tmp_path, "img,label\nb.png,y\na.png,x\n", "2.csv")]
+    files = [
+        table(tmp_path, "img,label\na.png,x\n", "1.csv"),
+        table(tmp_path, "img,label\nb.png,y\na.png,x\n", "2.csv"),
+    ]
     assert labels.read(files, QUIET) == {"a.png": "x", "b.png": "y"}
     assert labels.read([], QUIET) == {}
 

@@ -31,7 +31,9 @@ def test_the_package_has_general_and_microscopy_templates() -> None:
 
 
 def test_every_name_goes_into_every_template(tmp_path: Path) -> None:
-    file = write(tmp_path, 'templates: ["a {}.", "{}, a kind of {}"]\nclasses: {NEU: [neutrophil, granulocyte], 7: cell}')
+    file = write(
+        tmp_path, 'templates: ["a {}.", "{}, a kind of {}"]\nclasses: {NEU: [neutrophil, granulocyte], 7: cell}'
+    )
     found = prompts.read(file)
     classes = prompts.classes(found, ["NEU", "NEU"])
     assert classes == ["NEU", "7"], "a class without pictures stays one to choose, in the order of the file"
@@ -86,7 +88,9 @@ def test_sizes_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "bytes" in refusal(lambda: prompts.read(write(tmp_path, "#" * (2**20 + 1)))).message
     monkeypatch.setattr(prompts, "_MAX_PROMPTS", 5)
     assert refusal(lambda: prompts.prompts(Templates(["{}", "a {}"]), ["a", "b", "c"])).message.startswith("6 prompts")
-    bomb = "a: &a [{}]\n" + "".join(f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join([f'*{chr(97 + i)}'] * 9)}]\n" for i in range(9))
+    bomb = "a: &a [{}]\n" + "".join(
+        f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join([f'*{chr(97 + i)}'] * 9)}]\n" for i in range(9)
+    )
     assert "neither" in refusal(lambda: prompts.read(write(tmp_path, bomb))).message
     (tmp_path / "my.yaml").write_bytes(b"templates: ['\xff {}']")
     assert "is not UTF-8" in refusal(lambda: prompts.read(tmp_path / "my.yaml")).message

@@ -104,7 +104,7 @@ def margins(logits_NC: NDArray[Any]) -> Floats:
     rest_NC = powers_NC.sum(axis=1, keepdims=True) - powers_NC  # cancels for the best class alone
     rows_N, best_N = np.arange(len(shifted_NC)), shifted_NC.argmax(axis=1)
     rest_NC[rows_N, best_N] = 1
-    odds_NC = shifted_NC - np.log(rest_NC)
+    odds_NC: Floats = shifted_NC - np.log(rest_NC)
     shifted_NC[rows_N, best_N] = -np.inf
     second_N = shifted_NC.max(axis=1)
     odds_NC[rows_N, best_N] = -second_N - np.log(np.exp(shifted_NC - second_N[:, None]).sum(axis=1))

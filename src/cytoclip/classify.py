@@ -128,7 +128,7 @@ def zero_shot(
     truth, by = truth_of(pairs, classes)
 
     def measured() -> Result:
-        scores_NC = classification.class_scores(image_ND.cpu().numpy(), class_CD.cpu().numpy())
+        scores_NC = classification.class_scores(image_ND.cpu().numpy(), class_CD.numpy())
         scale = float(opened.encoder.logit_scale.detach().exp())
         found = classification.measure(scores_NC, classification.margins(scores_NC * scale), truth)
         written = classification.document(found, classification.knowing_nothing(truth), truth)
@@ -151,13 +151,13 @@ def zero_shot(
 def embed_classes(
     opened: Opened, sentences: Sequence[Sequence[str]], reading: Reading, world: World, console: Console
 ) -> torch.Tensor:
-    """Unit embedding of each class (C, D) from the sentences that name it; zeros where they cancel."""
+    """Unit embedding of each class (C, D), on the CPU, from the sentences that name it; zeros where they cancel."""
     flat = [sentence for some in sentences for sentence in some]
     tokens = captions.tokenise(opened.tokenizer, flat, opened.context, opened.encoder.family)
     if tokens.truncated:
         console.warn(f"{counted(tokens.truncated, 'prompt')} above {opened.context} tokens: cut there")
     how = Reading(tokens, opened.pixels, reading.batch_size, reading.workers)
-    sentence_PD = encode.encode_captions(opened.encoder, flat, how, world, console).double()
+    sentence_PD = encode.encode_captions(opened.encoder, flat, how, world, console).cpu().double()  # MPS has none
     parts = torch.split(sentence_PD, [len(some) for some in sentences])
     return torch.nn.functional.normalize(torch.stack([part.mean(dim=0) for part in parts])).float()
 
