@@ -72,7 +72,7 @@ def test_help_lists_every_command(run: Run, word: str) -> None:
     assert all(f" {name} " in outcome.out for name in commands)
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "soup", "config", "demo"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "classify", "soup", "config", "demo"])
 def test_every_command_has_help(run: Run, command: str) -> None:
     outcome = run(command, "--help")
     assert (outcome.code, outcome.err) == (0, "")
@@ -236,6 +236,47 @@ def test_json_is_one_document_on_stdout(run: Run, asked: list[dict[str, Any]], r
     assert (found["schema"], found["split"], found["base"]) == (1, "val", None)
     (model,) = found["models"]
     assert (model["model"], model["pairs"], model["image_to_text"]["hit@1"]) == ("some/model", 9, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("words", "shots"),
+    [([], (1, 2, 4, 8, 16)), (["--shots", "3", "5"], (3, 5)), (["--shots", "2,4", "--no-probe"], (2, 4))],
+)
+def test_classify_hands_on_what_was_asked(
+    run: Run, words: list[str], shots: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cytoclip import class_table, classify
+
+    asked: list[Any] = []
+    monkeypatch.setattr(classify, "classify", lambda *given: asked.append(given) or {"schema": 1})
+    monkeypatch.setattr(class_table, "text", lambda result: f"schema {result['schema']}")
+    typed = [
+        "classify",
+        "m",
+        "r",
+        "--labels",
+        "a.csv",
+        "--labels",
+        "b.csv",
+        "--seeds",
+        "3",
+        "--batch-size",
+        "9",
+        *words,
+    ]
+    assert run(*typed) == (0, "schema 1\n", "")
+    ((model, root, wanted, _, batch_size),) = asked
+    assert (model, root, batch_size) == ("m", Path("r"), 9)
+    assert wanted == classify.Asked(
+        "val", [Path("a.csv"), Path("b.csv")], None, "--no-probe" not in words, list(shots), 3
+    )
+    assert json.loads(run(*typed, "--json").out) == {"schema": 1}
+
+
+def test_bad_shots_are_refused_before_the_model_is_opened(run: Run) -> None:
+    message, hint = refused(run("classify", "m", "r", "--shots", "0"))
+    assert message == "--shots '0' is not a list of whole numbers from 1"
+    assert hint == "such as --shots 1,5,10,50"
 
 
 def test_only_the_first_process_prints(

@@ -147,6 +147,34 @@ def soup(
 
 
 @app.command()
+def classify(  # noqa: PLR0913 - each is an option
+    model: Annotated[str, typer.Argument(help="Hub id, Hugging Face folder or run folder.", show_default=False)],
+    data_root: Annotated[Path, typer.Argument(help="Folder that holds the split.", show_default=False)],
+    split: Annotated[str, typer.Option(help="Which split to classify.")] = "val",
+    labels: Annotated[
+        list[Path] | None,
+        typer.Option(help="Table of image and label, instead of the pairs' own; may be repeated.", show_default=False),
+    ] = None,
+    templates: Annotated[
+        Path | None, typer.Option(help="YAML with templates, and maybe names of classes.", show_default=False)
+    ] = None,
+    probe: Annotated[bool, typer.Option(help="Train classifiers on the features of train, too.")] = True,
+    shots: Annotated[str, typer.Option(help="Labels a class to learn from, such as --shots 1 4 16.")] = "1 2 4 8 16",
+    seeds: Annotated[int, typer.Option(min=1, help="How often those are drawn.")] = 5,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures or prompts embedded at once.")] = 64,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Classify a split by prompts, by a linear probe and by nearest neighbours."""
+    from cytoclip import class_table
+    from cytoclip import classify as classifying
+
+    asked = classifying.Asked(split, labels or (), templates, probe, _numbers(shots, "--shots"), seeds)
+    console = _console()
+    result = classifying.classify(model, data_root, asked, console, batch_size)
+    console.result(json.dumps(result, ensure_ascii=False) if as_json else class_table.text(result))
+
+
+@app.command()
 def check(  # noqa: PLR0913 - each is an option
     data_root: Annotated[Path, typer.Argument(help="Folder that holds the splits.", show_default=False)],
     model: Annotated[
@@ -260,7 +288,7 @@ def original_evaluation() -> None:
 
 def main() -> None:
     """The entry point of `cytoclip` and of `python -m cytoclip`."""
-    _guarded(lambda: app(_joined_ks(sys.argv[1:]), standalone_mode=False))
+    _guarded(lambda: app(_joined_numbers(sys.argv[1:]), standalone_mode=False))
 
 
 def _original_evaluation(given: argparse.Namespace) -> None:
@@ -347,20 +375,21 @@ def _speaks() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def _joined_ks(words: list[str]) -> list[str]:
+def _joined_numbers(words: list[str]) -> list[str]:
     """`--ks 1 5 10` as one word after the option: the original's way to write a list, which typer cannot parse."""
-    at = next((i for i, word in enumerate(words) if word == "--ks" or word.startswith("--ks=")), None)
-    if at is None:
-        return words
-    end = next((i for i in range(at + 1, len(words)) if not words[i].isdigit()), len(words))
-    listed = [*words[at].partition("=")[2].split(), *words[at + 1 : end]]
-    return [*words[:at], "--ks", *([" ".join(listed)] if listed else []), *words[end:]]
+    for option in ("--ks", "--shots"):
+        at = next((i for i, word in enumerate(words) if word == option or word.startswith(f"{option}=")), None)
+        if at is not None:
+            end = next((i for i in range(at + 1, len(words)) if not words[i].isdigit()), len(words))
+            listed = [*words[at].partition("=")[2].split(), *words[at + 1 : end]]
+            words = [*words[:at], option, *([" ".join(listed)] if listed else []), *words[end:]]
+    return words
 
 
-def _numbers(text: str) -> list[int]:
+def _numbers(text: str, option: str = "--ks") -> list[int]:
     words = text.replace(",", " ").split()
     if not words or not all(word.isdigit() and int(word) for word in words):
-        raise UserError(f"--ks {text!r} is not a list of whole numbers from 1", "such as --ks 1,5,10,50")
+        raise UserError(f"{option} {text!r} is not a list of whole numbers from 1", f"such as {option} 1,5,10,50")
     return [int(word) for word in words]
 
 

@@ -6,7 +6,8 @@ Letters: N pairs, U different pictures or captions, n of them in this process, D
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,7 +49,6 @@ class Reading:
     kept: Decoded | None = None
 
 
-@torch.no_grad()  # no inference_mode: what a sharded tower gathers first in it could never train
 def encode(
     encoder: DualEncoder, pairs: Pairs, reading: Reading, world: World, console: Console
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,26 +56,48 @@ def encode(
 
     Equal pictures share one embedding and so do equal captions, so ties between them are ties to the last bit.
     """
+    image_ND = encode_pictures(encoder, pairs, reading, world, console)
+    return image_ND, encode_captions(encoder, pairs.captions, reading, world, console)
+
+
+@torch.no_grad()  # no inference_mode: what a sharded tower gathers first in it could never train
+def encode_pictures(
+    encoder: DualEncoder, pairs: Pairs, reading: Reading, world: World, console: Console
+) -> torch.Tensor:
+    """Unit embeddings of the pictures alone, float32 (N, D)."""
+    rows, row_of = different(pairs.contents)
+    own = _share(rows, world)
+    with _measuring(encoder), console.progress("embedding pictures", len(own)) as bar:
+        if reading.image_rows:
+            parts = _stored(encoder.images, reading.image_rows, own, reading, world, bar)
+        else:
+            parts = _images(encoder, _pictures(pairs, own, reading), reading, world, bar)
+    return _collected(parts, len(rows), encoder.width, world)[torch.from_numpy(row_of)]
+
+
+@torch.no_grad()
+def encode_captions(
+    encoder: DualEncoder, captions: Sequence[str], reading: Reading, world: World, console: Console
+) -> torch.Tensor:
+    """Unit embeddings of captions, whose tokens are `reading.tokens`, alone: float32 (N, D)."""
+    rows, row_of = different(captions)
+    own = _share(rows, world)
+    with _measuring(encoder), console.progress("embedding captions", len(own)) as bar:
+        if reading.text_rows:
+            parts = _stored(encoder.texts, reading.text_rows, own, reading, world, bar)
+        else:
+            parts = _texts(encoder, own, reading, world, bar)
+    return _collected(parts, len(rows), encoder.width, world)[torch.from_numpy(row_of)]
+
+
+@contextmanager
+def _measuring(encoder: DualEncoder) -> Iterator[None]:
     was_training = encoder.training
     encoder.eval()
-    picture_rows, picture_of = different(pairs.contents)
-    caption_rows, caption_of = different(pairs.captions)
-    own_pictures, own_captions = _share(picture_rows, world), _share(caption_rows, world)
-    with console.progress("embedding", len(own_pictures) + len(own_captions)) as bar:
-        if reading.image_rows:
-            image_nD = _stored(encoder.images, reading.image_rows, own_pictures, reading, world, bar)
-        else:
-            image_nD = _images(encoder, _pictures(pairs, own_pictures, reading), reading, world, bar)
-        if reading.text_rows:
-            text_nD = _stored(encoder.texts, reading.text_rows, own_captions, reading, world, bar)
-        else:
-            text_nD = _texts(encoder, own_captions, reading, world, bar)
-    encoder.train(was_training)
-    image_UD, text_UD = (
-        _collected(own, len(rows), encoder.width, world)
-        for own, rows in ((image_nD, picture_rows), (text_nD, caption_rows))
-    )
-    return image_UD[torch.from_numpy(picture_of)], text_UD[torch.from_numpy(caption_of)]
+    try:
+        yield
+    finally:
+        encoder.train(was_training)
 
 
 def different(keys: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -139,7 +139,7 @@ def evaluate(models: Sequence[str], folder: Path, question: Question, console: C
     UserError
         For a model or split that cannot be used.
     """
-    precision, said_by = _precision(models)
+    precision, said_by = precision_of(models)
     world = device.start(precision=precision, said_by=said_by)
     with liveness.watched(world):
         pairs = world.once(lambda: spread(batches.open_split(folder, console)))
@@ -163,6 +163,17 @@ def evaluate(models: Sequence[str], folder: Path, question: Question, console: C
         others = [title for title in names if BASE in names and title != BASE]
         differences = {title: measure.difference(measured[title], measured[BASE]) for title in others}
         return Compared(pairs, names, measured, embedded, differences)
+
+
+def precision_of(models: Sequence[str]) -> tuple[str, str]:
+    """That of the runs among them, so that their results come again, else the launcher's, else float32; who says so.
+
+    Runs of several precisions are compared in float32.
+    """
+    runs = [config.load(run.config).train.precision for run in map(checkpoint.run_of, models) if run]
+    if runs:
+        return (runs[0], "the run") if len(set(runs)) == 1 else ("no", "runs of several precisions")
+    return ("auto", "") if os.environ.get("ACCELERATE_MIXED_PRECISION") else ("no", "the default of evaluation")
 
 
 def save_as_original(scored: Scores, place: str, direction: str) -> Path:
@@ -264,14 +275,3 @@ def _measured(pairs: Pairs, embedded: dict[str, Embedded], question: Question, c
             f"{'one says nothing of others' if drawn.count < 2 else 'with so few they are too narrow'}"
         )
     return found
-
-
-def _precision(models: Sequence[str]) -> tuple[str, str]:
-    """That of the runs among them, so that their results come again, else the launcher's, else float32; who says so.
-
-    Runs of several precisions are compared in float32.
-    """
-    runs = [config.load(run.config).train.precision for run in map(checkpoint.run_of, models) if run]
-    if runs:
-        return (runs[0], "the run") if len(set(runs)) == 1 else ("no", "runs of several precisions")
-    return ("auto", "") if os.environ.get("ACCELERATE_MIXED_PRECISION") else ("no", "the default of evaluation")

@@ -28,6 +28,7 @@ _HALF = re.compile("[\ud800-\udfff]")  # half of a character beyond U+FFFF: vali
 _IMAGES = ("image", "img", "image_path", "img_path", "file_name", "filename", "filepath", "file_path", "path", "file",
     "picture", "image_file", "image_name", "image_id", "jpg", "png", "bytes")  # fmt: skip
 _CAPTIONS = ("caption", "captions", "text", "txt", "description", "sentence", "sentences", "title", "report")
+_LABELS = ("label", "labels", "class", "class_name", "category", "diagnosis", "target")
 _LOOKED_AT = 100  # rows, to guess a column by what it holds
 
 
@@ -199,6 +200,29 @@ def pick(sample: Sequence[Mapping[str, Any]], asked: Columns, place: Path, say: 
     if not (asked.image and asked.caption):
         say(f"{place}: pictures from column {shown(image)}, captions from column {shown(caption)} (guessed)")
     return Columns(image, caption)
+
+
+def pick_labels(sample: Sequence[Mapping[str, Any]], place: Path, say: Callable[[str], None]) -> tuple[str, str]:
+    """Which columns hold picture and label, by the first rows of a table; what was guessed is said.
+
+    Raises
+    ------
+    UserError
+        Where nothing can be guessed.
+    """
+    there = list(dict.fromkeys(name for row in sample for name in row))
+    label = _usual(there, _LABELS, None)
+    image = _usual(there, _IMAGES, label) or _best(there, lambda name: _share(sample, name, is_picture), (label,))
+    if image and not label and len(there) == 2:
+        label = next(name for name in there if name != image)
+    for what, found in (("image", image), ("label", label)):
+        if found is None:
+            raise data_error(
+                f"no column of {place} looks like the {what}: it has {first_few([shown(n) for n in there], 8)}",
+                f"call it {what}",
+            )
+    say(f"{place}: pictures from column {shown(image)}, labels from column {shown(label)}")
+    return str(image), str(label)
 
 
 def name_problem(name: object, what: str = "img") -> str | None:

@@ -45,16 +45,22 @@ def read(file: Path, columns: Columns, console: Console) -> Pairs:
         For a file that is not what its ending says, columns that cannot be found, or rows that are no pairs.
     """
     require_regular(file)
-    ending = file.suffix.lower()
-    if ending == ".json":
-        loaded = load_json(file)
-        if isinstance(loaded, dict):
-            return _coco(file, loaded)
-        if not isinstance(loaded, list):
-            raise data_error(f"{file} holds {kind(loaded)}, not a list", "a list of objects, one a pair")
-        return from_rows(file, iter(loaded), columns, console)
-    rows = _csv(file, console) if ending in (".csv", ".tsv") else _json_lines(file)
-    return from_rows(file, rows, columns, console)
+    if file.suffix.lower() != ".json":
+        return from_rows(file, _text_rows(file, console), columns, console)
+    loaded = load_json(file)
+    return _coco(file, loaded) if isinstance(loaded, dict) else from_rows(file, _listed(file, loaded), columns, console)
+
+
+def rows_of(file: Path, console: Console) -> Iterator[Any]:
+    """The rows of such a table as they stand, COCO apart; each should be an object.
+
+    Raises
+    ------
+    UserError
+        For a file that is not what its ending says.
+    """
+    require_regular(file)
+    return _listed(file, load_json(file)) if file.suffix.lower() == ".json" else _text_rows(file, console)
 
 
 def from_rows(file: Path, rows: Iterator[Any], columns: Columns, console: Console) -> Pairs:
@@ -85,6 +91,16 @@ def load_json(file: Path) -> Any:
         return json.loads(file.read_bytes().decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise data_error(f"{file} is not JSON: {error}", "look at it in an editor, and save it as UTF-8") from None
+
+
+def _listed(file: Path, loaded: Any) -> Iterator[Any]:
+    if not isinstance(loaded, list):
+        raise data_error(f"{file} holds {kind(loaded)}, not a list", "a list of objects, one a pair")
+    return iter(loaded)
+
+
+def _text_rows(file: Path, console: Console) -> Iterator[Any]:
+    return _csv(file, console) if file.suffix.lower() in (".csv", ".tsv") else _json_lines(file)
 
 
 def _lines(file: Path) -> Iterator[str]:

@@ -9,7 +9,7 @@ import tomllib
 from pathlib import Path
 
 PROJECT = Path(__file__).parents[2]
-OTHER_NAMES = {"PIL": "pillow", "yaml": "pyyaml"}
+OTHER_NAMES = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn"}
 USED_BY_OTHERS = {"tensorboard", "sentencepiece"}  # by accelerate's tracker, and by the tokenizer of SigLIP
 PART_OF = {"pydantic_core": "pydantic"}  # pydantic pins the one version that fits it
 

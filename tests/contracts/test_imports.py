@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-HEAVY = ("torch", "transformers", "accelerate", "peft", "tokenizers", "tensorboard")
+HEAVY = ("torch", "transformers", "accelerate", "peft", "tokenizers", "tensorboard", "sklearn")
 LIGHT = ("cli", "config", "errors", "files", "console", "pairs")
 
 
