@@ -311,8 +311,9 @@ def test_embeddings_are_kept_and_used_again(
     again = evaluate.evaluate(asked, root / "val", Question([1, 5]), QUIET, how)
     assert made == []
     assert again.columns() == first.columns()
-    evaluate.evaluate(asked[1:], root / "val", Question([1]), QUIET, how)  # of another model: made anew
-    evaluate.evaluate(asked[1:], root / "train", Question([1]), QUIET, how)  # of other pairs, the base too
+    evaluate.evaluate([first.names["base"]], root / "val", Question([1]), QUIET, how)  # of another model: made anew
+    assert len(made) == 1
+    evaluate.evaluate(asked[:1], root / "train", Question([1]), QUIET, how)  # of other pairs, the base too
     assert len(made) == 3
 
 
