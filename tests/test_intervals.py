@@ -75,6 +75,11 @@ def test_a_slice_counts_its_own_pairs_alone() -> None:
         assert got[name] == pytest.approx(wanted.tolist(), abs=1e-12)
 
 
+def test_resamples_without_a_pair_of_the_slice_are_left_out() -> None:
+    hits, drawn = {"hit@1": np.array([1.0, 0.0, 1.0, 1.0])}, Clusters("source", np.arange(4), 4)
+    assert intervals.intervals(hits, drawn, np.array([True, False, False, False])) == {"hit@1": (1.0, 1.0)}
+
+
 def test_differences_are_paired() -> None:
     one, drawn = some(7)
     other = {name: column + 0.25 for name, column in one.items()}

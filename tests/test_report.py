@@ -165,6 +165,8 @@ def test_a_difference_says_whether_it_is_beyond_noise() -> None:
     assert found["hit@1"]["by"] == pytest.approx(0.48)
     assert found["hit@1"]["beyond_noise"]
     assert found["median_rank"]["by"] == pytest.approx(25.5 - 50)
+    back = report.difference(of[id(worse)], of[id(better)], PAIRWISE)["image_to_text"]
+    assert back["hit@1"]["beyond_noise"], "worse is no less told than better"
     nothing = report.difference(of[id(worse)], of[id(worse)], PAIRWISE)["image_to_text"]
     assert nothing["hit@1"] == {"by": 0, "interval": [0, 0], "beyond_noise": False}
     lines = report.difference_lines({"image_to_text": found}, KS)
