@@ -1,0 +1,158 @@
+"""A finished run, read back from its folder; what an older run lacks is named, and not missed."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cytoclip import config, files
+from cytoclip.checkpoint import RunFolder
+from cytoclip.config import Config
+from cytoclip.errors import ExitCode, UserError
+
+Columns = dict[str, NDArray[np.float64]]
+
+_MISSING = {
+    "curves": "curves.jsonl (speed, waiting, hit@1 in the batch)",
+    "losses": "losses.jsonl (loss, learning rate, temperature)",
+    "validations": "validations.jsonl (scores over the steps)",
+}
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """The embeddings of one split by one model, float32 (N, D), and of which pairs they are."""
+
+    image_ND: Tensor
+    text_ND: Tensor
+    pairs: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a run folder holds.
+
+    Parameters
+    ----------
+    wanted
+        The run's configuration; None where this version cannot read it.
+    losses, curves
+        By name, a value a step; NaN where a step has none.
+    validations
+        As the lines of validations.jsonl.
+    soup
+        What `soup/soup.json` holds, if it is there.
+    missing
+        In words, what an older run does not have.
+    """
+
+    run: RunFolder
+    wanted: Config | None
+    versions: str
+    results: dict[str, Any]
+    losses: Columns
+    curves: Columns
+    validations: list[dict[str, Any]]
+    soup: dict[str, Any] | None
+    missing: list[str] = field(default_factory=list)
+
+    def embedded(self, split: str, which: str) -> Embedded | None:
+        """Of `before` or `best`; None where they were not kept, or not whole."""
+        name = which if split == "val" else f"{split}-{which}"
+        path = self.run.path / "embeddings" / f"{name}.safetensors"
+        try:
+            with safe_open(path, "pt") as stored:
+                pairs = (stored.metadata() or {}).get("pairs", "")
+                return Embedded(stored.get_tensor("image").float(), stored.get_tensor("text").float(), pairs)
+        except (OSError, SafetensorError):
+            return None
+
+
+def read(folder: Path) -> Record:
+    """Everything that the report draws on.
+
+    Raises
+    ------
+    UserError
+        For a folder that is no run, or one that is not finished.
+    """
+    run = RunFolder(folder)
+    if not run.config.is_file():
+        raise UserError(f"{folder} is no run folder: it has no config.yaml", "name one that cytoclip train wrote")
+    if not run.results.is_file():
+        raise UserError(
+            f"{folder} is not finished: it has no results.json", f"cytoclip train {run.config}", ExitCode.RUN
+        )
+    results = _json(run.results)
+    if not isinstance(results, dict) or "best" not in results:
+        raise UserError(f"{run.results} is damaged", "delete it to score the run again", ExitCode.RUN)
+    wanted, missing = _config(run)
+    losses, curves = columns(run.losses), columns(folder / "curves.jsonl")
+    validations = list(_lines(folder / "validations.jsonl"))
+    there = {"losses": losses, "curves": curves, "validations": validations}
+    missing += [words for name, words in _MISSING.items() if not there[name]]
+    first = run.config.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+    return Record(
+        run=run,
+        wanted=wanted,
+        versions=first.removeprefix("#").strip() if first.startswith("#") else "",
+        results=results,
+        losses=losses,
+        curves=curves,
+        validations=validations,
+        soup=_json(folder / "soup" / "soup.json"),
+        missing=missing,
+    )
+
+
+def columns(path: Path) -> Columns:
+    """A log of one object a line as columns of numbers, 8 bytes each however long the run; none where it is absent."""
+    found: dict[str, array[float]] = {}
+    count = 0
+    for line in _lines(path):
+        for name, value in line.items():
+            if isinstance(value, int | float | None):
+                column = found.setdefault(name, array("d"))
+                column.extend([float("nan")] * (count - len(column)))
+                column.append(float("nan") if value is None else float(value))
+        count += 1
+    for column in found.values():
+        column.extend([float("nan")] * (count - len(column)))
+    return {name: np.frombuffer(column, np.float64) for name, column in found.items() if len(column)}
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines; a crash may have cut the last."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", errors="replace") as stream:
+        for text in stream:
+            try:
+                line = json.loads(text)
+            except ValueError:
+                return
+            if isinstance(line, dict):
+                yield line
+
+
+def _json(path: Path) -> Any:
+    try:
+        return files.read_json(path) if path.is_file() else None
+    except (OSError, ValueError):
+        return None
+
+
+def _config(run: RunFolder) -> tuple[Config | None, list[str]]:
+    try:
+        return config.load(run.config), []
+    except UserError as error:
+        return None, [f"its configuration, which this version does not read ({error.message})"]
