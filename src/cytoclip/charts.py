@@ -8,6 +8,7 @@ Letters: N values, P points, K classes.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -121,7 +122,7 @@ def curves(
     levels: Sequence[tuple[str, float]] = (),
     x_name: str = "step",
     dots: bool = False,
-    joined: bool = True,
+    ends: tuple[str, str] | None = None,
 ) -> Chart:
     """Lines over steps; `levels` are horizontal ones with their name, such as what knowing nothing costs.
 
@@ -129,8 +130,8 @@ def curves(
     ----------
     dots
         Draw each point as well, as where a validation was.
-    joined
-        Whether points are joined at all.
+    ends
+        What the first and the last point of the first line are called, where x is no time.
     """
     drawn = [Line(line.name, *thinned(line.x, line.y)) for line in lines]
     drawn = [line for line in drawn if len(line.x)]
@@ -140,16 +141,17 @@ def curves(
     xs = [(line.x - x_low) / (x_high - x_low) * (_RIGHT - _LEFT) + _LEFT for line in drawn]
     ys = [_BOTTOM - (line.y - y_low) / (y_high - y_low) * (_BOTTOM - _TOP) for line in drawn]
     parts = _axes(x_low, x_high, y_low, y_high, x_name)
-    for i, (name, level) in enumerate(levels):
-        y = _BOTTOM - (level - y_low) / (y_high - y_low) * (_BOTTOM - _TOP)
-        parts.append(f'<line class="level" x1="{_LEFT}" x2="{_RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(_text(_RIGHT, y - 3 if y > _TOP + 12 else y + 11, f"{name} {_ticked(level)}", "end", f"l{i}"))
+    for name, level in levels:
+        at = _BOTTOM - (level - y_low) / (y_high - y_low) * (_BOTTOM - _TOP)
+        parts.append(f'<line class="level" x1="{_LEFT}" x2="{_RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        parts.append(_text(_RIGHT, at - 3 if at > _TOP + 12 else at + 11, f"{name} {_ticked(level)}", "end"))
     for s, (x, y) in enumerate(zip(xs, ys, strict=True)):
         places = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
-        if joined:
-            parts.append(f'<polyline class="line c{s}" points="{places}"/>')
+        parts.append(f'<polyline class="line c{s}" points="{places}"/>')
         if dots or len(x) == 1:
             parts.append(f'<path class="dot c{s}" d="{_shape_path(s, np.column_stack([x, y]), 3.0)}"/>')
+    if ends and drawn:
+        parts += [_named_point(xs[0][i], ys[0][i], name) for i, name in zip((0, -1), ends, strict=True)]
     summary = f"{title}. " + "; ".join(f"{line.name}: {_said(line)}" for line in drawn)
     rows = _curve_rows(drawn)
     head = (x_name, *(line.name for line in drawn))
@@ -178,28 +180,31 @@ def points(title: str, series: Sequence[Points], summary: str) -> Chart:
     return Chart(title, _svg(parts, round(height), summary), summary, head, rows, tuple(names), "point")
 
 
-def matrix(title: str, names: Sequence[str], counts_KK: NDArray[np.int64]) -> Chart:
-    """How often each true class (row) was taken for each class (column), shaded by the share of its row."""
-    shares = counts_KK / np.maximum(counts_KK.sum(axis=1, keepdims=True), 1)
-    left, top, size = 96, 14, len(names)
+def matrix(title: str, names: Sequence[str], counts_KK: NDArray[np.float64]) -> Chart:
+    """How often each true class (row) was taken for each class (column), shaded by the share of its row.
+
+    Counts need not be whole: a class that ties with another shares its pictures with it. Columns are numbered.
+    """
+    shares_KK = counts_KK / np.maximum(counts_KK.sum(axis=1, keepdims=True), 1e-12)
+    left, top, size = 104, 16, len(names)
     each = (WIDTH - left) / max(size, 1)
-    tall = min(each, 34.0)
+    tall = min(each, 30.0)
     parts = []
-    for i in range(size):
-        parts.append(_text(left - 6, top + (i + 0.5) * tall + 4, _short(names[i], 15), "end"))
-        for j in range(size):
-            x, y, share = left + j * each, top + i * tall, float(shares[i, j])
+    for i, name in enumerate(names):
+        parts.append(_text(left - 6, top + (i + 0.5) * tall + 4, f"{_short(name, 14)} {i + 1}", "end"))
+        if each >= 12:
+            parts.append(_text(left + (i + 0.5) * each, top - 5, str(i + 1), "middle"))
+        for j, other in enumerate(names):
+            x, y, share = left + j * each, top + i * tall, float(shares_KK[i, j])
             parts.append(
                 f'<rect class="cell" x="{x:.1f}" y="{y:.1f}" width="{each:.1f}" height="{tall:.1f}" '
-                f'fill-opacity="{share * 0.85:.2f}"><title>{escape(names[i])} taken for {escape(names[j])}: '
-                f"{counts_KK[i, j]} ({share:.0%})</title></rect>"
+                f'fill-opacity="{share * 0.6:.2f}"><title>{escape(name)} taken for {escape(other)}: '
+                f"{counts_KK[i, j]:.4g} ({share:.0%})</title></rect>"
             )
-            if each >= 17 and counts_KK[i, j]:
-                strong = " strong" if share > 0.5 else ""
-                parts.append(_text(x + each / 2, y + tall / 2 + 4, str(counts_KK[i, j]), "middle", f"count{strong}"))
-    right = int(np.trace(counts_KK))
-    summary = f"{title}. {right} of {int(counts_KK.sum())} on the diagonal"
-    rows = [(names[i], *(str(count) for count in counts_KK[i])) for i in range(size)]
+            if each >= 24 and counts_KK[i, j]:
+                parts.append(_text(x + each / 2, y + tall / 2 + 4, f"{counts_KK[i, j]:.4g}", "middle", "count"))
+    summary = f"{title}. {np.trace(counts_KK):.4g} of {counts_KK.sum():.4g} on the diagonal"
+    rows = [(name, *(f"{count:.4g}" for count in counts_KK[i])) for i, name in enumerate(names)]
     svg = _svg(parts, round(top + tall * size + 6), summary)
     return Chart(title, svg, summary, ("true \\ taken for", *names), rows, (), "matrix")
 
@@ -217,7 +222,7 @@ def thinned(
         return x, y
     edges = np.linspace(0, len(y), (most - 2) // 2 + 1).astype(np.int64)
     kept = {0, len(y) - 1}
-    for begin, end in zip(edges[:-1], edges[1:], strict=True):
+    for begin, end in itertools.pairwise(edges):
         kept |= {begin + int(y[begin:end].argmin()), begin + int(y[begin:end].argmax())}
     rows = np.array(sorted(kept), np.int64)
     return x[rows], y[rows]
@@ -276,6 +281,11 @@ def _axes(x_low: float, x_high: float, y_low: float, y_high: float, x_name: str)
     return parts
 
 
+def _named_point(x: float, y: float, name: str) -> str:
+    left = x > (_LEFT + _RIGHT) / 2
+    return _text(x - 6 if left else x + 6, y + 12 if y < _TOP + 20 else y - 5, name, "end" if left else "start")
+
+
 def _steps(low: float, high: float) -> list[float]:
     """Three to six round numbers of the range."""
     rough = (high - low) / 4
@@ -315,8 +325,10 @@ def _shape_path(number: int, places_P2: NDArray[np.float64], r: float) -> str:
         f"m0 {-r:g}l{r:g} {d:g}h{-d:g}z",
         f"m{-r:g} {-r:g}h{d:g}v{d:g}h{-d:g}z",
         f"m0 {-1.3 * r:g}l{1.3 * r:g} {1.3 * r:g}l{-1.3 * r:g} {1.3 * r:g}l{-1.3 * r:g} {-1.3 * r:g}z",
-        f"m{-0.4 * r:g} {-r:g}h{0.8 * r:g}v{0.6 * r:g}h{0.6 * r:g}v{0.8 * r:g}h{-0.6 * r:g}v{0.6 * r:g}"
-        f"h{-0.8 * r:g}v{-0.6 * r:g}h{-0.6 * r:g}v{-0.8 * r:g}h{0.6 * r:g}z",
+        (
+            f"m{-0.4 * r:g} {-r:g}h{0.8 * r:g}v{0.6 * r:g}h{0.6 * r:g}v{0.8 * r:g}h{-0.6 * r:g}v{0.6 * r:g}"
+            f"h{-0.8 * r:g}v{-0.6 * r:g}h{-0.6 * r:g}v{-0.8 * r:g}h{0.6 * r:g}z"
+        ),
         f"m0 {r:g}l{r:g} {-d:g}h{-d:g}z",
     )[number % _SHAPES]
     return "".join(f"M{x:.1f} {y:.1f}{shape}" for x, y in places_P2)

@@ -37,11 +37,9 @@ def _scores(record: Record, key: str) -> Iterator[Chart]:
     name = outcome.named(key)
     lines = [Line("this data", steps, val), Line("what is kept", steps, keep)]
     yield charts.curves(f"{name} (%) here and on the data to keep", lines, dots=True)
-    order = np.argsort(keep, kind="stable")
-    trade = [Line("validations", keep[order], val[order])]
-    yield charts.curves(
-        f"the trade: {name} (%) here over that on the data to keep", trade, x_name="data to keep", dots=True, joined=False
-    )
+    title = f"the trade: {name} (%) here, over that on the data to keep"
+    trade = [Line("validations in their order", keep, val)]
+    yield charts.curves(title, trade, x_name="data to keep", dots=True, ends=("start", "end"))
 
 
 def _steps(record: Record) -> Iterator[Chart]:
@@ -98,7 +96,8 @@ def _over_steps(rows: list[dict[str, Any]], name: str, direction: str, keys: lis
 
 def _kin(rows: list[dict[str, Any]], direction: str, key: str) -> list[str]:
     """The hits that are counted as `key` is, at most four."""
-    scores = next((row["val"][direction] for row in rows if direction in (row.get("val") or {})), {})
+    there = (row["val"][direction] for row in rows if direction in (row.get("val") or {}))
+    scores: dict[str, float] = next(there, {})
     ending = "_groups" if key.endswith("_groups") else ""
     return [name for name in scores if name.startswith("hit@") and name.endswith("_groups") == bool(ending)][:4]
 

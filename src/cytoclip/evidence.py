@@ -153,7 +153,7 @@ def gallery(query_ND: Tensor, gallery_ND: Tensor, identity: Identity, side: str,
     wanted = (rank_Q > 1, np.full(len(rows_Q), True), rank_Q == 1)
     cases, taken = {}, set[int]()
     for kind, order, fits in zip(KINDS, orders, wanted, strict=True):
-        chosen = []
+        chosen: list[int] = []
         for i in order:
             if len(chosen) < EACH and fits[i] and int(same[rows_Q[i]]) not in taken:
                 taken.add(int(same[rows_Q[i]]))

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 from cytoclip import charts, evidence
 from cytoclip.charts import Chart, Points
@@ -127,9 +128,7 @@ def maps(split: Split, private: bool) -> tuple[list[Chart], str]:
 
 def _case(case: Case, before: float | None, side: str, pairs: Pairs, thumbnails: Thumbnails) -> ShownCase:
     of_image = side == "image"
-    query = Shown(
-        thumbnails.of(pairs.images[case.row]), _cut(pairs.captions[case.row]), _cut(pairs.names[case.row])
-    )
+    query = Shown(thumbnails.of(pairs.images[case.row]), _cut(pairs.captions[case.row]), _cut(pairs.names[case.row]))
     top = [
         Shown(
             "" if of_image else thumbnails.of(pairs.images[one.row]),
@@ -151,7 +150,7 @@ def _ranks_before(split: Split, side: str, identity: Identity, cases: Sequence[C
     return dict(zip(rows, evidence.ranks(*_queries(split.before, side), identity, rows), strict=True))
 
 
-def _queries(embedded: Embedded, side: str) -> tuple[evidence.Tensor, evidence.Tensor]:
+def _queries(embedded: Embedded, side: str) -> tuple[Tensor, Tensor]:
     both = embedded.image_ND, embedded.text_ND
     return both if side == "image" else (both[1], both[0])
 

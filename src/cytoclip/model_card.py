@@ -18,6 +18,12 @@ from cytoclip.outcome import Judged
 from cytoclip.report import DIRECTIONS
 
 NAME = "README.md"
+_INTENDED = """Ranking captions for pictures, and pictures for captions, of the kind it was trained on; as an image or
+text encoder for models of that kind. Not for decisions about patients."""
+_LIMITS = """- The numbers hold for data like that it was scored on; a picture from another laboratory, stain, scanner or
+  magnification may be read worse.
+- It ranks; it does not diagnose, and it was not validated for clinical use.
+- What the starting model could do besides may be lost."""
 _WHOLE = """from transformers import AutoModel
 
 model = AutoModel.from_pretrained(folder)"""
@@ -106,9 +112,7 @@ def _what(results: Mapping[str, Any], wanted: Config | None, judged: list[Judged
     began = f"[{base}](https://huggingface.co/{base})" if base else "a checkpoint that is not on the hub"
     sizes = " and ".join(f"{one.best['pairs']:,} {one.split} pairs" for one in judged)
     seen = f"{results['pairs_seen']:,} pairs seen over the whole run. " if "pairs_seen" in results else ""
-    lines = [
-        f"Started from {began}. The weights of step {step:,} of {results['steps']:,}; {seen}Scored on {sizes}."
-    ]
+    lines = [f"Started from {began}. The weights of step {step:,} of {results['steps']:,}; {seen}Scored on {sizes}."]
     if wanted is not None:
         towers = f"image tower {wanted.model.image_tower}, text tower {wanted.model.text_tower}"
         lines.append(
@@ -127,27 +131,24 @@ def _numbers(judged: list[Judged]) -> list[str]:
             if direction in one.best:
                 table = ["| metric | chance | before | after |", "| --- | --- | --- | --- |"]
                 table += [f"| {r.name} | {r.chance} | {r.before} | {r.best} |" for r in outcome.rows(one, direction)]
-                parts += [f"{one.split}, {title}; 95 % intervals in brackets where they were computed:", "\n".join(table)]
+                parts += [
+                    f"{one.split}, {title}; 95 % intervals in brackets where they were computed:",
+                    "\n".join(table),
+                ]
     return parts
 
 
 def _use(wanted: Config | None, adapter: bool) -> list[str]:
     base = base_id(wanted) or "the checkpoint it began from"
     opened = _ADAPTER.format(base=base) if adapter else _WHOLE
-    limits = [
-        "- The numbers hold for data like that it was scored on; a picture from another laboratory, stain, scanner or "
-        "magnification may be read worse.",
-        "- It ranks; it does not diagnose, and it was not validated for clinical use.",
-        "- What the starting model could do besides may be lost.",
-    ]
+    limits = [_LIMITS]
     if wanted is not None and wanted.data.crop == "pad":
         limits.append("- Pictures were padded to a square in training; the image processor here cuts them instead.")
     return [
         "## Intended use",
-        "Ranking captions for pictures, and pictures for captions, of the kind it was trained on; as an image or text "
-        "encoder for models of that kind. Not for decisions about patients.",
+        _INTENDED,
         "## How to load it",
-        "```python\n" + opened + "\n```",
+        f"```python\n{opened}\n```",
         "The tokenizer and the image processor lie in the same folder: `AutoTokenizer`, `AutoImageProcessor`.",
         "## Limits",
         "\n".join(limits),

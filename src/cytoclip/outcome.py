@@ -165,6 +165,19 @@ def value(key: str, number: float) -> str:
     return f"{number:,.1f}" if is_rank(key) else f"{100 * number:.1f} %"
 
 
+def difference(key: str, by: float, interval: Sequence[float]) -> str:
+    """In percentage points, or ranks, with a sign.
+
+    Examples
+    --------
+    >>> difference("hit@10", 0.032, [0.011, 0.05])
+    '+3.2 [+1.1, +5.0]'
+    """
+    scale = 1 if is_rank(key) else 100
+    written, low, high = (_signed(scale * number) for number in (by, *interval))
+    return f"{written} [{low}, {high}]"
+
+
 def is_rank(key: str) -> bool:
     """Whether lower is better."""
     return key.removesuffix("_groups") in _RANKS
@@ -205,10 +218,7 @@ def _interval(scores: Scores, direction: str, key: str) -> str:
 
 
 def _difference(key: str, told: Mapping[str, Any]) -> str:
-    """In percentage points, or ranks, with a sign."""
-    scale = 1 if is_rank(key) else 100
-    by, low, high = (_signed(scale * number) for number in (told["by"], *told["interval"]))
-    return f"{by} [{low}, {high}]"
+    return difference(key, told["by"], told["interval"])
 
 
 def _signed(number: float) -> str:

@@ -14,12 +14,15 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cytoclip import config, files
+from cytoclip import batches, config, files, sources
 from cytoclip.checkpoint import RunFolder
 from cytoclip.config import Config
+from cytoclip.console import Console
 from cytoclip.errors import ExitCode, UserError
+from cytoclip.pairs import Pairs, fingerprint, spread
+from cytoclip.rows import Columns
 
-Columns = dict[str, NDArray[np.float64]]
+Log = dict[str, NDArray[np.float64]]
 
 _MISSING = {
     "curves": "curves.jsonl (speed, waiting, hit@1 in the batch)",
@@ -59,8 +62,8 @@ class Record:
     wanted: Config | None
     versions: str
     results: dict[str, Any]
-    losses: Columns
-    curves: Columns
+    losses: Log
+    curves: Log
     validations: list[dict[str, Any]]
     soup: dict[str, Any] | None
     missing: list[str] = field(default_factory=list)
@@ -114,7 +117,21 @@ def read(folder: Path) -> Record:
     )
 
 
-def columns(path: Path) -> Columns:
+def pairs(read: Record, split: str, embedded: Embedded, console: Console, held: Pairs | None = None) -> Pairs:
+    """The pairs that were embedded: `held`, or read again, every file, since equal pictures are right answers.
+
+    Raises
+    ------
+    UserError
+        Where they cannot be read any more, or are others by now.
+    """
+    found = held or _read_again(read, split, console)
+    if len(found) != len(embedded.image_ND) or embedded.pairs not in ("", fingerprint(found)):
+        raise UserError("the data have changed since", "keep the data as they were", ExitCode.DATA)
+    return found
+
+
+def columns(path: Path) -> Log:
     """A log of one object a line as columns of numbers, 8 bytes each however long the run; none where it is absent."""
     found: dict[str, array[float]] = {}
     count = 0
@@ -128,6 +145,14 @@ def columns(path: Path) -> Columns:
     for column in found.values():
         column.extend([float("nan")] * (count - len(column)))
     return {name: np.frombuffer(column, np.float64) for name, column in found.items() if len(column)}
+
+
+def _read_again(read: Record, split: str, console: Console) -> Pairs:
+    place = read.wanted.data.split(split) if read.wanted else None
+    if read.wanted is None or place is None:
+        raise UserError("no configuration says where they are", "keep config.yaml as the run wrote it", ExitCode.DATA)
+    named = Columns(read.wanted.data.image_column, read.wanted.data.caption_column)
+    return spread(batches.scanned(sources.read(place, named), place, console))
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

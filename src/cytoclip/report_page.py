@@ -13,17 +13,16 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from cytoclip import batches, charts, curves, exhibits, files, model_card, outcome, pages, record, sources
+from cytoclip import charts, curves, exhibits, files, model_card, outcome, pages, record
 from cytoclip.charts import Chart
 from cytoclip.config import Config
 from cytoclip.console import Console, duration
 from cytoclip.errors import ExitCode, UserError
 from cytoclip.exhibits import ShownGallery, Split
 from cytoclip.outcome import Judged
-from cytoclip.pairs import Pairs, fingerprint, spread
+from cytoclip.pairs import Pairs
 from cytoclip.record import Record
 from cytoclip.report import DIRECTIONS
-from cytoclip.rows import Columns
 from cytoclip.thumbnails import Thumbnails
 
 NAME = "report.html"
@@ -97,9 +96,7 @@ def rebuild(
     return place
 
 
-def page(
-    read: Record, console: Console, split: str | None = None, pairs: Mapping[str, Pairs] | None = None
-) -> str:
+def page(read: Record, console: Console, split: str | None = None, pairs: Mapping[str, Pairs] | None = None) -> str:
     """The whole page as HTML."""
     judged = _chosen(outcome.judged(read.results), split, read)
     images = read.wanted is None or read.wanted.report.images
@@ -112,6 +109,7 @@ def page(
     return pages.render(
         "report_page.html",
         name=read.run.path.resolve().name,
+        began=_began(read, images),
         verdict=outcome.verdict(judged[0]),
         judged=[(one, list(_tables(one))) for one in judged],
         slices=[_private(one, images) for one in outcome.slices(judged[0])],
@@ -155,7 +153,9 @@ def _tables(one: Judged) -> Iterator[Table]:
         if direction in one.best:
             query, found = title.split(" → ")
             pairs = one.best["pairs"]
-            yield Table(f"{title}: each of {pairs:,} {query}s ranks all {pairs:,} {found}s", outcome.rows(one, direction))
+            yield Table(
+                f"{title}: each of {pairs:,} {query}s ranks all {pairs:,} {found}s", outcome.rows(one, direction)
+            )
 
 
 def _evidence(
@@ -171,12 +171,9 @@ def _evidence(
         missing.append(f"embeddings of {split} (gallery, similarities, map)")
         return Evidence()
     try:
-        held = (pairs or {}).get(split) or _pairs(read, split, console)
+        held = record.pairs(read, split, best, console, (pairs or {}).get(split))
     except UserError as error:
-        missing.append(f"the pairs of {split} ({error.message if images else 'they cannot be read'})")
-        return Evidence()
-    if len(held) != len(best.image_ND) or best.pairs not in ("", fingerprint(held)):
-        missing.append(f"the pairs of {split} as they were: the data have changed since")
+        missing.append(f"the pairs of {split} ({error.message if images else 'they cannot be read as they were'})")
         return Evidence()
     shown = Split(held, read.embedded(split, "before"), best)
     maps, coloured_by = exhibits.maps(shown, not images)
@@ -186,19 +183,6 @@ def _evidence(
         maps,
         coloured_by,
     )
-
-
-def _pairs(read: Record, split: str, console: Console) -> Pairs:
-    """As they were ranked; every file is read, since equal pictures are right answers."""
-    wanted = read.wanted
-    if wanted is None:
-        raise UserError("no configuration says where they are", "")
-    place = wanted.data.split(split)
-    if place is None:
-        raise UserError(f"there is no {split} split", "")
-    columns = Columns(wanted.data.image_column, wanted.data.caption_column)
-    quiet = Console(quiet=True)
-    return spread(batches.scanned(sources.read(place, columns, quiet), place, console))
 
 
 def _private(
@@ -249,6 +233,17 @@ def _findings(found: Any, images: bool) -> Iterator[tuple[str, str]]:
             yield str(one.get("severity", "note")), f"{one['title']}{counted}{where}{detail}"
 
 
+def _began(read: Record, images: bool) -> str:
+    """What was trained from what, in a line."""
+    steps = f"{read.results['steps']:,} steps"
+    wanted = read.wanted
+    if wanted is None:
+        return steps
+    base = wanted.model.name if images else model_card.base_id(wanted) or "a checkpoint of its own"
+    moved = f"image tower {wanted.model.image_tower}, text tower {wanted.model.text_tower}"
+    return f"{base}, {steps} of {wanted.train.batch_size:,} pairs; {moved}"
+
+
 def _facts(read: Record) -> Iterator[tuple[str, str]]:
     """How the run was made."""
     results = read.results
@@ -265,7 +260,10 @@ def _facts(read: Record) -> Iterator[tuple[str, str]]:
         yield "best chosen by", str(results["select_by"])
     hardware = results.get("hardware")
     if hardware:
-        yield "hardware", ", ".join(f"{k} {v}" for k, v in hardware.items()) if isinstance(hardware, dict) else str(hardware)
+        yield (
+            "hardware",
+            ", ".join(f"{k} {v}" for k, v in hardware.items()) if isinstance(hardware, dict) else str(hardware),
+        )
     versions = results.get("versions")
     yield "versions", ", ".join(f"{k} {v}" for k, v in versions.items()) if versions else read.versions or "not known"
     if results.get("skipped"):
@@ -281,7 +279,10 @@ def _yaml(wanted: Config, images: bool) -> str:
 
 
 def _without_places(given: dict[str, Any], base: str | None) -> dict[str, Any]:
-    data = {name: "…" if name in ("root", "train", "val", "test") and value else value for name, value in given["data"].items()}
+    data = {
+        name: "…" if name in ("root", "train", "val", "test") and value else value
+        for name, value in given["data"].items()
+    }
     data["replay"] = [{**replay, "root": "…"} for replay in given["data"]["replay"]]
     kept = {"keep": "…"} if given["validate"].get("keep") else {}
     model = given["model"] | {"name": base or "…"}

@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-SCHEMA = 1
 _KEY = re.compile(r"(hit@\d+(_groups)?|recall@\d+_groups|map_groups|(mrr|median_rank|mean_rank)(_groups)?)")
 
 
@@ -90,7 +89,7 @@ class Kept(Part):
 
 
 class Results(Part):
-    schema_: Literal[1] = Field(SCHEMA, alias="schema", description="The number of this schema.")
+    schema_: Literal[1] = Field(1, alias="schema", description="The number of this schema.")
     steps: int = Field(ge=1, description="Optimizer steps done.")
     best_step: int = Field(ge=0, description="The step of best/.")
     ks: list[int] = Field(description="The k of hit@k.")
@@ -110,13 +109,22 @@ class Results(Part):
     best: Scores = Field(description="val at best_step, as validated.")
     val: Compared | None = Field(None, description="The start and best/ on the validation split.")
     test: Compared | None = Field(
-        None, description="The same on the test split, where there is one: scored once, at the end, and selected by nothing."
+        None,
+        description="The same on the test split, where there is one: scored once, at the end, and selected by nothing.",
     )
     keep: Kept | None = Field(None, description="The data to keep, where `validate.keep` is given.")
     findings: dict[str, Any] | None = Field(None, description="What was found wrong with the data (findings.md).")
-    floor: float | None = Field(None, ge=0, description="Floor that repeats put under the loss of a typical batch, nats.")
+    floor: float | None = Field(
+        None, ge=0, description="Floor that repeats put under the loss of a typical batch, nats."
+    )
     classification: dict[str, Any] | None = Field(None, description="Zero-shot classification, where labels are there.")
 
+
+_METRICS = """A metric is `hit@K` (the own pair among the first K), `mrr`, `median_rank` or `mean_rank` by pair; with
+`_groups` behind it, every pair with the same caption, picture or group is right too: `hit@K_groups` (any of them among
+the first K), `recall@K_groups` (the share of them there), `mrr_groups`, `map_groups`, `median_rank_groups`,
+`mean_rank_groups`. Rates are 0 to 1, higher is better; ranks count from 1, lower is better. Each is its expectation
+over random order within ties."""
 
 _TITLES: Mapping[str, tuple[type[Part], str]] = {
     "results.json": (Results, "Written last: a run that has it is finished."),
@@ -137,11 +145,7 @@ def page() -> str:
         "",
         "Rendered from `src/cytoclip/results_schema.py` by `make docs`; edit the field, not this page.",
         "",
-        "A metric is `hit@K` (the own pair among the first K), `mrr`, `median_rank` or `mean_rank` by pair; with "
-        "`_groups` behind it, every pair with the same caption, picture or group is right too: `hit@K_groups` (any of "
-        "them among the first K), `recall@K_groups` (the share of them there), `mrr_groups`, `map_groups`, "
-        "`median_rank_groups`, `mean_rank_groups`. Rates are 0 to 1, higher is better; ranks count from 1, lower is "
-        "better. Each is its expectation over random order within ties.",
+        _METRICS,
         "",
         "Scores during training (`before`, `last`, `best`) have no intervals and no slices.",
     ]
@@ -174,5 +178,5 @@ def _kind(annotation: Any) -> str:
         return f"list of {_kind(args[0])}"
     known = {int: "whole number", float: "number", str: "text", bool: "true | false", Any: "anything"}
     for title, (part, _) in _TITLES.items():
-        known[part] = title  # type: ignore[index]
+        known[part] = title
     return known.get(annotation, "intervals of both directions")
