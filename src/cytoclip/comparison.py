@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cytoclip import charts, config, files, outcome, pages, record, retrieval
+from cytoclip import charts, conclusion, config, files, pages, record, retrieval
 from cytoclip.charts import Chart, Line
+from cytoclip.conclusion import Judged, Verdict
 from cytoclip.console import Console, duration
 from cytoclip.errors import ExitCode, UserError
-from cytoclip.outcome import Judged, Verdict
 from cytoclip.pairs import Pairs, identities
 from cytoclip.record import Embedded, Record
 from cytoclip.report import DIRECTIONS
@@ -60,7 +60,6 @@ def write(folders: Sequence[Path], to: Path, split: str | None, console: Console
         For a folder that is no finished run, too many of them, or a split that not all of them were scored on.
     """
     files.write_text(to, page(folders, split, console))
-    console.say(f"wrote {to}")
     return to
 
 
@@ -89,8 +88,8 @@ def verdict(columns: Sequence[Column], direction: str, key: str, console: Consol
     numbers = [column.one.best[direction][key] for column in columns]
     order = sorted(range(len(columns)), key=lambda i: -numbers[i])
     first, second = columns[order[0]], columns[order[1]]
-    what = f"{outcome.named(key)} ({DIRECTIONS[direction]}, {first.one.split})"
-    values = [outcome.value(key, numbers[i]) for i in order[:2]]
+    what = f"{conclusion.named(key)} ({DIRECTIONS[direction]}, {first.one.split})"
+    values = [conclusion.value(key, numbers[i]) for i in order[:2]]
     against = f"{what}: {values[0]} of {first.name} against {values[1]} of {second.name}"
     prints = [embedded.pairs for embedded in map(_embedded, columns) if embedded]
     if {column.one.best["pairs"] for column in columns} != {first.one.best["pairs"]} or len(set(prints) - {""}) > 1:
@@ -101,7 +100,7 @@ def verdict(columns: Sequence[Column], direction: str, key: str, console: Consol
         return Verdict(f"{against}; whether that is beyond noise is not known (embeddings or pairs are missing).",
                        "warning")  # fmt: skip
     by = numbers[order[0]] - numbers[order[1]]
-    told = outcome.difference(key, by, low_high)
+    told = conclusion.difference(key, by, low_high)
     if low_high[0] <= 0 <= low_high[1]:
         return Verdict(f"{against}, a difference within noise ({told}): neither is shown to be better.", "warning")
     return Verdict(f"{first.name} is the better one. {against}, beyond noise ({told}).", "good")
@@ -122,7 +121,7 @@ def paired_interval(
 
 
 def _columns(read: Sequence[Record], split: str | None) -> list[Column]:
-    scored = [{one.split: one for one in outcome.judged(each.results)} for each in read]
+    scored = [{one.split: one for one in conclusion.judged(each.results)} for each in read]
     common = [name for name in scored[0] if all(name in one for one in scored)]
     if not common or (split and split not in common):
         raise UserError(
@@ -146,8 +145,8 @@ def _names(read: Sequence[Record]) -> list[str]:
 
 def _headline(columns: Sequence[Column]) -> tuple[str, str]:
     """As of one run, on a number that all of them have; by group where that differs in any."""
-    by_group = [column for column in columns if outcome.differs_by_group(column.one)]
-    direction, key = outcome.headline((by_group or columns)[0].one)
+    by_group = [column for column in columns if conclusion.differs_by_group(column.one)]
+    direction, key = conclusion.headline((by_group or columns)[0].one)
     if all(key in column.one.best.get(direction, {}) for column in columns):
         return direction, key
     shared = [k for k in columns[0].one.best[direction] if all(k in c.one.best.get(direction, {}) for c in columns)]
@@ -157,13 +156,13 @@ def _headline(columns: Sequence[Column]) -> tuple[str, str]:
 
 
 def _rows(columns: Sequence[Column], direction: str) -> Iterator[Row]:
-    tables = [{row.name: row for row in outcome.rows(column.one, direction)} for column in columns]
-    numbers = [{outcome.named(key): (key, value) for key, value in c.one.best[direction].items()} for c in columns]
+    tables = [{row.name: row for row in conclusion.rows(column.one, direction)} for column in columns]
+    numbers = [{conclusion.named(key): (key, value) for key, value in c.one.best[direction].items()} for c in columns]
     for name, row in tables[0].items():
         if all(name in table for table in tables):
             key = numbers[0][name][0]
             values = np.array([number[name][1] for number in numbers])
-            best = int(values.argmin() if outcome.is_rank(key) else values.argmax())
+            best = int(values.argmin() if conclusion.is_rank(key) else values.argmax())
             yield Row(name, row.chance, [table[name].best for table in tables], best)
 
 
@@ -211,7 +210,7 @@ def _curves(columns: Sequence[Column], direction: str, key: str) -> Iterator[Cha
         values = [100 * row["val"][direction][key] for row in rows]
         lines.append(Line(column.name, np.array([row["step"] for row in rows], np.float64), np.array(values)))
     if any(len(line.x) for line in lines):
-        yield charts.curves(f"{outcome.named(key)} (%) of val, {DIRECTIONS[direction]}", lines, dots=True)
+        yield charts.curves(f"{conclusion.named(key)} (%) of val, {DIRECTIONS[direction]}", lines, dots=True)
     logged = [c for c in columns if "loss" in c.read.losses]
     if logged:
         losses = [Line(c.name, c.read.losses["step"], c.read.losses["loss"]) for c in logged]
@@ -244,5 +243,5 @@ def _facts(columns: Sequence[Column]) -> Iterator[tuple[str, list[str]]]:
     yield "time of training", [duration(one["seconds"]) if "seconds" in one else "–" for one in results]
     yield "processes", [f"{one.get('processes', '–')} on {one.get('device', '–')}" for one in results]
     direction, key = _headline(columns)
-    before = [outcome.value(key, column.one.before[direction][key]) for column in columns]
-    yield f"{outcome.named(key)} before, {DIRECTIONS[direction]}", before
+    before = [conclusion.value(key, column.one.before[direction][key]) for column in columns]
+    yield f"{conclusion.named(key)} before, {DIRECTIONS[direction]}", before

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cytoclip import charts, outcome
+from cytoclip import charts, conclusion
 from cytoclip.charts import Chart, Line
 from cytoclip.record import Record
 from cytoclip.report import DIRECTIONS
@@ -34,7 +34,7 @@ def _scores(record: Record, key: str) -> Iterator[Chart]:
         return
     steps = np.array([row["step"] for row in kept], np.float64)
     val, keep = (np.array([_mean(row[name], key) for row in kept], np.float64) for name in ("val", "keep"))
-    name = outcome.named(key)
+    name = conclusion.named(key)
     lines = [Line("this data", steps, val), Line("what is kept", steps, keep)]
     yield charts.curves(f"{name} (%) here and on the data to keep", lines, dots=True)
     title = f"the trade: {name} (%) here, over that on the data to keep"
@@ -70,7 +70,7 @@ def _soup(record: Record, key: str) -> Iterator[Chart]:
             x = np.array([row["alpha"] for row in there], np.float64)
             lines.append(Line(said, x, np.array([_mean(row[name], key) for row in there], np.float64)))
     if lines:
-        title = f"soup: {outcome.named(key)} (%) between start (0) and end (1)"
+        title = f"soup: {conclusion.named(key)} (%) between start (0) and end (1)"
         yield charts.curves(title, lines, x_name="α", dots=True)
 
 
@@ -89,7 +89,7 @@ def _over_steps(rows: list[dict[str, Any]], name: str, direction: str, keys: lis
     there = [row for row in rows if direction in (row.get(name) or {})]
     steps = np.array([row["step"] for row in there], np.float64)
     return [
-        Line(outcome.named(key) + " (%)", steps, np.array([100 * row[name][direction][key] for row in there]))
+        Line(conclusion.named(key) + " (%)", steps, np.array([100 * row[name][direction][key] for row in there]))
         for key in keys
     ]
 
@@ -109,7 +109,7 @@ def _mean(scores: Mapping[str, Any], key: str) -> float:
 
 
 def _level(key: str, chance: float | None) -> list[tuple[str, float]]:
-    return [] if chance is None else [(f"chance of {outcome.named(key)}", 100 * chance)]
+    return [] if chance is None else [(f"chance of {conclusion.named(key)}", 100 * chance)]
 
 
 def _is_mixed(row: Any) -> bool:

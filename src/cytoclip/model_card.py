@@ -12,16 +12,16 @@ from typing import Any
 
 import yaml
 
-from cytoclip import outcome
+from cytoclip import conclusion
+from cytoclip.conclusion import Judged
 from cytoclip.config import Config
-from cytoclip.outcome import Judged
 from cytoclip.report import DIRECTIONS
 
 NAME = "README.md"
 _INTENDED = """Ranking captions for pictures, and pictures for captions, of the kind it was trained on; as an image or
 text encoder for models of that kind. Not for decisions about patients."""
-_LIMITS = """- The numbers hold for data like that it was scored on; a picture from another laboratory, stain, scanner or
-  magnification may be read worse.
+_LIMITS = """- The numbers hold for data like that it was scored on; a picture from another laboratory, stain or scanner,
+  or of another magnification, may be read worse.
 - It ranks; it does not diagnose, and it was not validated for clinical use.
 - What the starting model could do besides may be lost."""
 _WHOLE = """from transformers import AutoModel
@@ -69,7 +69,7 @@ def base_id(wanted: Config | None) -> str | None:
 def _judged(results: Mapping[str, Any], best: bool) -> list[Judged]:
     """The splits that these weights were scored on; those of the last step only on val, and without intervals."""
     if best or results["best_step"] == results["steps"]:
-        return outcome.judged(results)
+        return conclusion.judged(results)
     return [Judged("val", results["before"], results["last"], {})]
 
 
@@ -101,7 +101,7 @@ def _metrics(one: Judged, direction: str) -> Iterator[dict[str, Any]]:
         if key.startswith("hit@"):
             yield {
                 "type": key.replace("_groups", "_by_group"),
-                "name": outcome.named(key),
+                "name": conclusion.named(key),
                 "value": number,
                 **({"args": {"interval_95": list(intervals[key])}} if key in intervals else {}),
             }
@@ -125,12 +125,12 @@ def _what(results: Mapping[str, Any], wanted: Config | None, judged: list[Judged
 def _numbers(judged: list[Judged]) -> list[str]:
     parts = ["## Results"]
     if judged:
-        parts.append(outcome.verdict(judged[0]).text)
+        parts.append(conclusion.verdict(judged[0]).text)
     for one in judged:
         for direction, title in DIRECTIONS.items():
             if direction in one.best:
                 table = ["| metric | chance | before | after |", "| --- | --- | --- | --- |"]
-                table += [f"| {r.name} | {r.chance} | {r.before} | {r.best} |" for r in outcome.rows(one, direction)]
+                table += [f"| {r.name} | {r.chance} | {r.before} | {r.best} |" for r in conclusion.rows(one, direction)]
                 parts += [
                     f"{one.split}, {title}; 95 % intervals in brackets where they were computed:",
                     "\n".join(table),

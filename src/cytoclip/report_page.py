@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from cytoclip import charts, curves, exhibits, files, model_card, outcome, pages, record
+from cytoclip import charts, conclusion, curves, exhibits, files, model_card, pages, record
 from cytoclip.charts import Chart
+from cytoclip.conclusion import Judged
 from cytoclip.config import Config
 from cytoclip.console import Console, duration
 from cytoclip.errors import ExitCode, UserError
 from cytoclip.exhibits import ShownGallery, Split
-from cytoclip.outcome import Judged
 from cytoclip.pairs import Pairs
 from cytoclip.record import Record
 from cytoclip.report import DIRECTIONS
@@ -37,7 +37,7 @@ class Table:
     """One direction of one split."""
 
     title: str
-    rows: Sequence[outcome.Row]
+    rows: Sequence[conclusion.Row]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def write(folder: Path, console: Console, pairs: Mapping[str, Pairs] | None = No
         Of held-out splits by name, `spread`, as they were ranked; what is not given is read and scanned again.
     """
     try:
-        rebuild(folder, console, pairs=pairs)
+        console.say(f"report: {rebuild(folder, console, pairs=pairs)}")
     except Exception as error:  # a page must not fail what took days
         why = error.message if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         console.warn(f"{NAME} was not written ({why}); `cytoclip report {folder}` tries again")
@@ -92,27 +92,26 @@ def rebuild(
         write_cards(read)
     place = to or folder / NAME
     files.write_text(place, page(read, console, split, pairs))
-    console.say(f"wrote {place}")
     return place
 
 
 def page(read: Record, console: Console, split: str | None = None, pairs: Mapping[str, Pairs] | None = None) -> str:
     """The whole page as HTML."""
-    judged = _chosen(outcome.judged(read.results), split, read)
+    judged = _chosen(conclusion.judged(read.results), split, read)
     images = read.wanted is None or read.wanted.report.images
     missing = list(read.missing)
     shown = _evidence(read, judged[0].split, images, console, pairs, missing)
     if not judged[0].best.get("intervals"):
         missing.append("intervals")
-    key = outcome.headline(judged[0])[1]
+    key = conclusion.headline(judged[0])[1]
     wanted = read.wanted
     return pages.render(
         "report_page.html",
         name=read.run.path.resolve().name,
         began=_began(read, images),
-        verdict=outcome.verdict(judged[0]),
+        verdict=conclusion.verdict(judged[0]),
         judged=[(one, list(_tables(one))) for one in judged],
-        slices=[_private(one, images) for one in outcome.slices(judged[0])],
+        slices=[_private(one, images) for one in conclusion.slices(judged[0])],
         split=judged[0].split,
         curves=curves.drawn(read, key),
         evidence=shown,
@@ -154,7 +153,7 @@ def _tables(one: Judged) -> Iterator[Table]:
             query, found = title.split(" → ")
             pairs = one.best["pairs"]
             yield Table(
-                f"{title}: each of {pairs:,} {query}s ranks all {pairs:,} {found}s", outcome.rows(one, direction)
+                f"{title}: each of {pairs:,} {query}s ranks all {pairs:,} {found}s", conclusion.rows(one, direction)
             )
 
 
@@ -186,8 +185,8 @@ def _evidence(
 
 
 def _private(
-    one: tuple[str, str, list[outcome.Slice], int], images: bool
-) -> tuple[str, str, list[tuple[str, outcome.Slice]], int]:
+    one: tuple[str, str, list[conclusion.Slice], int], images: bool
+) -> tuple[str, str, list[tuple[str, conclusion.Slice]], int]:
     """A slice with its values as they are shown: numbers, where they might name a patient and nothing may leave."""
     name, counted, found, more = one
     hide = not images and name not in _OPEN_SLICES

@@ -79,7 +79,7 @@ class Difference(Part):
 class Compared(Part):
     before: Scores = Field(description="The starting model, with intervals and slices.")
     best: Scores = Field(description="The model in best/, with intervals and slices.")
-    difference: Difference = Field(description="best − before on the same pairs.")
+    difference: Difference | None = Field(None, description="best − before on the same pairs.")
 
 
 class Kept(Part):

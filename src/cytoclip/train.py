@@ -29,6 +29,7 @@ from cytoclip import (
     optim,
     plan,
     report,
+    report_page,
     shard,
     signals,
     state,
@@ -376,6 +377,7 @@ def _finish(job: Job, progress: _Progress) -> RunResult:
 
     _save_model(job, job.run.model)
     job.world.once(lambda: files.write_json(job.run.results, written))  # last: it is what makes the run finished
+    job.world.once(lambda: report_page.write(job.run.path, job.console, {"val": job.val}))
     job.console.say(f"finished {steps} steps in {duration(progress.seconds)}")
     return result
 
