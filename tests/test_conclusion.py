@@ -41,10 +41,12 @@ def test_it_rose() -> None:
 
 
 def test_it_fell() -> None:
-    assert said(0.4, 0.3, (0.27, 0.33), change(-0.1, -0.13, -0.07)) == (
+    text, colour = said(0.4, 0.3, (0.27, 0.33), change(-0.1, -0.13, -0.07))
+    assert text == (
         "hit@10 (image → text, 250 pairs of val) fell from 40.0 % (chance 4.0 %) to 30.0 % [27.0, 33.0]: "
-        "the starting model is the better one.", "error",
-    )  # fmt: skip
+        "the starting model is the better one."
+    )
+    assert colour == "error"
 
 
 def test_within_noise() -> None:
@@ -110,7 +112,8 @@ def test_lower_ranks_are_better() -> None:
 def test_slices_by_size_and_what_is_left_out() -> None:
     best = scores(0.2)
     best["slices"] = {"label": {str(i): {**scores(0.3), "pairs": i + 1} for i in range(50)},
-                      "caption length": {"short": {**scores(0.1), "pairs": 1}, "long": {**scores(0.2), "pairs": 9}}}  # fmt: skip
+                      "caption length": {"short": {**scores(0.1), "pairs": 1}, "long": {**scores(0.2), "pairs": 9}}
+                      }  # fmt: skip
     before = copy.deepcopy(best)
     del before["slices"]["label"]["49"]
     (name, counted, values, more), (_, _, lengths, _) = conclusion.slices(Judged("val", before, best, {}))

@@ -31,7 +31,11 @@ def test_every_curve_of_a_whole_run(read: record.Record) -> None:
 
 def test_none_of_an_old_one(read: record.Record) -> None:
     assert titles(replace(read, losses={}, curves={}, validations=[])) == []
-    assert titles(replace(read, curves={}, validations=[])) == ["loss", "learning rate", "temperature, exp(−logit scale)"]
+    assert titles(replace(read, curves={}, validations=[])) == [
+        "loss",
+        "learning rate",
+        "temperature, exp(−logit scale)",
+    ]
 
 
 def test_validations_are_in_percent_beside_chance(read: record.Record) -> None:

@@ -41,7 +41,7 @@ def test_ranks_agree_with_the_metric() -> None:
 
 
 def test_ties_stand_in_their_middle() -> None:
-    """A constant model: each of 9 places is as likely, so the right one stands at 5 on average; two of them, at 10/3."""
+    """A constant model: each of 9 places is as likely, so the right one stands at 5 on average; two, at 10/3."""
     same = torch.ones(9, 4)
     assert evidence.ranks(same, same, identity(9), [0, 4]) == [5.0, 5.0]
     assert evidence.ranks(same, same, identity(9, captions=5), [1]) == pytest.approx([10 / 3])
@@ -108,7 +108,9 @@ def test_a_sample_says_so_and_is_near_the_whole(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(evidence, "MOST_QUERIES", 100)
     monkeypatch.setattr(evidence, "MOST_POINTS", 50)
     drawn, again = (evidence.similarities(image, text, identity(300)) for _ in range(2))
-    assert whole and drawn and again
+    assert whole
+    assert drawn
+    assert again
     assert drawn.drawn is not None
     assert 4_900 < drawn.drawn <= 5_000
     assert drawn.wrong_mean == pytest.approx(whole.wrong_mean, abs=0.02)

@@ -20,8 +20,8 @@ from cytoclip.report import DIRECTIONS
 NAME = "README.md"
 _INTENDED = """Ranking captions for pictures, and pictures for captions, of the kind it was trained on; as an image or
 text encoder for models of that kind. Not for decisions about patients."""
-_LIMITS = """- The numbers hold for data like that it was scored on; a picture from another laboratory, stain or scanner,
-  or of another magnification, may be read worse.
+_LIMITS = """- The numbers hold for data like that it was scored on; a picture from another laboratory, stain, scanner
+  or magnification may be read worse.
 - It ranks; it does not diagnose, and it was not validated for clinical use.
 - What the starting model could do besides may be lost."""
 _WHOLE = """from transformers import AutoModel

@@ -198,8 +198,10 @@ def _classification(found: Any) -> Iterator[tuple[str, list[tuple[str, str]], Ch
     """Of each classifier: its name, its numbers, and its confusion matrix where it can be drawn."""
     if not isinstance(found, dict):
         return
-    several = {name: one for name, one in found.items() if isinstance(one, dict) and _is_classifier(one)}
-    for name, one in several.items() or [("zero-shot", found)]:
+    several = {"zero-shot": found} if _is_classifier(found) else found
+    for name, one in several.items():
+        if not isinstance(one, dict) or not _is_classifier(one):
+            continue
         intervals = one.get("intervals") or {}
         numbers = [
             (key.replace("_", " "), f"{100 * value:.1f} %" + _between(intervals.get(key)))
