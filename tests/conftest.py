@@ -75,7 +75,7 @@ def experiment(root: Path, base: Path, tmp_path: Path) -> Callable[..., Config]:
             "output": str(tmp_path / "run"),
         }
         for name, section in sections.items():
-            given[name] = {**given[name], **section} if isinstance(section, dict) else section
+            given[name] = {**given.get(name, {}), **section} if isinstance(section, dict) else section
         return parse(given, "the test")
 
     return make

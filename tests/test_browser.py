@@ -101,6 +101,7 @@ def test_axe_finds_nothing(opened: Callable[..., Page], name: str, scheme: str) 
     page = opened(name, scheme=scheme)
     page.evaluate(OPEN_ALL)
     page.evaluate("document.querySelectorAll('svg').forEach(one => one.replaceChildren())")  # they have their names
+    page.evaluate("document.querySelectorAll('.charts tr:nth-child(n + 4)').forEach(one => one.remove())")  # all alike
     page.evaluate(AXE)
     rules = "{runOnly: 'color-contrast'}" if scheme == "dark" else "{}"
     found = page.evaluate(f"axe.run(document, {rules})")

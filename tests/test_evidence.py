@@ -105,7 +105,7 @@ def test_a_sample_says_so_and_is_near_the_whole(monkeypatch: pytest.MonkeyPatch)
     image, text = runs.random_embeddings(300, 1.0)
     whole = evidence.similarities(image, text, identity(300))
     monkeypatch.setattr(evidence, "MOST_WRONG", 5_000)
-    monkeypatch.setattr(evidence, "MOST_QUERIES", 100)
+    monkeypatch.setattr(evidence, "MOST_SCORES", 100 * 300)
     monkeypatch.setattr(evidence, "MOST_POINTS", 50)
     drawn, again = (evidence.similarities(image, text, identity(300)) for _ in range(2))
     assert whole

@@ -66,6 +66,7 @@ def test_the_run_folder_holds_what_is_documented(done: tuple[Config, train.RunRe
     model = {"config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"}
     assert names == {
         "config.yaml", "results.json", "losses.jsonl", "train.log", ".lock", "tensorboard/events.out.tfevents",
+        "report.html", "model/README.md", "best/README.md",
         *(f"checkpoints/step-{step}/{name}" for step in (2, 4) for name in (TENSORS, MORE, MANIFEST)),
         *(f"{place}/{name}" for place in ("model", "best") for name in model),
     }  # fmt: skip

@@ -123,17 +123,23 @@ def report(
     split: Annotated[
         Split | None, typer.Option(help="Which split; else test where it was scored, or val.", show_default=False)
     ] = None,
+    images: Annotated[
+        bool | None,
+        typer.Option(
+            help="With pictures, captions and file names; else as the run's report.images.", show_default=False
+        ),
+    ] = None,
 ) -> None:
     """Write a run's page again, or one that compares several."""
     console, asked = _console(), split.value if split else None
     if len(run) == 1:
         from cytoclip import report_page
 
-        written = report_page.rebuild(run[0], console, to, asked)
+        written = report_page.rebuild(run[0], console, to, asked, images)
     else:
         from cytoclip import comparison
 
-        written = comparison.write(run, to or Path("comparison.html"), asked, console)
+        written = comparison.write(run, to or Path("comparison.html"), asked, console, images)
     console.result(str(written))
 
 

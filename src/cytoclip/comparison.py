@@ -51,7 +51,7 @@ class Row:
     best: int
 
 
-def write(folders: Sequence[Path], to: Path, split: str | None, console: Console) -> Path:
+def write(folders: Sequence[Path], to: Path, split: str | None, console: Console, images: bool | None = None) -> Path:
     """Write the page.
 
     Raises
@@ -59,18 +59,18 @@ def write(folders: Sequence[Path], to: Path, split: str | None, console: Console
     UserError
         For a folder that is no finished run, too many of them, or a split that not all of them were scored on.
     """
-    files.write_text(to, page(folders, split, console))
+    files.write_text(to, page(folders, split, console, images))
     return to
 
 
-def page(folders: Sequence[Path], split: str | None, console: Console) -> str:
-    """The whole page as HTML."""
+def page(folders: Sequence[Path], split: str | None, console: Console, images: bool | None = None) -> str:
+    """The whole page as HTML; without the places of data where one run, or `images` False, says so."""
     if len(folders) > MOST_RUNS:
         raise UserError(f"{len(folders)} runs are too many for a page", f"compare at most {MOST_RUNS}")
     columns = _columns([record.read(folder) for folder in folders], split)
     direction, key = _headline(columns)
     both = [side for side in DIRECTIONS if all(side in column.one.best for column in columns)]
-    private = any(column.read.wanted is not None and not column.read.wanted.report.images for column in columns)
+    private = images is False or (images is None and not all(map(_may_show, columns)))
     return pages.render(
         "comparison.html",
         names=[column.name for column in columns],
@@ -201,6 +201,10 @@ def _clusters(pairs: Pairs) -> NDArray[np.int64]:
 
 def _embedded(column: Column) -> Embedded | None:
     return column.read.embedded(column.one.split, "best")
+
+
+def _may_show(column: Column) -> bool:
+    return column.read.wanted is None or column.read.wanted.report.images
 
 
 def _curves(columns: Sequence[Column], direction: str, key: str) -> Iterator[Chart]:

@@ -20,7 +20,7 @@ from cytoclip.pairs import Identity, right_answers
 
 BINS = 40
 MOST_WRONG = 200_000  # wrong pairs whose similarity is looked at; below as many, all of them
-MOST_QUERIES = 4_000  # of each direction that are ranked to find the cases
+MOST_SCORES = 400_000_000  # of each direction: of 20,000 pairs all are ranked to find the cases, of 200,000 some 2,000
 MOST_POINTS = 1_000  # pairs on the map: as many pictures and as many captions
 EACH = 3  # cases of a kind
 TOP = 5  # of what a query retrieved
@@ -142,8 +142,9 @@ def gallery(query_ND: Tensor, gallery_ND: Tensor, identity: Identity, side: str,
     """
     pairs = len(query_ND)
     rows_Q = np.arange(pairs)
-    if pairs > MOST_QUERIES:
-        rows_Q = np.sort(np.random.default_rng(seed).choice(pairs, MOST_QUERIES, replace=False))
+    asked = max(1, MOST_SCORES // pairs)
+    if pairs > asked:
+        rows_Q = np.sort(np.random.default_rng(seed).choice(pairs, asked, replace=False))
     parts = [_standing(scores, right) for _, scores, right in _blocks(query_ND, gallery_ND, identity, rows_Q)]
     rank_Q, lead_Q = (np.concatenate(column) for column in zip(*parts, strict=True))
     same = identity.image if side == "image" else identity.caption
@@ -182,14 +183,14 @@ def mapped(image_ND: Tensor, text_ND: Tensor, seed: int = 0) -> Map | None:
     sides = [side_ND[rows].double() for side_ND in (image_ND, text_ND)]
     means = [side.mean(dim=0) for side in sides]
     both = torch.cat([side - mean for side, mean in zip(sides, means, strict=True)])
-    _, strength, axes = torch.linalg.svd(both, full_matrices=False)
-    axes = axes[:2]
+    variances, vectors = torch.linalg.eigh(both.T @ both)  # ascending
+    variances, axes = variances.flip(0).clamp(min=0), vectors.T.flip(0)[:2]
     axes = axes * torch.sign(axes.gather(1, axes.abs().argmax(dim=1, keepdim=True)))  # or the sign is the library's
     placed = (both @ axes.T).numpy()
     if placed.shape[1] < 2:
         placed = np.pad(placed, ((0, 0), (0, 1)))
-    total = float((strength**2).sum())
-    explained = float((strength[:2] ** 2).sum()) / total if total else 1.0
+    total = float(variances.sum())
+    explained = float(variances[:2].sum()) / total if total else 1.0
     gap = float(torch.linalg.vector_norm(means[0] - means[1]))
     return Map(rows, placed[: len(rows)], placed[len(rows) :], explained, gap)
 

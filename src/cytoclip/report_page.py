@@ -73,6 +73,7 @@ def rebuild(
     console: Console,
     to: Path | None = None,
     split: str | None = None,
+    images: bool | None = None,
     pairs: Mapping[str, Pairs] | None = None,
 ) -> Path:
     """Write the page of one run, and cards where there are none; where the page is.
@@ -81,6 +82,8 @@ def rebuild(
     ----------
     split
         `val` or `test`: whose pairs are shown; None: the one that the verdict speaks of.
+    images
+        Whether there are pictures, captions and file names; None: as the run's `report.images` says.
 
     Raises
     ------
@@ -91,14 +94,21 @@ def rebuild(
     if pairs is not None or not (read.run.best / model_card.NAME).is_file():
         write_cards(read)
     place = to or folder / NAME
-    files.write_text(place, page(read, console, split, pairs))
+    files.write_text(place, page(read, console, split, images, pairs))
     return place
 
 
-def page(read: Record, console: Console, split: str | None = None, pairs: Mapping[str, Pairs] | None = None) -> str:
+def page(
+    read: Record,
+    console: Console,
+    split: str | None = None,
+    images: bool | None = None,
+    pairs: Mapping[str, Pairs] | None = None,
+) -> str:
     """The whole page as HTML."""
     judged = _chosen(conclusion.judged(read.results), split, read)
-    images = read.wanted is None or read.wanted.report.images
+    if images is None:
+        images = read.wanted is None or read.wanted.report.images
     missing = list(read.missing)
     shown = _evidence(read, judged[0].split, images, console, pairs, missing)
     if not judged[0].best.get("intervals"):
