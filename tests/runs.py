@@ -70,7 +70,7 @@ def compared(pairs: Pairs, before: Embeddings, best: Embeddings, resamples: int 
         changes = {}
         for key, after in each["best"][direction].items():
             change = after - each["before"][direction][key]
-            low, high = _interval(change, resamples)
+            low, high = _interval(key, change, resamples)
             by = found["best"][direction][key] - found["before"][direction][key]
             changes[key] = {"by": by, "interval": [low, high], "beyond_noise": not low <= 0 <= high}
         found["difference"][direction] = changes
@@ -105,7 +105,7 @@ def _scores(pairs: Pairs, values: dict[str, dict[str, NDArray[np.float64]]], res
     found["chance"] = {key: _mean(key, one) for key, one in chance.items()}
     found["clusters"] = {"by": "source", "count": 4}
     found["intervals"] = {
-        side: {key: _interval(one, resamples) for key, one in keys.items()} for side, keys in values.items()
+        side: {key: _interval(key, one, resamples) for key, one in keys.items()} for side, keys in values.items()
     }
     slices: dict[str, Any] = {}
     lengths = ["long" if len(caption) > 60 else "short" for caption in pairs.captions]
@@ -153,9 +153,10 @@ def _mean(key: str, values: NDArray[np.float64]) -> float:
     return float(np.median(values) if key.startswith("median") else values.mean())
 
 
-def _interval(values: NDArray[np.float64], resamples: int) -> list[float]:
-    drawn = np.random.default_rng(1).integers(0, len(values), (resamples, len(values)))
-    low, high = np.quantile(values[drawn].mean(axis=1), (0.025, 0.975))
+def _interval(key: str, values: NDArray[np.float64], resamples: int) -> list[float]:
+    drawn = values[np.random.default_rng(1).integers(0, len(values), (resamples, len(values)))]
+    middles = np.median(drawn, axis=1) if key.startswith("median") else drawn.mean(axis=1)
+    low, high = np.quantile(middles, (0.025, 0.975))
     return [float(low), float(high)]
 
 
