@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from cytoclip import record
 from cytoclip.console import Console
@@ -75,6 +76,15 @@ def test_what_is_no_finished_run_is_refused(copied: Path, broken: str) -> None:
 def test_a_truncated_tensor_file_is_none(copied: Path) -> None:
     place = copied / "embeddings" / "best.safetensors"
     place.write_bytes(place.read_bytes()[:200])
+    assert record.read(copied).embedded("val", "best") is None
+
+
+@pytest.mark.parametrize(
+    "wrong", [torch.full((20, 16), torch.nan), torch.ones(19, 16), torch.ones(20), torch.ones(0, 16)]
+)
+def test_embeddings_that_cannot_be_drawn_are_none(copied: Path, wrong: torch.Tensor) -> None:
+    other = torch.ones(0, 16) if not len(wrong) else torch.ones(20, 16)
+    save_file({"image": wrong, "text": other}, copied / "embeddings" / "best.safetensors")
     assert record.read(copied).embedded("val", "best") is None
 
 

@@ -69,15 +69,18 @@ class Record:
     missing: list[str] = field(default_factory=list)
 
     def embedded(self, split: str, which: str) -> Embedded | None:
-        """Of `before` or `best`; None where they were not kept, or not whole."""
+        """Of `before` or `best`; None where they were not kept, or are not whole, or not finite."""
         name = which if split == "val" else f"{split}-{which}"
         path = self.run.path / "embeddings" / f"{name}.safetensors"
         try:
             with safe_open(path, "pt") as stored:
                 pairs = (stored.metadata() or {}).get("pairs", "")
-                return Embedded(stored.get_tensor("image").float(), stored.get_tensor("text").float(), pairs)
+                image_ND, text_ND = (stored.get_tensor(side).float() for side in ("image", "text"))
         except (OSError, SafetensorError):
             return None
+        usable = image_ND.ndim == 2 and image_ND.shape == text_ND.shape and len(image_ND) > 0
+        usable = usable and bool(image_ND.isfinite().all()) and bool(text_ND.isfinite().all())
+        return Embedded(image_ND, text_ND, pairs) if usable else None
 
 
 def read(folder: Path) -> Record:
@@ -179,5 +182,5 @@ def _json(path: Path) -> Any:
 def _config(run: RunFolder) -> tuple[Config | None, list[str]]:
     try:
         return config.load(run.config), []
-    except UserError as error:
-        return None, [f"its configuration, which this version does not read ({error.message})"]
+    except UserError:
+        return None, ["its configuration, which this version does not read"]

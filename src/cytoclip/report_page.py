@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,10 @@ from cytoclip.thumbnails import Thumbnails
 
 NAME = "report.html"
 BUDGET = 3_000_000  # bytes of all thumbnails
-_MOST_CLASSES = 40  # of a confusion matrix that can be drawn
+_MOST_CLASSES = 30  # of a confusion matrix that can be drawn
 _OPEN_SLICES = ("label", "caption length")  # whose values say nothing of where a pair comes from
-_LIST = 200  # lines of skipped pictures
+_LIST = 200  # skipped pictures, findings
+_KEYS, _CLASSIFIERS = 12, 6  # of slices, and that are drawn
 
 
 @dataclass(frozen=True)
@@ -121,13 +123,13 @@ def page(
         began=_began(read, images),
         verdict=conclusion.verdict(judged[0]),
         judged=[(one, list(_tables(one))) for one in judged],
-        slices=[_private(one, images) for one in conclusion.slices(judged[0])],
+        slices=[_private(one, images) for one in islice(conclusion.slices(judged[0]), _KEYS)],
         split=judged[0].split,
         curves=curves.drawn(read, key),
         evidence=shown,
         images=images,
-        classification=list(_classification(read.results.get("classification"))),
-        findings=list(_findings(read.results.get("findings"), images)),
+        classification=list(islice(_classification(read.results.get("classification")), _CLASSIFIERS)),
+        findings=list(islice(_findings(read.results.get("findings"), images), _LIST)),
         facts=list(_facts(read)),
         skipped=list(read.results.get("skipped") or {})[:_LIST] if images else [],
         yaml="" if wanted is None else _yaml(wanted, images),
