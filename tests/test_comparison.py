@@ -116,6 +116,17 @@ def test_the_interval_draws_clusters() -> None:
     assert alone == pytest.approx((drawn.mean() - 1.96 * error, drawn.mean() + 1.96 * error), abs=0.08)
 
 
+def test_unequal_clusters_are_put_together_whole() -> None:
+    """The slow and obvious way: the rows of the clusters that are drawn, one behind another, and their mean."""
+    cluster = np.repeat(np.arange(5), [1, 2, 3, 10, 40])
+    one, other = np.random.default_rng(0).normal(size=(2, 56)) + cluster
+    again, means = np.random.default_rng(0), []
+    for _ in range(comparison.RESAMPLES):
+        rows = np.concatenate([np.flatnonzero(cluster == drawn) for drawn in again.integers(0, 5, 5)])
+        means.append((one[rows] - other[rows]).mean())
+    assert comparison.paired_interval(one, other, cluster) == pytest.approx(tuple(np.quantile(means, (0.025, 0.975))))
+
+
 def test_runs_of_one_name_are_told_apart(three: list[Path], tmp_path: Path) -> None:
     for name in ("a", "b"):
         shutil.copytree(three[0], tmp_path / name / "run")
