@@ -8,13 +8,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from cytoclip import config, families, kinds
+from cytoclip import config, families, kinds, results_schema
 
 REFERENCE = Path(__file__).parent / "reference"
 PAGES = {
     REFERENCE / "config.md": config.reference,
     REFERENCE / "families.md": families.page,
     REFERENCE / "findings.md": kinds.page,
+    REFERENCE / "results.md": results_schema.page,
 }
 
 

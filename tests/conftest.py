@@ -18,7 +18,7 @@ import torch
 from cytoclip import cells, demo, train
 from cytoclip.config import Config, parse
 from cytoclip.console import Console
-from tests import tiny
+from tests import runs, tiny
 
 torch.set_num_threads(2)
 
@@ -75,7 +75,7 @@ def experiment(root: Path, base: Path, tmp_path: Path) -> Callable[..., Config]:
             "output": str(tmp_path / "run"),
         }
         for name, section in sections.items():
-            given[name] = {**given[name], **section} if isinstance(section, dict) else section
+            given[name] = {**given.get(name, {}), **section} if isinstance(section, dict) else section
         return parse(given, "the test")
 
     return make
@@ -95,6 +95,14 @@ def done(root: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
         "the test",
     )
     return wanted, train.fit(wanted, Console())
+
+
+@pytest.fixture(scope="session")
+def told(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder made by hand with all that a report draws on, but for weights; only looked at."""
+    folder = tmp_path_factory.mktemp("told") / "run"
+    runs.write(folder, root, {"val": (runs.random_embeddings(20, 0.1), runs.random_embeddings(20, 1.5, seed=1))})
+    return folder
 
 
 def write_split(folder: Path, count: int, seed: int) -> list[dict[str, str]]:

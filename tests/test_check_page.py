@@ -10,7 +10,6 @@ import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -65,8 +64,8 @@ def test_the_page_is_whole_asks_for_nothing_and_is_small(page: str) -> None:
     assert "prefers-color-scheme: dark" in page
     assert "width=device-width" in page
     assert len(page.encode()) < 1e6
-    assert read.tags.count("svg") == 4
-    assert read.tags.count("details") == 35
+    assert page.count('role="img"') == 4
+    assert read.tags.count("details") == 39  # 35 findings, and the numbers of 4 charts
 
 
 def test_a_thumbnail_is_what_it_is_of_and_has_no_metadata(page: str) -> None:
@@ -101,17 +100,3 @@ def test_thumbnails_stop_at_the_budget(base: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(check_page, "BUDGET", 20_000)
     page = check_page.page(report)
     assert 0 < sum(map(len, Reader(page).asked)) <= 20_000
-
-
-def test_charts_of_one_value_and_of_many() -> None:
-    one = check_page._chart("t", [np.array([360, 360]), np.array([360])], (224, "read"))
-    assert [(bar.series, bar.height) for bar in one.bars] == [(0, 116), (1, 116)]
-    assert (one.low, one.high, one.mark) == ("360", "360", None)
-    values = np.arange(1000)
-    many = check_page._chart("t", [values], (500, "read"))
-    assert len(many.bars) == 24
-    assert sum(bar.height for bar in many.bars) == pytest.approx(24 * 116, rel=0.03)
-    assert many.mark == pytest.approx(160, abs=1)
-    ratios = check_page._chart("t", [np.array([4 / 3, 4 / 3])], None)
-    assert len(ratios.bars) == 1
-    assert 150 <= ratios.bars[0].x <= 165

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,7 +73,7 @@ def test_help_lists_every_command(run: Run, word: str) -> None:
     assert all(f" {name} " in outcome.out for name in commands)
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "classify", "soup", "config", "demo"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "classify", "soup", "config", "demo", "report"])
 def test_every_command_has_help(run: Run, command: str) -> None:
     outcome = run(command, "--help")
     assert (outcome.code, outcome.err) == (0, "")
@@ -114,7 +115,7 @@ def test_config_shows_every_option_with_type_default_and_doc(run: Run) -> None:
     outcome = run("config")
     assert (outcome.code, outcome.err) == (0, "")
     options = list(config.options())
-    assert len(options) == 82
+    assert len(options) == 83
     for option in options:
         assert option.doc in outcome.out
         line = (
@@ -123,6 +124,22 @@ def test_config_shows_every_option_with_type_default_and_doc(run: Run) -> None:
             else f"  {option.name}  [{option.kind}; default {option.default}]\n"
         )
         assert line in outcome.out
+
+
+def test_report_writes_one_run_or_compares_several(run: Run, told: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(told, tmp_path / "run"))
+    outcome = run("report", str(copied))
+    assert (outcome.code, outcome.out) == (0, f"{copied / 'report.html'}\n")
+    assert "data:image/jpeg" in (copied / "report.html").read_text()
+    outcome = run("report", str(told), "--to", str(tmp_path / "a.html"), "--split", "val", "--no-images")
+    assert (outcome.code, outcome.out) == (0, f"{tmp_path / 'a.html'}\n")
+    assert "data:image" not in (tmp_path / "a.html").read_text()
+    outcome = run("report", str(told), str(copied), "--to", str(tmp_path / "b.html"))
+    assert (outcome.code, outcome.out) == (0, f"{tmp_path / 'b.html'}\n")
+    assert "What was different" in (tmp_path / "b.html").read_text()
+    assert "no run folder" in refused(run("report", str(tmp_path)))[0]
+    assert "was not scored on test" in refused(run("report", str(told), "--split", "test"))[0]
+    assert not (told / "report.html").exists()
 
 
 def test_config_of_a_file_is_complete_resolved_yaml(run: Run, recipe: Path, tmp_path: Path) -> None:

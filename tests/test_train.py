@@ -69,6 +69,7 @@ def test_the_run_folder_holds_what_is_documented(done: tuple[Config, train.RunRe
     assert names == {
         "config.yaml", "results.json", "losses.jsonl", "curves.jsonl", "validations.jsonl", "train.log", ".lock",
         "tensorboard/events.out.tfevents", "embeddings/before.safetensors", "embeddings/best.safetensors",
+        "report.html", "model/README.md", "best/README.md",
         *(f"checkpoints/step-{step}/{name}" for step in (2, 4) for name in (TENSORS, MORE, MANIFEST)),
         *(f"{place}/{name}" for place in ("model", "best") for name in model),
     }  # fmt: skip

@@ -60,6 +60,7 @@ def test_what_may_differ_between_two_starts_does_and_the_log_says_resuming(
         train={"shard": True},
         checkpoint={"every": 3, "keep_last": 1},
         track={"to": ["tensorboard"]},
+        report={"images": False},
     )
     assert config.differences(first, second) == sorted(claim.HARMLESS - {"output"})
     train.fit(second, Console())

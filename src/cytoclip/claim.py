@@ -15,7 +15,7 @@ from cytoclip.errors import ExitCode, Stopped, UserError, first_few
 
 # May differ when a run resumes, or was moved: they decide no number.
 HARMLESS = {"data.workers", "data.cache", "data.cache_budget_gb", "train.shard", "checkpoint.every",
-    "checkpoint.keep_last", "track.to", "output"}  # fmt: skip
+    "checkpoint.keep_last", "track.to", "report.images", "output"}  # fmt: skip
 _LENGTHS = ("steps", "epochs")
 
 

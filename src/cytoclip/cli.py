@@ -38,6 +38,11 @@ class Crop(StrEnum):
     SQUASH = "squash"
 
 
+class Split(StrEnum):
+    val = "val"
+    test = "test"
+
+
 class Direction(StrEnum):
     image_to_text = "image_to_text"
     text_to_image = "text_to_image"
@@ -172,6 +177,36 @@ def classify(  # noqa: PLR0913 - each is an option
     console = _console()
     result = classifying.classify(model, data_root, asked, console, batch_size)
     console.result(json.dumps(result, ensure_ascii=False) if as_json else class_table.text(result))
+
+
+@app.command()
+def report(
+    run: Annotated[list[Path], typer.Argument(help="One run folder, or several to compare.", show_default=False)],
+    to: Annotated[
+        Path | None,
+        typer.Option(help="Where the page goes; else RUN/report.html, or comparison.html here.", show_default=False),
+    ] = None,
+    split: Annotated[
+        Split | None, typer.Option(help="Which split; else test where it was scored, or val.", show_default=False)
+    ] = None,
+    images: Annotated[
+        bool | None,
+        typer.Option(
+            help="With pictures, captions and file names; else as the run's report.images.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Write a run's page again, or one that compares several."""
+    console, asked = _console(), split.value if split else None
+    if len(run) == 1:
+        from cytoclip import report_page
+
+        written = report_page.rebuild(run[0], console, to, asked, images)
+    else:
+        from cytoclip import comparison
+
+        written = comparison.write(run, to or Path("comparison.html"), asked, console, images)
+    console.result(str(written))
 
 
 @app.command()
@@ -322,7 +357,7 @@ def _guarded(work: Callable[[], object]) -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     slurm.adopt(os.environ)  # before anything asks which process this is
     try:
-        outcome = work()
+        conclusion = work()
     except UserError as error:
         if _speaks() or not error.everywhere:
             fail(error.lines())
@@ -332,13 +367,13 @@ def _guarded(work: Callable[[], object]) -> None:
             fail(str(stop))
         sys.exit(128 + stop.number)
     except KeyboardInterrupt:
-        outcome = _INTERRUPTED
+        conclusion = _INTERRUPTED
     except Exception as error:
         _explain(error)
         raise
-    if outcome == _INTERRUPTED and _speaks():
+    if conclusion == _INTERRUPTED and _speaks():
         fail("stopped; a training run goes on from its last checkpoint when the same command is given again")
-    sys.exit(outcome if isinstance(outcome, int) else 0)
+    sys.exit(conclusion if isinstance(conclusion, int) else 0)
 
 
 _INTERRUPTED = 128 + 2  # SIGINT; typer catches it inside a command and returns this number

@@ -247,6 +247,14 @@ class Track(Section):
     )
 
 
+class Report(Section):
+    images: bool = Field(
+        True,
+        description="Whether report.html holds pictures, captions and file names; false: none of them, nor the places "
+        "of the data, for data that must not leave.",
+    )
+
+
 class Config(Section):
     data: Data = Field(description="The image-caption pairs.")
     model: Model = Field(Model(), description="The model and which parts of it move.")
@@ -256,6 +264,7 @@ class Config(Section):
     )
     checkpoint: Checkpoint = Field(Checkpoint(), description="When the state to resume from is saved.")
     track: Track = Field(Track(), description="Experiment trackers.")
+    report: Report = Field(Report(), description="The page that a run ends with.")
     output: NonEmpty = Field(
         "runs/{file name}",
         description="The run folder; default: runs/ and the name of the YAML file without its ending.",

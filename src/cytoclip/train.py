@@ -27,6 +27,7 @@ from cytoclip import (
     outcome,
     plan,
     report,
+    report_page,
     signals,
     state,
     streams,
@@ -315,6 +316,11 @@ def _finish(job: Job, progress: Progress) -> RunResult:
     validation.save_model(job, job.run.model)
     written = outcome.results(job, progress)
     job.world.once(lambda: files.write_json(job.run.results, written))  # last: it is what makes the run finished
+    job.world.once(
+        lambda: report_page.write(
+            job.run.path, job.console, {"val": job.val} | ({"test": job.test} if job.test else {})
+        )
+    )
     job.console.say(f"finished {progress.step} steps in {duration(progress.seconds)}")
     return _result(job.run, written)
 

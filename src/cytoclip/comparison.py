@@ -1,0 +1,251 @@
+"""Several runs on one page, side by side: which is better, by how much, and what was different about them.
+
+Whether a difference is beyond noise is said only of runs that ranked the same pairs: their queries are then drawn
+together. It is computed from the embeddings that the runs keep.
+
+Letters: N pairs, G clusters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cytoclip import charts, conclusion, config, files, pages, record, retrieval
+from cytoclip.charts import Chart, Line
+from cytoclip.conclusion import Judged, Verdict
+from cytoclip.console import Console, duration
+from cytoclip.errors import ExitCode, UserError
+from cytoclip.pairs import Pairs, identities
+from cytoclip.record import Embedded, Record
+from cytoclip.report import DIRECTIONS
+from cytoclip.retrieval import Counts
+
+MOST_RUNS = 8  # as many colours as there are
+RESAMPLES = 1000
+_PLACES = ("data.root", "data.train", "data.val", "data.test", "model.name", "output", "validate.keep")
+
+
+@dataclass(frozen=True)
+class Column:
+    """One run on the split that all are compared on."""
+
+    name: str
+    read: Record
+    one: Judged
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric: its name, chance, a cell a run, and which run has the best number."""
+
+    name: str
+    chance: str
+    cells: Sequence[str]
+    best: int
+
+
+def write(folders: Sequence[Path], to: Path, split: str | None, console: Console, images: bool | None = None) -> Path:
+    """Write the page.
+
+    Raises
+    ------
+    UserError
+        For a folder that is no finished run, too many of them, or a split that not all of them were scored on.
+    """
+    files.write_text(to, page(folders, split, console, images))
+    return to
+
+
+def page(folders: Sequence[Path], split: str | None, console: Console, images: bool | None = None) -> str:
+    """The whole page as HTML; without the places of data where one run, or `images` False, says so."""
+    if len(folders) > MOST_RUNS:
+        raise UserError(f"{len(folders)} runs are too many for a page", f"compare at most {MOST_RUNS}")
+    columns = _columns([record.read(folder) for folder in folders], split)
+    direction, key = _headline(columns)
+    both = [side for side in DIRECTIONS if all(side in column.one.best for column in columns)]
+    private = images is False or (images is None and not all(map(_may_show, columns)))
+    return pages.render(
+        "comparison.html",
+        names=[column.name for column in columns],
+        split=columns[0].one.split,
+        verdict=verdict(columns, direction, key, console),
+        tables=[(DIRECTIONS[side], list(_rows(columns, side))) for side in both],
+        curves=list(_curves(columns, direction, key)),
+        differences=list(_differences(columns, private)),
+        facts=list(_facts(columns)),
+    )
+
+
+def verdict(columns: Sequence[Column], direction: str, key: str, console: Console) -> Verdict:
+    """Which is best, and whether it is so beyond noise, on one number."""
+    numbers = [column.one.best[direction][key] for column in columns]
+    order = sorted(range(len(columns)), key=lambda i: -numbers[i])
+    first, second = columns[order[0]], columns[order[1]]
+    what = f"{conclusion.named(key)} ({DIRECTIONS[direction]}, {first.one.split})"
+    values = [conclusion.value(key, numbers[i]) for i in order[:2]]
+    against = f"{what}: {values[0]} of {first.name} against {values[1]} of {second.name}"
+    prints = [embedded.pairs for embedded in map(_embedded, columns) if embedded]
+    if {column.one.best["pairs"] for column in columns} != {first.one.best["pairs"]} or len(set(prints) - {""}) > 1:
+        return Verdict(f"{against}; they ranked different pairs, so these numbers cannot be held against each other.",
+                       "warning")  # fmt: skip
+    low_high = _noise(first, second, direction, key, console)
+    if low_high is None:
+        return Verdict(f"{against}; whether that is beyond noise is not known (embeddings or pairs are missing).",
+                       "warning")  # fmt: skip
+    by = numbers[order[0]] - numbers[order[1]]
+    told = conclusion.difference(key, by, low_high)
+    if low_high[0] <= 0 <= low_high[1]:
+        return Verdict(f"{against}, a difference within noise ({told}): neither is shown to be better.", "warning")
+    return Verdict(f"{first.name} is the better one. {against}, beyond noise ({told}).", "good")
+
+
+def paired_interval(
+    one_N: NDArray[np.float64], other_N: NDArray[np.float64], cluster_N: NDArray[np.int64], seed: int = 0
+) -> tuple[float, float]:
+    """95 % percentile interval of the mean difference, clusters drawn with replacement (Field & Welsh 2007)."""
+    groups = int(cluster_N.max()) + 1
+    sums, sizes = np.bincount(cluster_N, one_N - other_N, groups), np.bincount(cluster_N, minlength=groups)
+    random, found = np.random.default_rng(seed), np.empty(RESAMPLES)
+    for i in range(RESAMPLES):
+        weights = np.bincount(random.integers(0, groups, groups), minlength=groups)
+        found[i] = (weights @ sums) / (weights @ sizes)
+    low, high = np.quantile(found, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def _columns(read: Sequence[Record], split: str | None) -> list[Column]:
+    scored = [{one.split: one for one in conclusion.judged(each.results)} for each in read]
+    common = [name for name in scored[0] if all(name in one for one in scored)]
+    if not common or (split and split not in common):
+        raise UserError(
+            f"not all of the runs were scored on {split or 'one split'}",
+            f"all were on {' and '.join(common)}" if common else "compare runs of the same data",
+            ExitCode.RUN,
+        )
+    name = split or common[0]
+    return [Column(called, each, one[name]) for called, each, one in zip(_names(read), read, scored, strict=True)]
+
+
+def _names(read: Sequence[Record]) -> list[str]:
+    """The folder's, or with the folder above it where two are called the same."""
+    places = [each.run.path.resolve() for each in read]
+    short = [place.name for place in places]
+    if len(set(short)) == len(short):
+        return short
+    longer = [f"{place.parent.name}/{place.name}" for place in places]
+    return longer if len(set(longer)) == len(longer) else [f"{n}: {name}" for n, name in enumerate(short, 1)]
+
+
+def _headline(columns: Sequence[Column]) -> tuple[str, str]:
+    """As of one run, on a number that all of them have; by group where that differs in any."""
+    by_group = [column for column in columns if conclusion.differs_by_group(column.one)]
+    direction, key = conclusion.headline((by_group or columns)[0].one)
+    if all(key in column.one.best.get(direction, {}) for column in columns):
+        return direction, key
+    shared = [k for k in columns[0].one.best[direction] if all(k in c.one.best.get(direction, {}) for c in columns)]
+    if not shared:
+        raise UserError("the runs have no metric in common", "validate them with the same validate.ks", ExitCode.RUN)
+    return direction, shared[0]
+
+
+def _rows(columns: Sequence[Column], direction: str) -> Iterator[Row]:
+    tables = [{row.name: row for row in conclusion.rows(column.one, direction)} for column in columns]
+    numbers = [{conclusion.named(key): (key, value) for key, value in c.one.best[direction].items()} for c in columns]
+    for name, row in tables[0].items():
+        if all(name in table for table in tables):
+            key = numbers[0][name][0]
+            values = np.array([number[name][1] for number in numbers])
+            best = int(values.argmin() if conclusion.is_rank(key) else values.argmax())
+            yield Row(name, row.chance, [table[name].best for table in tables], best)
+
+
+def _noise(one: Column, other: Column, direction: str, key: str, console: Console) -> tuple[float, float] | None:
+    """The interval of one − other where both ranked the same pairs, which are still there."""
+    embedded = _embedded(one), _embedded(other)
+    if embedded[0] is None or embedded[1] is None or not embedded[0].pairs or not key.startswith("hit@"):
+        return None
+    try:
+        pairs = record.pairs(one.read, one.one.split, embedded[0], console)
+    except UserError:
+        return None
+    hits = [_hits(each, pairs, direction, key) for each in embedded if each is not None]
+    return paired_interval(hits[0], hits[1], _clusters(pairs))
+
+
+def _hits(embedded: Embedded, pairs: Pairs, direction: str, key: str) -> NDArray[np.float64]:
+    """hit@k of each query, (N,), as `retrieval` defines it."""
+    sides = (embedded.image_ND, embedded.text_ND)
+    strict, groups = retrieval.count_ranks(*(sides if direction == "image_to_text" else sides[::-1]), identities(pairs))
+    counts = groups if key.endswith("_groups") else strict
+    k = int(key.removesuffix("_groups").removeprefix("hit@"))
+    each = np.stack([column.numpy() for column in (counts.above, counts.tied, counts.right_tied, counts.right)], axis=1)
+    cases, of = np.unique(each, axis=0, return_inverse=True)
+    worth = [retrieval.hit_rate(Counts(*torch.from_numpy(case[:, None])), k) for case in cases]
+    return np.array(worth)[of.reshape(-1)]
+
+
+def _clusters(pairs: Pairs) -> NDArray[np.int64]:
+    """What is drawn together: pairs of one source, else of one group, else of one picture."""
+    numbers: dict[str, int] = {}
+    columns = zip(pairs.sources, pairs.groups, pairs.contents, strict=True)
+    tags = (f"s{source}" if source else f"g{group}" if group else f"p{content}" for source, group, content in columns)
+    return np.array([numbers.setdefault(tag, len(numbers)) for tag in tags], np.int64)
+
+
+def _embedded(column: Column) -> Embedded | None:
+    return column.read.embedded(column.one.split, "best")
+
+
+def _may_show(column: Column) -> bool:
+    return column.read.wanted is None or column.read.wanted.report.images
+
+
+def _curves(columns: Sequence[Column], direction: str, key: str) -> Iterator[Chart]:
+    lines = []
+    for column in columns:
+        rows = [row for row in column.read.validations if key in row.get("val", {}).get(direction, {})]
+        values = [100 * row["val"][direction][key] for row in rows]
+        lines.append(Line(column.name, np.array([row["step"] for row in rows], np.float64), np.array(values)))
+    if any(len(line.x) for line in lines):
+        yield charts.curves(f"{conclusion.named(key)} (%) of val, {DIRECTIONS[direction]}", lines, dots=True)
+    logged = [c for c in columns if "loss" in c.read.losses]
+    if logged:
+        losses = [Line(c.name, c.read.losses["step"], c.read.losses["loss"]) for c in logged]
+        yield charts.curves("loss", losses)
+
+
+def _differences(columns: Sequence[Column], private: bool) -> Iterator[tuple[str, list[str]]]:
+    """Each option in which the runs differ, with its value in each."""
+    wanted = [column.read.wanted for column in columns]
+    known = [one for one in wanted if one is not None]
+    names = sorted({name for other in known[1:] for name in config.differences(known[0], other)} - {"output"})
+    for name in names:
+        hidden = private and name in _PLACES
+        yield (
+            name,
+            ["–" if one is None else "…" if hidden else _option(one.model_dump(by_alias=True), name) for one in wanted],
+        )
+
+
+def _option(given: dict[str, Any], name: str) -> str:
+    value: Any = given
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return "null" if value is None else str(value)
+
+
+def _facts(columns: Sequence[Column]) -> Iterator[tuple[str, list[str]]]:
+    results = [column.read.results for column in columns]
+    yield "steps", [f"{one['steps']:,}; best at {one['best_step']:,}" for one in results]
+    yield "time of training", [duration(one["seconds"]) if "seconds" in one else "–" for one in results]
+    yield "processes", [f"{one.get('processes', '–')} on {one.get('device', '–')}" for one in results]
+    direction, key = _headline(columns)
+    before = [conclusion.value(key, column.one.before[direction][key]) for column in columns]
+    yield f"{conclusion.named(key)} before, {DIRECTIONS[direction]}", before

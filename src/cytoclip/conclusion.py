@@ -1,0 +1,242 @@
+"""What a run came to, from its `results.json`: one sentence, the table before → after, slices. Pure.
+
+A number's difference is beyond noise where its paired-bootstrap interval leaves out zero; who computed it says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cytoclip.report import DIRECTIONS
+
+MOST_VALUES = 40  # of a slice
+_HEADLINE = 10  # the k of the sentence, where it was asked for
+_RANKS = ("median_rank", "mean_rank")
+
+Scores = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The two models on one split.
+
+    Parameters
+    ----------
+    difference
+        best − before of each direction and key, as results.json has it; empty where nobody computed it.
+    """
+
+    split: str
+    before: Scores
+    best: Scores
+    difference: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric of one direction, as it is printed; `change` is better, worse, noise, or empty where not known."""
+
+    name: str
+    chance: str
+    before: str
+    best: str
+    difference: str
+    change: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The sentence, and how it is coloured: good, warning or error."""
+
+    text: str
+    colour: str
+
+
+@dataclass(frozen=True)
+class Slice:
+    """How one direction did on the pairs of one value."""
+
+    value: str
+    pairs: int
+    before: str
+    best: str
+
+
+def judged(results: Mapping[str, Any]) -> list[Judged]:
+    """The splits that were scored, the one that the run is judged by first: test, where there is one."""
+    found = [
+        Judged(split, results[split]["before"], results[split]["best"], results[split].get("difference") or {})
+        for split in ("test", "val")
+        if results.get(split)
+    ]
+    flat = results.get("before"), results.get("best")
+    if not any(one.split == "val" for one in found) and flat[0] and flat[1]:  # of a run before there were intervals
+        found.append(Judged("val", flat[0], flat[1], {}))
+    return found
+
+
+def verdict(one: Judged) -> Verdict:
+    """Whether it got better, in one sentence, on the number that the sentence names and on no other."""
+    direction, key = headline(one)
+    before, best = one.before[direction][key], one.best[direction][key]
+    chance = one.best["chance"][key]
+    what = f"{named(key)} ({DIRECTIONS[direction]}, {one.best['pairs']:,} pairs of {one.split})"
+    after = f"{value(key, best)}{_interval(one.best, direction, key)}"
+    told = one.difference.get(direction, {}).get(key)
+    low = (one.best.get("intervals") or {}).get(direction, {}).get(key, [best])[0]
+    if told and told["beyond_noise"] and told["by"] < 0:
+        return Verdict(
+            f"{what} fell from {value(key, before)} (chance {value(key, chance)}) to {after}: "
+            "the starting model is the better one.",
+            "error",
+        )
+    if low <= chance:
+        return Verdict(
+            f"{what} is {after}, no better than chance ({value(key, chance)}): nothing that ranks was learned.", "error"
+        )
+    if not told:
+        return Verdict(
+            f"{what} went from {value(key, before)} (chance {value(key, chance)}) to {after}; "
+            "whether that is beyond noise was not measured.",
+            "warning",
+        )
+    if not told["beyond_noise"]:
+        return Verdict(
+            f"{what} went from {value(key, before)} (chance {value(key, chance)}) to {after}, a difference within "
+            f"noise ({_difference(key, told)}): no gain is shown.",
+            "warning",
+        )
+    return Verdict(f"{what} rose from {value(key, before)} (chance {value(key, chance)}) to {after}.", "good")
+
+
+def headline(one: Judged) -> tuple[str, str]:
+    """The direction and key of the sentence: hit@10 or else the k in the middle, by group where that differs."""
+    direction = next(name for name in DIRECTIONS if name in one.best)
+    ks = [int(key.removeprefix("hit@")) for key in one.best["chance"] if _is_strict_hit(key)]
+    k = _HEADLINE if _HEADLINE in ks else ks[len(ks) // 2]
+    return direction, f"hit@{k}_groups" if differs_by_group(one) else f"hit@{k}"
+
+
+def differs_by_group(one: Judged) -> bool:
+    """Whether captions, pictures or groups repeat, so that a query has more right answers than its own pair."""
+    return any(
+        scores[side].get(f"{key}_groups", scores[side][key]) != scores[side][key]
+        for scores in (one.before, one.best)
+        for side in (*_sides(scores), "chance")
+        for key in scores[side]
+        if _is_strict_hit(key)
+    )
+
+
+def rows(one: Judged, direction: str) -> list[Row]:
+    """The table of one direction: each metric by pair, and by group where that differs."""
+    keys = [key for key in one.best[direction] if differs_by_group(one) or not key.endswith("_groups")]
+    return [_row(one, direction, key) for key in sorted(keys, key=_place)]
+
+
+def slices(one: Judged) -> Iterator[tuple[str, str, list[Slice], int]]:
+    """Of each key: its name, what was counted, its values by number of pairs, and how many are left out."""
+    direction, key = headline(one)
+    for name, values in (one.best.get("slices") or {}).items():
+        before = (one.before.get("slices") or {}).get(name, {})
+        found = [_slice(text, scores, before.get(text), direction, key) for text, scores in values.items()]
+        if name != "caption length":  # which has an order of its own
+            found.sort(key=lambda each: -each.pairs)
+        yield name, f"{named(key)}, {DIRECTIONS[direction]}", found[:MOST_VALUES], max(0, len(found) - MOST_VALUES)
+
+
+def named(key: str) -> str:
+    """`hit@10 by group` for `hit@10_groups`."""
+    words = {"mrr": "MRR", "map": "mAP", "median_rank": "median rank", "mean_rank": "mean rank"}
+    bare = key.removesuffix("_groups")
+    return words.get(bare, bare) + (" by group" if key.endswith("_groups") else "")
+
+
+def value(key: str, number: float) -> str:
+    """A rate in percent, a rank as it is.
+
+    Examples
+    --------
+    >>> value("hit@10", 0.312), value("median_rank_groups", 12.5)
+    ('31.2 %', '12.5')
+    """
+    return f"{number:,.1f}" if is_rank(key) else f"{100 * number:.1f} %"
+
+
+def difference(key: str, by: float, interval: Sequence[float]) -> str:
+    """In percentage points, or ranks, with a sign.
+
+    Examples
+    --------
+    >>> difference("hit@10", 0.032, [0.011, 0.05])
+    '+3.2 [+1.1, +5.0]'
+    """
+    scale = 1 if is_rank(key) else 100
+    written, low, high = (_signed(scale * number) for number in (by, *interval))
+    return f"{written} [{low}, {high}]"
+
+
+def is_rank(key: str) -> bool:
+    """Whether lower is better."""
+    return key.removesuffix("_groups") in _RANKS
+
+
+def _row(one: Judged, direction: str, key: str) -> Row:
+    told = one.difference.get(direction, {}).get(key)
+    chance = one.best["chance"].get(key)
+    change = ""
+    if told:
+        better = (told["by"] < 0) == is_rank(key)
+        change = ("better" if better else "worse") if told["beyond_noise"] else "noise"
+    return Row(
+        name=named(key),
+        chance="–" if chance is None else value(key, chance),
+        before=value(key, one.before[direction][key]) + _interval(one.before, direction, key),
+        best=value(key, one.best[direction][key]) + _interval(one.best, direction, key),
+        difference=_difference(key, told) if told else "–",
+        change=change,
+    )
+
+
+def _slice(text: str, scores: Scores, before: Scores | None, direction: str, key: str) -> Slice:
+    return Slice(
+        text,
+        int(scores["pairs"]),
+        value(key, before[direction][key]) if before and direction in before else "–",
+        value(key, scores[direction][key]) + _interval(scores, direction, key),
+    )
+
+
+def _interval(scores: Scores, direction: str, key: str) -> str:
+    found: Sequence[float] | None = (scores.get("intervals") or {}).get(direction, {}).get(key)
+    if not found:
+        return ""
+    low, high = (value(key, end).removesuffix(" %") for end in found)
+    return f" [{low}, {high}]"
+
+
+def _difference(key: str, told: Mapping[str, Any]) -> str:
+    return difference(key, told["by"], told["interval"])
+
+
+def _signed(number: float) -> str:
+    written = f"{number:+,.1f}"
+    return ("0.0" if written in ("+0.0", "-0.0") else written).replace("-", "−")
+
+
+def _sides(scores: Scores) -> list[str]:
+    return [name for name in DIRECTIONS if name in scores]
+
+
+def _is_strict_hit(key: str) -> bool:
+    return key.startswith("hit@") and not key.endswith("_groups")
+
+
+def _place(key: str) -> tuple[bool, int, int]:
+    """By pair before by group; hits by k, recalls by k, then the rest."""
+    bare = key.removesuffix("_groups")
+    kind, _, k = bare.partition("@")
+    order = ("hit", "recall", "mrr", "map", "median_rank", "mean_rank")
+    return key.endswith("_groups"), order.index(kind) if kind in order else len(order), int(k or 0)
