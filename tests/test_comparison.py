@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cytoclip import comparison, record, retrieval
+from cytoclip import comparison, measure, record
 from cytoclip.console import Console
 from cytoclip.errors import UserError
-from cytoclip.pairs import identities
 from tests import runs
 from tests.conftest import write_split
 from tests.test_check_page import Reader
@@ -90,41 +89,19 @@ def test_differences_of_the_configuration_and_the_best_of_each_row(three: list[P
     assert marked.index(True) == int(np.argmin([one["image_to_text"]["median_rank_groups"] for one in best]))
 
 
-def test_hits_are_those_of_the_metric(three: list[Path]) -> None:
-    read = record.read(three[0])
-    embedded = read.embedded("val", "best")
-    assert embedded is not None
-    pairs = record.pairs(read, "val", embedded, QUIET)
-    for direction, sides in (("image_to_text", (embedded.image_ND, embedded.text_ND)),
-                             ("text_to_image", (embedded.text_ND, embedded.image_ND))):  # fmt: skip
-        rates = retrieval.hit_rates(*sides, identities(pairs), [1, 10])
-        for key, value in (("hit@1", rates.strict[1]), ("hit@10_groups", rates.groups[10])):
-            hits = comparison._hits(embedded, pairs, direction, key)
-            assert len(hits) == 20
-            assert hits.mean() == pytest.approx(value)
-
-
-def test_the_interval_draws_clusters() -> None:
-    """20 equal pairs of one cluster tell no more than one: the interval is as wide as that of one pair a cluster."""
-    drawn = np.random.default_rng(0).normal(size=30)
-    alone = comparison.paired_interval(drawn, np.zeros(30), np.arange(30))
-    repeated = comparison.paired_interval(np.repeat(drawn, 20), np.zeros(600), np.repeat(np.arange(30), 20))
-    assert repeated == pytest.approx(alone)
-    naive = comparison.paired_interval(np.repeat(drawn, 20), np.zeros(600), np.arange(600))
-    assert naive[1] - naive[0] < (alone[1] - alone[0]) / 3
-    error = drawn.std() / np.sqrt(30)
-    assert alone == pytest.approx((drawn.mean() - 1.96 * error, drawn.mean() + 1.96 * error), abs=0.08)
-
-
-def test_unequal_clusters_are_put_together_whole() -> None:
-    """The slow and obvious way: the rows of the clusters that are drawn, one behind another, and their mean."""
-    cluster = np.repeat(np.arange(5), [1, 2, 3, 10, 40])
-    one, other = np.random.default_rng(0).normal(size=(2, 56)) + cluster
-    again, means = np.random.default_rng(0), []
-    for _ in range(comparison.RESAMPLES):
-        rows = np.concatenate([np.flatnonzero(cluster == drawn) for drawn in again.integers(0, 5, 5)])
-        means.append((one[rows] - other[rows]).mean())
-    assert comparison.paired_interval(one, other, cluster) == pytest.approx(tuple(np.quantile(means, (0.025, 0.975))))
+def test_noise_is_that_of_an_evaluation(three: list[Path]) -> None:
+    """The runs' own embeddings, ranked again, and drawn by cluster."""
+    reads = [record.read(folder) for folder in three[:2]]
+    one, other = comparison._columns(reads, None)
+    embedded = [read.embedded("val", "best") for read in reads]
+    assert embedded[0] is not None
+    assert embedded[1] is not None
+    pairs = record.pairs(reads[0], "val", embedded[0], QUIET)
+    full = [measure.full(each.image_ND, each.text_ND, pairs, [5]) for each in embedded if each]
+    for direction in ("image_to_text", "text_to_image"):
+        found = measure.difference(*full)[direction]
+        for key in ("hit@5", "hit@5_groups", "recall@5_groups", "mrr", "median_rank_groups"):
+            assert comparison._noise(one, other, direction, key, QUIET) == tuple(found[key]["interval"]), key
 
 
 def test_runs_of_one_name_are_told_apart(three: list[Path], tmp_path: Path) -> None:

@@ -96,6 +96,18 @@ def test_differences_are_paired() -> None:
     assert got["median_rank"] == pytest.approx(np.percentile(wanted, (2.5, 97.5)).tolist(), abs=1e-12)
 
 
+def test_equal_pairs_of_one_cluster_tell_no_more_than_one() -> None:
+    column = np.random.default_rng(0).normal(size=30)
+    nothing, numbers = np.zeros(30), np.arange(30)
+    alone = differences({"a": column}, {"a": nothing}, Clusters("source", numbers, 30))["a"]
+    many = {"a": np.repeat(column, 20)}, {"a": np.zeros(600)}
+    assert differences(*many, Clusters("source", np.repeat(numbers, 20), 30))["a"] == pytest.approx(alone)
+    naive = differences(*many, Clusters("picture", np.arange(600), 600))["a"]
+    assert naive[1] - naive[0] < (alone[1] - alone[0]) / 3
+    error = column.std() / np.sqrt(30)
+    assert alone == pytest.approx((column.mean() - 1.96 * error, column.mean() + 1.96 * error), abs=0.08)
+
+
 def test_weights_come_again_and_draw_every_cluster_as_often_on_average(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = np.concatenate(list(weights(50)))
     assert whole.shape == (RESAMPLES, 50)

@@ -83,7 +83,9 @@ def test_results_say_what_was_measured(done: tuple[Config, train.RunResult]) -> 
     assert {name: written[name] for name in ("before", "last", "best")} == {
         "before": result.before, "last": result.last, "best": result.best,
     }  # fmt: skip
-    assert set(result.before["image_to_text"]) == {"hit@1", "hit@5", "hit@1_groups", "hit@5_groups"}
+    names = {*(f"{name}@{k}_groups" for name in ("hit", "recall") for k in (1, 5)), "map_groups", "hit@1", "hit@5"}
+    both = {f"{name}{end}" for name in ("mrr", "median_rank", "mean_rank") for end in ("", "_groups")}
+    assert set(result.before["image_to_text"]) == names | both
     assert "chance" in result.table()
     assert "step 4" in result.table()
 
@@ -271,9 +273,9 @@ def test_best_is_the_best_validation_and_of_equal_ones_the_first(
 
     def look(job: Any) -> Seen:
         at.append(job.opened.encoder.clip.text_projection.weight.detach().numpy().copy())
-        hit = {"hit@1": 0.0, "hit@1_groups": next(script)}
-        scores = {"image_to_text": hit, "text_to_image": hit, "chance": {"hit@1": 0.1, "hit@1_groups": 0.1}}
-        return replace(looks(job), val={"pairs": 20, **scores})
+        seen, hit = looks(job), {"hit@1": 0.0, "hit@1_groups": next(script)}
+        both = {name: {**seen.val[name], **hit} for name in ("image_to_text", "text_to_image")}
+        return replace(seen, val={**seen.val, **both})
 
     monkeypatch.setattr(validation, "look", look)
     wanted = experiment(validate={"every": 1, "ks": [1]})

@@ -2,33 +2,29 @@
 
 Whether a difference is beyond noise is said only of runs that ranked the same pairs: their queries are then drawn
 together. It is computed from the embeddings that the runs keep.
-
-Letters: N pairs, G clusters.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
-from cytoclip import charts, conclusion, config, files, pages, record, retrieval
+from cytoclip import charts, conclusion, config, files, intervals, pages, record, report, retrieval
 from cytoclip.charts import Chart, Line
 from cytoclip.conclusion import Judged, Verdict
 from cytoclip.console import Console, duration
 from cytoclip.errors import ExitCode, UserError
-from cytoclip.pairs import Pairs, identities
+from cytoclip.intervals import Interval
+from cytoclip.pairs import identities
 from cytoclip.record import Embedded, Record
 from cytoclip.report import DIRECTIONS
-from cytoclip.retrieval import Counts
 
 MOST_RUNS = 8  # as many colours as there are
-RESAMPLES = 1000
 _PLACES = ("data.root", "data.train", "data.val", "data.test", "model.name", "output", "validate.keep")
 
 
@@ -106,20 +102,6 @@ def verdict(columns: Sequence[Column], direction: str, key: str, console: Consol
     return Verdict(f"{first.name} is the better one. {against}, beyond noise ({told}).", "good")
 
 
-def paired_interval(
-    one_N: NDArray[np.float64], other_N: NDArray[np.float64], cluster_N: NDArray[np.int64], seed: int = 0
-) -> tuple[float, float]:
-    """95 % percentile interval of the mean difference, clusters drawn with replacement (Field & Welsh 2007)."""
-    groups = int(cluster_N.max()) + 1
-    sums, sizes = np.bincount(cluster_N, one_N - other_N, groups), np.bincount(cluster_N, minlength=groups)
-    random, found = np.random.default_rng(seed), np.empty(RESAMPLES)
-    for i in range(RESAMPLES):
-        weights = np.bincount(random.integers(0, groups, groups), minlength=groups)
-        found[i] = (weights @ sums) / (weights @ sizes)
-    low, high = np.quantile(found, (0.025, 0.975))
-    return float(low), float(high)
-
-
 def _columns(read: Sequence[Record], split: str | None) -> list[Column]:
     scored = [{one.split: one for one in conclusion.judged(each.results)} for each in read]
     common = [name for name in scored[0] if all(name in one for one in scored)]
@@ -166,37 +148,21 @@ def _rows(columns: Sequence[Column], direction: str) -> Iterator[Row]:
             yield Row(name, row.chance, [table[name].best for table in tables], best)
 
 
-def _noise(one: Column, other: Column, direction: str, key: str, console: Console) -> tuple[float, float] | None:
+def _noise(one: Column, other: Column, direction: str, key: str, console: Console) -> Interval | None:
     """The interval of one − other where both ranked the same pairs, which are still there."""
     embedded = _embedded(one), _embedded(other)
-    if embedded[0] is None or embedded[1] is None or not embedded[0].pairs or not key.startswith("hit@"):
+    if embedded[0] is None or embedded[1] is None or not embedded[0].pairs:
         return None
     try:
         pairs = record.pairs(one.read, one.one.split, embedded[0], console)
     except UserError:
         return None
-    hits = [_hits(each, pairs, direction, key) for each in embedded if each is not None]
-    return paired_interval(hits[0], hits[1], _clusters(pairs))
-
-
-def _hits(embedded: Embedded, pairs: Pairs, direction: str, key: str) -> NDArray[np.float64]:
-    """hit@k of each query, (N,), as `retrieval` defines it."""
-    sides = (embedded.image_ND, embedded.text_ND)
-    strict, groups = retrieval.count_ranks(*(sides if direction == "image_to_text" else sides[::-1]), identities(pairs))
-    counts = groups if key.endswith("_groups") else strict
-    k = int(key.removesuffix("_groups").removeprefix("hit@"))
-    each = np.stack([column.numpy() for column in (counts.above, counts.tied, counts.right_tied, counts.right)], axis=1)
-    cases, of = np.unique(each, axis=0, return_inverse=True)
-    worth = [retrieval.hit_rate(Counts(*torch.from_numpy(case[:, None])), k) for case in cases]
-    return np.array(worth)[of.reshape(-1)]
-
-
-def _clusters(pairs: Pairs) -> NDArray[np.int64]:
-    """What is drawn together: pairs of one source, else of one group, else of one picture."""
-    numbers: dict[str, int] = {}
-    columns = zip(pairs.sources, pairs.groups, pairs.contents, strict=True)
-    tags = (f"s{source}" if source else f"g{group}" if group else f"p{content}" for source, group, content in columns)
-    return np.array([numbers.setdefault(tag, len(numbers)) for tag in tags], np.int64)
+    k = re.search(r"@(\d+)", key)
+    left, right = (
+        retrieval.rank(each.image_ND, each.text_ND, identities(pairs), [int(k[1]) if k else 1])[direction]
+        for each in (embedded[0], embedded[1])
+    )
+    return intervals.differences(report.flat(left), report.flat(right), intervals.clusters(pairs)).get(key)
 
 
 def _embedded(column: Column) -> Embedded | None:
