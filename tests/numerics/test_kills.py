@@ -64,7 +64,11 @@ def test_twenty_kills_change_nothing(
     shown = EventAccumulator(str(cut / "tensorboard"))
     shown.Reload()
     assert [event.step for event in shown.Scalars("train/loss")] == list(range(1, STEPS + 1))
-    assert [event.step for event in shown.Scalars("val/image_to_text/hit@1")] == list(range(4, STEPS + 1, VALIDATES))
+    validated = list(range(0, STEPS + 1, VALIDATES))
+    assert [event.step for event in shown.Scalars("val/image_to_text/hit@1")] == validated
+    lines = [(folder / "validations.jsonl").read_text() for folder in (whole, cut)]
+    assert lines[0] == lines[1]
+    assert [json.loads(line)["step"] for line in lines[0].splitlines()] == validated
     assert sorted(path.name for path in (cut / "checkpoints").iterdir()) == ["step-57", "step-60"]
 
 
