@@ -357,7 +357,7 @@ def _guarded(work: Callable[[], object]) -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     slurm.adopt(os.environ)  # before anything asks which process this is
     try:
-        conclusion = work()
+        outcome = work()
     except UserError as error:
         if _speaks() or not error.everywhere:
             fail(error.lines())
@@ -367,13 +367,13 @@ def _guarded(work: Callable[[], object]) -> None:
             fail(str(stop))
         sys.exit(128 + stop.number)
     except KeyboardInterrupt:
-        conclusion = _INTERRUPTED
+        outcome = _INTERRUPTED
     except Exception as error:
         _explain(error)
         raise
-    if conclusion == _INTERRUPTED and _speaks():
+    if outcome == _INTERRUPTED and _speaks():
         fail("stopped; a training run goes on from its last checkpoint when the same command is given again")
-    sys.exit(conclusion if isinstance(conclusion, int) else 0)
+    sys.exit(outcome if isinstance(outcome, int) else 0)
 
 
 _INTERRUPTED = 128 + 2  # SIGINT; typer catches it inside a command and returns this number

@@ -80,16 +80,16 @@ class World:
         """
         if self.size == 1:
             return work()
-        conclusion: list[T | UserError | None] = [None]
+        outcome: list[T | UserError | None] = [None]
         if self.first:
             try:
-                conclusion = [work()]
+                outcome = [work()]
             except UserError as error:
-                conclusion = [error]
-        dist.broadcast_object_list(conclusion, src=0)
-        if isinstance(conclusion[0], UserError):
-            raise conclusion[0] if self.first else SystemExit(int(conclusion[0].code))
-        return conclusion[0]  # type: ignore[return-value]  # None only where T is
+                outcome = [error]
+        dist.broadcast_object_list(outcome, src=0)
+        if isinstance(outcome[0], UserError):
+            raise outcome[0] if self.first else SystemExit(int(outcome[0].code))
+        return outcome[0]  # type: ignore[return-value]  # None only where T is
 
     def gather(self, rows_nD: torch.Tensor) -> torch.Tensor:
         """Rows of all processes, in the order of the ranks: (n, ...) → (W·n, ...). Without gradient."""

@@ -275,7 +275,9 @@ def _facts(read: Record) -> Iterator[tuple[str, str]]:
     if hardware:
         yield (
             "hardware",
-            ", ".join(f"{k} {v}" for k, v in hardware.items()) if isinstance(hardware, dict) else str(hardware),
+            ", ".join(f"{k} {v}".replace("_", " ") for k, v in hardware.items())
+            if isinstance(hardware, dict)
+            else str(hardware),
         )
     versions = results.get("versions")
     yield "versions", ", ".join(f"{k} {v}" for k, v in versions.items()) if versions else read.versions or "not known"
