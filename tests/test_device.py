@@ -71,10 +71,11 @@ def test_float32_convolutions_are_float32() -> None:
     if not hasattr(torch.backends, "fp32_precision"):
         pytest.skip("torch before 2.9 has one switch for all of cuDNN")
     before = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    torch.backends.cudnn.conv.fp32_precision, torch.backends.cudnn.deterministic = "tf32", False
     try:
         device.start("cpu", "no")
         assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+        assert torch.backends.cudnn.deterministic, "or a run with whole towers is not repeated bit for bit"
     finally:
         torch.backends.cudnn.conv.fp32_precision = before
 

@@ -102,8 +102,7 @@ def same(one: dict[str, Ranked], other: dict[str, Ranked]) -> bool:
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also tiles so small that these galleries have many, ragged ones among them, and queries that count as crowded."""
     if request.param == "small":
-        monkeypatch.setattr(tally, "ROWS", 8)
-        monkeypatch.setattr(tally, "COLUMNS", 24)
+        monkeypatch.setattr(tally, "TILES", dict.fromkeys(("cpu", "cuda"), (8, 24)))
         monkeypatch.setattr(relevance, "MANY", 2)
         monkeypatch.setattr(retrieval, "_SORTED_AT_ONCE", 100)
 
@@ -321,7 +320,7 @@ def test_memory_grows_with_the_gallery_and_not_with_its_square(kind: str, monkey
             rank(rows, rows.flip(0), identity_of(kind, count, 0), (1, 10))
         largest[count] = record.largest
     assert largest[300] >= 300 * 8
-    assert largest[600] <= max(tally.ROWS * tally.COLUMNS, 2 * largest[300])
+    assert largest[600] <= max(math.prod(tally.TILES["cpu"]), 2 * largest[300])
 
 
 @contextmanager

@@ -24,10 +24,11 @@ def answers(seed: int, rows: int, columns: int, count: int) -> Answers:
     return Answers(places // columns, places % columns)
 
 
-@pytest.fixture
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tally, "ROWS", 16)
-    monkeypatch.setattr(tally, "COLUMNS", 24)
+@pytest.fixture(params=["packed", "plain"])
+def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flags added eight at a time, as on a CPU, and one by one, as on a GPU."""
+    monkeypatch.setattr(tally, "TILES", {"cpu": (16, 24)})
+    monkeypatch.setattr(tally, "PACKED", {"cpu"} if request.param == "packed" else set())
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -53,7 +54,7 @@ def test_counts_equal_a_plain_table(rows: int, columns: int, weighted: bool, cou
 
 def test_counts_in_tiles_of_their_own_size() -> None:
     """A byte holds up to 255 flags: columns of the table where all of a tile's rows score higher."""
-    rows, columns = tally.ROWS * 2 + 3, tally.COLUMNS + 11
+    rows, columns = tally.TILES["cpu"][0] * 2 + 3, tally.TILES["cpu"][1] + 11
     images = Side(torch.cat([torch.ones(rows - 1, 1), torch.zeros(1, 1)]), np.ones(rows, np.int64))
     texts = Side(torch.cat([torch.ones(columns - 1, 1), torch.zeros(1, 1)]), np.ones(columns, np.int64))
     forward = Answers(np.array([0, 0]), np.array([columns - 1, 3]))
@@ -69,7 +70,7 @@ def test_counts_in_tiles_of_their_own_size() -> None:
 def test_answers_that_hang_together_lie_in_few_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
     product = tally._product
-    monkeypatch.setattr(tally, "_product", lambda *given: made.append(given[2:]) or product(*given))
+    monkeypatch.setattr(tally, "_product", lambda *given: made.append(given[2:4]) or product(*given))
     count = 24 * 16
     shuffle = np.random.default_rng(0).permutation(count)
     group = shuffle // 4  # groups of four, strewn over rows and columns

@@ -246,7 +246,12 @@ def _part() -> None:
 
 
 def _plain_convolutions() -> None:
-    """float32 convolutions in float32, as matrix products are: cuDNN may use TF32, of 10 bits, where nobody says so."""
+    """float32 convolutions in float32, as matrix products are, and the same bits each time.
+
+    cuDNN may use TF32, of 10 bits, where nobody says so; and its weight gradient of the patch convolution was the one
+    thing by which a run on a GPU was not repeated bit for bit (`bench/gpu.py --only repeats`; it cost no time there).
+    """
+    torch.backends.cudnn.deterministic = True
     if hasattr(torch.backends, "fp32_precision"):
         torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
     else:  # before torch 2.9, which raises for who mixes the two ways

@@ -20,9 +20,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Ids = NDArray[np.int64]
-# A tile of 2 MB stays in a core's cache between the product and the comparisons. Flags are added up eight at a time, as
-# the bytes of one integer: a byte must hold the flags of a column (R) and every eighth of a row (C / 8), at most 255.
-ROWS, COLUMNS = 240, 2032
+# On a CPU a tile of 2 MB stays in a core's cache between the product and the comparisons, and flags are added up eight
+# at a time, as the bytes of one integer: a byte must hold the flags of a column (R) and every eighth of a row (C / 8),
+# at most 255. A GPU needs larger tiles to be busy, and adds flags fast as they are.
+TILES = {"cpu": (240, 2032)}
+LARGE_TILE = (4096, 8192)  # elsewhere
+PACKED = {"cpu"}  # where eight flags are added at a time
 
 
 @dataclass(frozen=True)
@@ -65,22 +68,23 @@ def count(
     by_row, by_column = _near_the_diagonal(forward, backward, len(images.rows), len(texts.rows))
     images, texts = images.take(by_row), texts.take(by_column)
     places = _inverse(by_row), _inverse(by_column)
-    ahead = _Counted(forward, places, texts, along=1)
-    back = _Counted(backward, places, images, along=0)
+    tile = TILES.get(images.rows.device.type, LARGE_TILE)
+    ahead = _Counted(forward, places, texts, tile, along=1)
+    back = _Counted(backward, places, images, tile, along=0)
     with ieee_products(), torch.autocast(images.rows.device.type, enabled=False):
         for top, left in sorted(ahead.tiles() | back.tiles()):
-            scores = _product(images, texts, top, left)
+            scores = _product(images, texts, top, left, tile)
             ahead.read(scores, top, left)
             back.read(scores, top, left)
-        for top in range(0, len(images.rows), ROWS):
-            for left in range(0, len(texts.rows), COLUMNS):
-                scores = _product(images, texts, top, left)
+        for top in range(0, len(images.rows), tile[0]):
+            for left in range(0, len(texts.rows), tile[1]):
+                scores = _product(images, texts, top, left, tile)
                 ahead.write(scores, top, left)
                 back.write(scores, top, left)
                 ahead.add(scores, top, left)
                 back.add(scores, top, left)
             if advance:
-                advance(min(ROWS, len(images.rows) - top))
+                advance(min(tile[0], len(images.rows) - top))
     return ahead.counts(), back.counts()
 
 
@@ -115,26 +119,30 @@ class _Counted:
         Where each row and each column of the table now stands.
     gallery
         What is ranked: its weights are those of the counted scores.
+    tile
+        R and C.
     along
         1: an answer's row is counted over (forward); 0: its column.
     """
 
-    def __init__(self, answers: Answers, places: tuple[Ids, Ids], gallery: Side, along: int) -> None:
+    def __init__(
+        self, answers: Answers, places: tuple[Ids, Ids], gallery: Side, tile: tuple[int, int], along: int
+    ) -> None:
         row, column = places[0][answers.row], places[1][answers.column]
         self._order = np.lexsort((column, row) if along else (row, column))
-        self._row, self._column, self._along = row[self._order], column[self._order], along
+        self._row, self._column, self._along, self._tile = row[self._order], column[self._order], along, tile
         device = gallery.rows.device
         self._score = torch.zeros(len(row), device=device)
         self._above = torch.zeros(len(row), dtype=torch.int64, device=device)
         self._tied = torch.zeros_like(self._above)
         self._weights = torch.from_numpy(gallery.weights).to(device, torch.float32)
-        self._alike = bool((gallery.weights == 1).all())
-        self._flags = torch.zeros(ROWS, COLUMNS, dtype=torch.bool, device=device)
-        tile = np.stack([self._row // ROWS, self._column // COLUMNS], axis=1)
-        found, of = np.unique(tile, axis=0, return_inverse=True)
+        self._alike, self._packed = bool((gallery.weights == 1).all()), device.type in PACKED
+        self._flags = torch.zeros(tile, dtype=torch.bool, device=device)
+        tiles = np.stack([self._row // tile[0], self._column // tile[1]], axis=1)
+        found, of = np.unique(tiles, axis=0, return_inverse=True)
         by_tile, ends = np.argsort(of.reshape(-1), kind="stable"), np.cumsum(np.bincount(of.reshape(-1)))
         self._in_tile = {
-            (int(top) * ROWS, int(left) * COLUMNS): some
+            (int(top) * tile[0], int(left) * tile[1]): some
             for (top, left), some in zip(found, np.split(by_tile, ends[:-1]), strict=True)
         }
 
@@ -159,7 +167,7 @@ class _Counted:
         lines, begin = (self._row, top) if along else (self._column, left)
         weights = self._weights[left : left + scores.shape[1]] if along else self._weights[top : top + len(scores)]
         first, end = np.searchsorted(lines, [begin, begin + size]).tolist()
-        step = ROWS if along else COLUMNS
+        step = self._tile[1 - along]
         for start in range(first, end, step):
             some = slice(start, min(start + step, end))
             line = lines[some] - begin
@@ -179,6 +187,8 @@ class _Counted:
         if not self._alike:
             lines = flags_RC.float()
             return (lines @ weights if self._along else weights @ lines).long()  # whole numbers below 2^24: exact
+        if not self._packed:
+            return flags_RC.sum(dim=self._along)
         eight = self._flags[: len(scores)].view(torch.int64)
         rest = -scores.shape[1] % 8
         if rest:
@@ -208,5 +218,5 @@ def _inverse(order: Ids) -> Ids:
     return places
 
 
-def _product(images: Side, texts: Side, top: int, left: int) -> Tensor:
-    return images.rows[top : top + ROWS] @ texts.rows[left : left + COLUMNS].T
+def _product(images: Side, texts: Side, top: int, left: int, tile: tuple[int, int]) -> Tensor:
+    return images.rows[top : top + tile[0]] @ texts.rows[left : left + tile[1]].T
