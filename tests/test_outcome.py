@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from cytoclip import checkpoint, embeddings, encode, outcome, train
+from cytoclip import checkpoint, classify, embeddings, encode, outcome, train
 from cytoclip.config import Config
 from cytoclip.console import Console
 from cytoclip.errors import ExitCode, UserError
@@ -109,7 +109,8 @@ def test_results_have_the_keys_of_the_schema(experiment: Experiment, tested: Pat
     found = results(wanted)
     assert set(found) == {
         "schema", "steps", "best_step", "ks", "select_by", "stopped_early", "before", "last", "best", "val", "test",
-        "keep", "seconds", "pairs_seen", "processes", "device", "hardware", "versions", "skipped",
+        "keep", "seconds", "pairs_seen", "processes", "device", "hardware", "versions", "skipped", "floor",
+        "classification",
     }  # fmt: skip
     assert (found["schema"], found["select_by"], found["stopped_early"], found["skipped"]) == (1, "hit@5", False, {})
     for split in ("val", "test"):
@@ -185,3 +186,30 @@ def test_two_processes_come_to_the_results_of_one(
         assert one[key] == two[key], key
     lines = [(tmp_path / name / "validations.jsonl").read_text() for name in ("one", "two")]
     assert lines[0] == lines[1]
+
+
+def test_labels_are_told_apart_before_and_after(
+    experiment: Experiment, tested: Path, root: Path, tmp_path: Path
+) -> None:
+    """As `cytoclip classify` does with the two models: on test where there is one, else on val."""
+    for place, split in ((tested, "test"), (root, "val")):
+        wanted = experiment(data={"root": str(place)}, validate={"every": 2}, output=str(tmp_path / split))
+        train.fit(wanted, QUIET)
+        found = results(wanted)["classification"]
+        assert found["split"] == split
+        for side, model in (("before", wanted.model.name), ("best", f"{wanted.output}/best")):
+            asked = classify.Asked(split=split, probe=False)
+            alone = json.loads(json.dumps(classify.classify(model, place, asked, QUIET, 12, 0)))
+            assert {key: alone[key] for key in found[side]} == found[side]
+            assert len(found[side]["classes"]) >= 2
+
+
+def test_without_labels_nothing_is_told_apart(experiment: Experiment, root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root, tmp_path / "plain")
+    for split in ("train", "val"):
+        place = tmp_path / "plain" / split / "img_text_pair.json"
+        entries = [{**entry, "label": "one"} for entry in json.loads(place.read_text())]
+        place.write_text(json.dumps(entries))
+    wanted = experiment(data={"root": str(tmp_path / "plain")}, train={"steps": 2})
+    train.fit(wanted, QUIET)
+    assert "classification" not in results(wanted)

@@ -41,6 +41,7 @@ from cytoclip.loss import Encoder
 from cytoclip.objectives import Objective
 from cytoclip.pairs import Pairs, fingerprint, spread
 from cytoclip.plan import Plan
+from cytoclip.repeats import Repeats
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,14 @@ def prepare(wanted: Config, run: RunFolder, world: World, console: Console, stor
     )
     _say_what_is_odd(job, ready.truncated)
     return job
+
+
+def typical(job: Job, feed: FromDisk) -> Repeats:
+    """What the pairs of a batch repeat, of the first batches of the run."""
+    identity = feed.identity.map(lambda ids: ids.cpu().numpy())
+    draws = feed.order.draws(0, min(repeats.TYPICAL, job.plan.steps))
+    shown = [identity.take(feed.texts.wording.rows(rows, epochs)) for rows, epochs in draws]
+    return repeats.typical(shown, job.objective)
 
 
 def settled(wanted: Config, world: World, run: RunFolder) -> Config:
@@ -274,12 +283,9 @@ def _say_what_comes(job: Job, feed: FromDisk, truncated: int) -> None:
         f"{feed.order.pairs} training and {len(job.val)} validation pairs, {steps} steps of {feed.order.own}{replay}: "
         f"each pair is seen {job.plan.times_seen:.1f} times"
     )
-    identity = feed.identity.map(lambda ids: ids.cpu().numpy())
-    draws = feed.order.draws(0, min(repeats.TYPICAL, steps))
-    shown = [identity.take(feed.texts.wording.rows(rows, epochs)) for rows, epochs in draws]
-    say.say(repeats.line(repeats.typical(shown, job.objective), feed.order.batch_size, job.objective))
+    say.say(repeats.line(typical(job, feed), feed.order.batch_size, job.objective))
     if truncated:
-        share = truncated / len(identity)
+        share = truncated / len(feed.identity)
         say.warn(f"{share:.1%} of the training captions are longer than {context} tokens and lose their end")
     else:
         say.say(f"no training caption is longer than the {context} tokens of the text tower")

@@ -8,10 +8,24 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from cytoclip import checkpoint, device, embeddings, encode, evaluate, measure, model, plan
+from cytoclip import (
+    checkpoint,
+    classify,
+    device,
+    embeddings,
+    encode,
+    evaluate,
+    jobs,
+    labels,
+    measure,
+    model,
+    plan,
+    prompts,
+)
 from cytoclip.checkpoint import Opened
 from cytoclip.embeddings import Owner
 from cytoclip.errors import ExitCode, UserError
+from cytoclip.feed import FromDisk
 from cytoclip.jobs import Job
 from cytoclip.pairs import Pairs, fingerprint
 from cytoclip.report import Scores
@@ -39,7 +53,9 @@ def results(job: Job, progress: Progress) -> dict[str, Any]:
         "before": progress.before,
         "last": progress.last,
         "best": progress.best,
+        **({"floor": jobs.typical(job, job.feed).floor} if isinstance(job.feed, FromDisk) else {}),
         **_held_out(job, progress),
+        **_by_class(job),
         **kept,
         "seconds": round(progress.seconds, 1),
         "pairs_seen": progress.step * wanted.train.batch_size,
@@ -85,6 +101,29 @@ def _compared(job: Job, split: str, pairs: Pairs) -> dict[str, Scores]:
         found[side] = measure.full(image_ND, text_ND, pairs, job.config.validation.ks)
     difference = measure.difference(found["best"], found["before"])
     return {**{side: one.scores for side, one in found.items()}, "difference": difference}
+
+
+def _by_class(job: Job) -> dict[str, Any]:
+    """Zero-shot classification of val, or of test where there is one, by the labels of its entries, if it has any."""
+    split, pairs = ("test", job.test) if job.test else ("val", job.val)
+    if len({label for label in pairs.labels if label}) < 2:
+        return {}
+    pictures = labels.pictures(split, pairs, job.console)
+    if not 2 <= len(set(pictures.labels)) <= classify.MOST_CLASSES:
+        return {}
+    row_of = {content: row for row, content in enumerate(pairs.contents)}
+    rows = [row_of[content] for content in pictures.contents]
+    found: dict[str, Any] = {}
+    for side in SIDES:
+        opened = _opened(job, side)
+        image_ND = embeddings.read(_path(job, split, side))[0][rows]
+        reading = evaluate.reading(opened, pictures, plan.held(job.config, job.world.size), job.reading.workers)
+        found[side] = classify.zero_shot(
+            opened, pictures, image_ND, prompts.read(None), reading, job.world, job.console
+        )
+        del opened
+        gc.collect()
+    return {"classification": {"split": split, **found}}
 
 
 def _side(job: Job, progress: Progress, side: str) -> tuple[str, str]:
