@@ -44,8 +44,8 @@ def test_clusters_are_sources_else_groups_else_pictures() -> None:
 def written_out(column: np.ndarray, drawn: Clusters, statistic: str) -> np.ndarray:
     """The statistic of each resample, by repeating pairs as often as their cluster was drawn."""
     found = []
-    for row in np.concatenate(list(weights(drawn.count))):
-        again = np.repeat(column, row[drawn.of].astype(int))
+    for row in weights(drawn.count):
+        again = np.repeat(column, row[drawn.of])
         if len(again):
             found.append(getattr(np, statistic)(again))
     return np.array(found)
@@ -108,14 +108,21 @@ def test_equal_pairs_of_one_cluster_tell_no_more_than_one() -> None:
     assert alone == pytest.approx((column.mean() - 1.96 * error, column.mean() + 1.96 * error), abs=0.08)
 
 
-def test_weights_come_again_and_draw_every_cluster_as_often_on_average(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = np.concatenate(list(weights(50)))
+def test_weights_come_again_and_draw_every_cluster_as_often_on_average() -> None:
+    whole = weights(50)
     assert whole.shape == (RESAMPLES, 50)
     assert (whole.sum(axis=1) == 50).all()
     assert abs(whole.mean(axis=0) - 1).max() < 0.15
-    monkeypatch.setattr(intervals, "_AT_ONCE", 3 * 8 * 50)
-    assert (np.concatenate(list(weights(50))) == whole).all()
-    assert (np.concatenate(list(weights(50, seed=1))) != whole).any()
+    assert (weights(50, seed=1) != whole).any()
+    assert (weights(50) == whole).all()
+
+
+def test_blocks_of_resamples_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    each, drawn = some(3)
+    whole = intervals.intervals(each, drawn)
+    monkeypatch.setattr(intervals, "_AT_ONCE", 3 * 8 * drawn.count)
+    again = intervals.intervals(each, drawn)
+    assert all(again[name] == pytest.approx(limits) for name, limits in whole.items())
 
 
 def test_one_cluster_says_nothing_of_others() -> None:

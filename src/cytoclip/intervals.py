@@ -9,8 +9,9 @@ Letters: N pairs, G clusters, R resamples.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ from cytoclip.pairs import Pairs
 
 RESAMPLES = 1000
 ROUGH = 20  # clusters, under which such an interval is too narrow: said beside it
-_AT_ONCE = 1 << 23  # bytes of drawn weights
+_AT_ONCE = 1 << 25  # bytes of weights as floats
 _TAILS = (2.5, 97.5)  # per cent
 
 Interval = tuple[float, float]
@@ -101,16 +102,17 @@ def differences(
     return found
 
 
-def weights(count: int, seed: int = 0, resamples: int = RESAMPLES) -> Iterator[NDArray[np.float64]]:
-    """How often each of `count` clusters is drawn: blocks of rows (some resamples, G), the same for the same seed."""
+@lru_cache(maxsize=1)  # each slice and each model asks for the same
+def weights(count: int, seed: int = 0) -> NDArray[np.uint8]:
+    """How often each of `count` clusters is drawn in each resample, (R, G): the same for the same seed.
+
+    One byte each is enough: that one of many is drawn 256 times does not happen (about 1 / 256! of the time).
+    """
     draw = np.random.default_rng([seed, count])
-    step = max(1, _AT_ONCE // (8 * count))
-    for begin in range(0, resamples, step):
-        rows = min(step, resamples - begin)
-        block = np.empty((rows, count))
-        for row in block:
-            row[:] = np.bincount(draw.integers(0, count, count), minlength=count)
-        yield block
+    found = np.empty((RESAMPLES, count), np.uint8)
+    for row in found:
+        row[:] = np.bincount(draw.integers(0, count, count), minlength=count)
+    return found
 
 
 def _resampled_means(
@@ -121,7 +123,9 @@ def _resampled_means(
     of = drawn.of[some]
     sizes = np.bincount(of, minlength=drawn.count)
     sums = np.stack([sizes, *(np.bincount(of, column[some], drawn.count) for column in each.values())], axis=1)
-    totals = np.concatenate([block @ sums for block in weights(drawn.count, seed)])
+    there = np.flatnonzero(sizes)
+    blocks = np.array_split(weights(drawn.count, seed), max(1, RESAMPLES * 8 * len(there) // _AT_ONCE))
+    totals = np.concatenate([block[:, there].astype(np.float64) @ sums[there] for block in blocks])
     totals = totals[totals[:, 0] > 0]
     return dict(zip(each, (totals[:, 1:] / totals[:, :1]).T, strict=True))
 
@@ -134,12 +138,11 @@ def _resampled_medians(
     order = some[np.argsort(column[some], kind="stable")]
     values, of = column[order], drawn.of[order]
     found = []
-    for block in weights(drawn.count, seed):
-        for row in block:
-            upto = np.cumsum(row[of])
-            if upto[-1]:
-                low, high = np.searchsorted(upto, (upto[-1] / 2, upto[-1] / 2 + 0.5))
-                found.append((values[low] + values[high]) / 2)
+    for row in weights(drawn.count, seed):
+        upto = np.cumsum(row[of], dtype=np.int64)
+        if upto[-1]:
+            low, high = np.searchsorted(upto, (upto[-1] / 2, upto[-1] / 2 + 0.5))
+            found.append((values[low] + values[high]) / 2)
     return np.array(found)
 
 
