@@ -327,3 +327,24 @@ def test_few_clusters_are_said(base: Path, root: Path, tmp_path: Path, capsys: p
     place.write_text(json.dumps([{**entry, "source": "one"} for entry in entries]))
     tiny.scores_of(base, tmp_path / "val", [1], console=Console())
     assert "1 source: one says nothing of others" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "picture.safetensors"])
+def test_what_holds_no_embeddings_of_ours_is_not_written_over(
+    name: str, base: Path, root: Path, tmp_path: Path
+) -> None:
+    kept = tmp_path / name
+    kept.write_bytes(b"mine")
+    with pytest.raises(UserError, match="--embeddings"):
+        evaluate.evaluate([str(base)], root / "val", Question([1]), QUIET, How(embeddings=kept, workers=0))
+    assert kept.read_bytes() == b"mine"
+
+
+def test_a_model_in_a_folder_called_base_is_no_base(
+    base: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(base, "base")
+    found = evaluate.evaluate(["base"], root / "val", Question([1]), QUIET, How(base=None, workers=0))
+    assert (found.names, found.differences) == ({"./base": "base"}, {})
+    assert found.document("val")["base"] is None

@@ -212,7 +212,10 @@ class _Asked:
 
 
 def _asked(models: Sequence[str], base: str | None) -> list[_Asked]:
-    found = [_Asked(name, name, lambda name=name: checkpoint.open_model(name)) for name in dict.fromkeys(models)]  # type: ignore[misc]
+    found = [
+        _Asked(f"./{name}" if name == BASE else name, name, lambda name=name: checkpoint.open_model(name))  # type: ignore[misc]
+        for name in dict.fromkeys(models)
+    ]
     run = next((run for run in map(checkpoint.run_of, models) if run), None)
     if base is None and run:
         wanted = config.load(run.config)
@@ -249,7 +252,7 @@ def _embedded(opened: Opened, pairs: Pairs, file: Path | None, how: How, world: 
         repr((model.fingerprint(opened.encoder.clip), opened.pixels, opened.context, world.precision)).encode()
     ).hexdigest()
     owner = Owner(fingerprint(pairs), opened.name, weights)
-    if file and world.once(lambda: embeddings.are_of(file, owner)):
+    if file and world.once(lambda: _are_there(file, owner, console)):
         console.say(f"{opened.name}: embeddings from {file}")
         image_ND, text_ND = embeddings.read(file)
         return image_ND.to(world.device), text_ND.to(world.device)
@@ -261,6 +264,20 @@ def _embedded(opened: Opened, pairs: Pairs, file: Path | None, how: How, world: 
     if file:
         world.once(lambda: embeddings.write(file, image_ND, text_ND, owner))
     return image_ND, text_ND
+
+
+def _are_there(file: Path, owner: Owner, console: Console) -> bool:
+    """Whether a file has the embeddings that are wanted; what is no such file is not written over."""
+    if file.suffix != ".safetensors":
+        raise UserError(f"--embeddings {file} does not end in .safetensors", f"such as {file.stem}.safetensors")
+    if embeddings.are_of(file, owner):
+        return True
+    if file.exists():
+        before = embeddings.owner(file)
+        if before is None:
+            raise UserError(f"--embeddings {file} is there and holds no embeddings of ours", "name another file")
+        console.warn(f"{file} holds embeddings of {before.model}, of other weights or pairs: made anew")
+    return False
 
 
 def _measured(pairs: Pairs, embedded: dict[str, Embedded], question: Question, console: Console) -> dict[str, Measured]:
