@@ -212,7 +212,10 @@ class _Asked:
 
 
 def _asked(models: Sequence[str], base: str | None) -> list[_Asked]:
-    found = [_Asked(name, name, lambda name=name: checkpoint.open_model(name)) for name in dict.fromkeys(models)]  # type: ignore[misc]
+    found = [
+        _Asked(f"./{name}" if name == BASE else name, name, lambda name=name: checkpoint.open_model(name))  # type: ignore[misc]
+        for name in dict.fromkeys(models)
+    ]
     run = next((run for run in map(checkpoint.run_of, models) if run), None)
     if base is None and run:
         wanted = config.load(run.config)
