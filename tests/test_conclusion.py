@@ -128,6 +128,14 @@ def test_without_ten_the_middle_k_speaks() -> None:
     assert conclusion.headline(Judged("val", best, best, {}))[1] == "hit@5"
 
 
+def test_what_intervals_were_drawn_from() -> None:
+    of = [conclusion.drawn_from({"clusters": {"by": "source", "count": n}}) for n in (1, 19, 20)]
+    assert of == ["none: 1 source says nothing of others",
+                  "19 sources, drawn 1,000 times: with so few they are too narrow",
+                  "20 sources, drawn 1,000 times"]  # fmt: skip
+    assert conclusion.drawn_from(scores(0.1)) == ""
+
+
 def test_lower_ranks_are_better() -> None:
     told = {"image_to_text": {"median_rank": {"by": -5.0, "interval": [-7, -3], "beyond_noise": True},
                               "hit@10": {"by": -0.1, "interval": [-0.2, -0.05], "beyond_noise": True},

@@ -84,6 +84,7 @@ def test_one_model_against_a_base_has_the_numbers_of_the_document(root: Path) ->
     assert "(base: " in made
     assert str(root) in made
     assert "run folder" not in made
+    assert "4 sources, drawn 1,000 times: with so few they are too narrow" in made
 
 
 def test_one_model_alone_is_held_against_chance(root: Path) -> None:
@@ -144,6 +145,13 @@ def test_several_models_without_a_base(root: Path) -> None:
     assert rows(made, "image → text; the best")["metric"] == ["chance", "a", "b"]
 
 
+def test_equally_good_ones_are_all_marked(root: Path) -> None:
+    found = runs.evaluated(root, ["a", "b"])
+    found.measured["b"] = found.measured["a"]
+    table = rows(page(found, root), "image → text; the best")
+    assert all(cell.startswith("★") for cells in list(table.values())[1:] for cell in cells[1:])
+
+
 def test_one_source_has_no_intervals_and_the_page_says_so(root: Path) -> None:
     data = runs.evaluated(root, ["base", "m", "n"])
     pairs = replace(data.pairs, sources=("one",) * 20)
@@ -151,7 +159,7 @@ def test_one_source_has_no_intervals_and_the_page_says_so(root: Path) -> None:
     differences = {title: measure.difference(measured[title], measured["base"]) for title in ("m", "n")}
     found = replace(data, pairs=pairs, measured=measured, differences=differences)
     assert "is not known (all pairs are of one source)" in verdict(page(found, root))[1]
-    assert "1 source, drawn" in page(found, root)
+    assert "none: 1 source says nothing of others" in page(found, root)
     kept = {key: {title: value[title] for title in ("base", "m")} for key, value in
             (("names", found.names), ("measured", measured), ("embedded", found.embedded))}  # fmt: skip
     alone = replace(found, **kept, differences={"m": differences["m"]})

@@ -139,7 +139,8 @@ def test_hostile_names_captions_and_numbers_stay_text(root: Path, tmp_path: Path
     (data / "val" / "img_text_pair.json").write_text(json.dumps(listed))
     folder = tmp_path / "<script>run"
     runs.write(folder, data, {"val": (runs.random_embeddings(20, 0.5), runs.random_embeddings(20, 1.5))})
-    page = changed(folder, select_by=evil, skipped={evil: 1}, hardware={evil: evil}, versions={evil: evil},
+    page = changed(folder, select_by=evil, skipped={evil: 1}, hardware={"cpu": evil, "cores": 2, "memory_gb": 8.0},
+                   versions={evil: evil},
                    classification=runs.both_told_apart([evil, "b"]),
                    findings={"findings": [{"title": evil, "severity": evil, "count": 1, "of": 1}]})  # fmt: skip
     read = Reader(page)
@@ -152,7 +153,7 @@ def test_classification_is_a_table_and_a_matrix(copied: Path) -> None:
     found = runs.both_told_apart(["a", "b", "c"])
     page = changed(copied, classification=found)
     for name, best in found["best"]["zero_shot"].items():
-        (row,) = re.findall(rf'rowheader">{name.replace("_", " ")}</th>(.*?)</tr>', page)
+        (row,) = re.findall(rf'rowheader">{name.replace("_", " ")}</th>(.*?)</tr>', page, re.IGNORECASE)
         cells = re.findall(r'data-is="(.*?)">(.*?)</td>', row)
         assert [cell[0] for cell in cells] == ["chance", "before", "after"]
         assert cells[0][1] == f"{100 * best['chance']:.1f} %"
@@ -167,7 +168,7 @@ def test_what_is_undefined_of_a_classification_is_a_dash(copied: Path) -> None:
     found["best"]["zero_shot"]["auroc"] = {"value": None, "interval": None, "chance": None, "why": "one class"}
     found["best"]["zero_shot"]["accuracy"]["interval"] = None
     page = changed(copied, classification=found)
-    assert re.search(r'auroc</th><td role="cell" data-is="chance">–</td>.*?data-is="after">–</td>', page)
+    assert re.search(r'AUROC</th><td role="cell" data-is="chance">–</td>.*?data-is="after">–</td>', page)
     assert re.search(r'>accuracy</th>.*?data-is="after">\d+\.\d %</td>', page)
 
 

@@ -51,12 +51,12 @@ Noise = Callable[[Column, Column, str, str], Interval | None]  # of one − othe
 
 @dataclass(frozen=True)
 class Row:
-    """One metric: its name, chance, a cell a model, and which has the best number."""
+    """One metric: its name, chance, a cell a model, and which have the best number."""
 
     name: str
     chance: str
     cells: Sequence[str]
-    best: int
+    best: Sequence[int]
 
 
 def write(folders: Sequence[Path], to: Path, split: str | None, console: Console, images: bool | None = None) -> Path:
@@ -182,7 +182,7 @@ def _rows(columns: Sequence[Column], direction: str) -> Iterator[Row]:
         if all(name in table for table in tables):
             key = numbers[0][name][0]
             values = np.array([number[name][1] for number in numbers])
-            best = int(values.argmin() if conclusion.is_rank(key) else values.argmax())
+            best = np.flatnonzero(values == (values.min() if conclusion.is_rank(key) else values.max())).tolist()
             yield Row(name, row.chance, [table[name].best for table in tables], best)
 
 

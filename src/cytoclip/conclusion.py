@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cytoclip.errors import counted
+from cytoclip.intervals import RESAMPLES, ROUGH
 from cytoclip.report import DIRECTIONS
 
 MOST_VALUES = 40  # of a slice
@@ -123,6 +125,17 @@ def standing(one: Judged) -> Verdict:
         return Verdict(f"{against}, a difference within noise ({said.difference}): neither is shown to be better.",
                        "warning")  # fmt: skip
     return Verdict(f"{against}, beyond noise ({said.difference}): the model is the better one.", "good")
+
+
+def drawn_from(scores: Scores) -> str:
+    """What the intervals of some scores were drawn from, and whether that is too little; empty of those without."""
+    found = scores.get("clusters")
+    if not found:
+        return ""
+    said = f"{counted(found['count'], found['by'])}, drawn {RESAMPLES:,} times"
+    if found["count"] < 2:
+        return f"none: {counted(found['count'], found['by'])} says nothing of others"
+    return f"{said}: with so few they are too narrow" if found["count"] < ROUGH else said
 
 
 def headline(one: Judged) -> tuple[str, str]:

@@ -12,7 +12,7 @@ from cytoclip.console import Console
 from cytoclip.errors import counted
 from cytoclip.evaluate import BASE, Compared
 from cytoclip.exhibits import Split
-from cytoclip.intervals import RESAMPLES, Interval
+from cytoclip.intervals import Interval
 from cytoclip.pairs import fingerprint
 from cytoclip.record import Embedded
 from cytoclip.report_page import Evidence, Page
@@ -108,11 +108,10 @@ def _embedded(found: Compared, title: str) -> Embedded | None:
 
 def _facts(found: Compared, split: str, folder: Path, images: bool) -> Iterator[tuple[str, str]]:
     """How it was measured."""
-    drawn = next(iter(found.measured.values())).drawn
     yield "command", "cytoclip evaluate"
     if BASE in found.names:
         own = not images and Path(found.names[BASE]).exists()
         yield "base", "a checkpoint of its own" if own else found.names[BASE]
     yield "split", f"{split}, {counted(len(found.pairs), 'pair')}" + (f" of {folder}" if images else "")
-    yield "intervals", f"{counted(drawn.count, drawn.by)}, drawn {RESAMPLES:,} times"
+    yield "intervals", conclusion.drawn_from(next(iter(found.measured.values())).scores)
     yield "versions", ", ".join(f"{name} {version}" for name, version in outcome.versions().items())

@@ -33,6 +33,7 @@ _MOST_CLASSES = 30  # of a confusion matrix that can be drawn
 _OPEN_SLICES = ("label", "caption length")  # whose values say nothing of where a pair comes from
 _LIST = 200  # skipped pictures, findings
 _KEYS = 12  # of slices
+_METRICS = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1", "auroc": "AUROC"}
 
 
 @dataclass(frozen=True)
@@ -270,7 +271,7 @@ def _classification(found: Any) -> Told | None:
         return None
     before, best = found["before"], found["best"]
     rows = [
-        (name.replace("_", " "), _rate(one["chance"]), *(_cell(each["zero_shot"][name]) for each in (before, best)))
+        (_METRICS[name], _rate(one["chance"]), *(_cell(each["zero_shot"][name]) for each in (before, best)))
         for name, one in best["zero_shot"].items()
     ]
     drawn = None
@@ -326,18 +327,21 @@ def _facts(read: Record) -> Iterator[tuple[str, str]]:
         yield "processes", f"{results['processes']} on {results.get('device', '?')}"
     if results.get("select_by"):
         yield "best chosen by", str(results["select_by"])
-    hardware = results.get("hardware")
-    if hardware:
-        yield (
-            "hardware",
-            ", ".join(f"{k} {v}".replace("_", " ") for k, v in hardware.items())
-            if isinstance(hardware, dict)
-            else str(hardware),
-        )
+    if results.get("hardware"):
+        yield "hardware", _hardware(results["hardware"])
+    drawn = conclusion.drawn_from(conclusion.judged(results)[0].best)
+    if drawn:
+        yield "intervals", drawn
     versions = results.get("versions")
     yield "versions", ", ".join(f"{k} {v}" for k, v in versions.items()) if versions else read.versions or "not known"
     if results.get("skipped"):
         yield "pictures that could not be used", f"{len(results['skipped']):,}"
+
+
+def _hardware(found: Mapping[str, Any]) -> str:
+    """As `device.hardware` has it, in words."""
+    words = f"{found['cpu']}, {found['cores']} cores, {found['memory_gb']} GB"
+    return f"{words}; {found['gpu']}, {found['gpu_memory_gb']} GB" if "gpu" in found else words
 
 
 def _yaml(wanted: Config, images: bool) -> str:

@@ -145,7 +145,7 @@ class Results(Part):
     pairs_seen: int = Field(ge=0, description="steps × batch size.")
     processes: int = Field(ge=1, description="Processes that trained.")
     device: str = Field(description="cpu, cuda or mps.")
-    hardware: str | dict[str, Any] | None = Field(None, description="What it ran on.")
+    hardware: dict[str, Any] | None = Field(None, description="What it ran on.")
     versions: dict[str, str] | None = Field(None, description="Of cytoclip and the libraries that decide a result.")
     skipped: dict[str, int] = Field(
         {}, description="Pictures that could not be used, by name, and how often others stood in."
