@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
-from cytoclip import batches, config
+from cytoclip import batches, classification, config, measure
+from cytoclip.classification import Truth
 from cytoclip.console import Console
+from cytoclip.evaluate import Compared
 from cytoclip.pairs import Pairs, fingerprint, identities, right_answers, spread
 
 KS = (1, 10)
@@ -55,7 +58,8 @@ def finished(compared: dict[str, Any], steps: int) -> dict[str, Any]:
     flat = {name: _flat(compared["val"][name]) for name in ("before", "best")}
     return {
         "schema": 1, "steps": steps, "best_step": steps, "ks": list(KS), "select_by": "hits", "stopped_early": False,
-        "seconds": 754.2, "pairs_seen": steps * 16, "processes": 1, "device": "cpu", "hardware": "2 cores",
+        "seconds": 754.2, "pairs_seen": steps * 16, "processes": 1, "device": "cpu",
+        "hardware": {"cpu": "a processor", "cores": 2, "memory_gb": 8.0},
         "versions": {"cytoclip": "0.1", "torch": "2"}, "skipped": {}, **flat, "last": flat["best"], **compared,
         "keep": {"root": "general", **flat},
     }  # fmt: skip
@@ -75,6 +79,42 @@ def compared(pairs: Pairs, before: Embeddings, best: Embeddings, resamples: int 
             changes[key] = {"by": by, "interval": [low, high], "beyond_noise": not low <= 0 <= high}
         found["difference"][direction] = changes
     return found
+
+
+def told_apart(classes: Sequence[str], pictures: int, seed: int, sure: float = 1.0) -> dict[str, Any]:
+    """What `classify.zero_shot` gives, of drawn scores that are the better the larger `sure` is."""
+    drawn = np.random.default_rng(seed)
+    truth = Truth(np.arange(pictures) % len(classes), np.arange(pictures) % 25, classes, resamples=50)
+    scores = drawn.normal(size=(pictures, len(classes)))
+    scores[np.arange(pictures), truth.label_N] += sure
+    measured = classification.measure(scores, scores, truth)
+    written = classification.document(measured, classification.knowing_nothing(truth), truth)
+    return {
+        "pictures": pictures, "classes": list(classes), "without_pictures": [],
+        "clusters": {"by": "source", "count": 25},
+        "majority": {"class": classes[0], "accuracy": 1 / len(classes)}, "templates": ["a photo of {}."], "names": {},
+        "zero_shot": {name: written[name] for name in classification.METRICS},
+        **{key: written[key] for key in ("confusion", "confusion_interval", "by_class")},
+    }  # fmt: skip
+
+
+def both_told_apart(classes: Sequence[str], pictures: int = 60) -> dict[str, Any]:
+    """The classification of a run, before and best."""
+    return {"before": told_apart(classes, pictures, 0, 0.0), "best": told_apart(classes, pictures, 1)}
+
+
+def evaluated(root: Path, titles: Sequence[str], names: Sequence[str] = ()) -> Compared:
+    """What `evaluate.evaluate` gives of models on val, each better than the one before it; `base` is the base."""
+    pairs = spread(batches.open_split(root / "val", Console(quiet=True)))
+    embedded = {title: random_embeddings(len(pairs), 0.1 + 0.4 * i, seed=i) for i, title in enumerate(titles)}
+    measured = {title: measure.full(*both, pairs, KS) for title, both in embedded.items()}
+    differences = {
+        title: measure.difference(one, measured["base"])
+        for title, one in measured.items()
+        if "base" in measured and title != "base"
+    }
+    named = dict(zip(titles, names or titles, strict=True))
+    return Compared(pairs, named, measured, embedded, differences)
 
 
 def write_logs(folder: Path, val: dict[str, Any], steps: int) -> None:

@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from cytoclip import check, check_page, comparison, files, kinds, record, report_page
+from cytoclip import check, check_page, comparison, evaluation_page, files, kinds, record, report_page
 from cytoclip.console import Console
 from tests import planted, runs
 
 QUIET = Console(quiet=True)
-PAGES = ("report", "private", "comparison", "check")
+PAGES = ("report", "private", "comparison", "check", "evaluation", "alone", "several")
 AXE = resources.files("axe_playwright_python").joinpath("axe.min.js").read_text(encoding="utf-8")
 OPEN_ALL = "document.querySelectorAll('details').forEach(one => one.open = true)"
 
@@ -45,8 +45,7 @@ def made(told: Path, root: Path, base: Path, tmp_path_factory: pytest.TempPathFa
     whole = Path(shutil.copytree(told, folder / "whole"))
     results = json.loads((whole / "results.json").read_text())
     found = [{"title": f"finding of {one}", "severity": one, "count": 1, "of": 20} for one in kinds.SEVERITIES]
-    told_apart = {"accuracy": 0.75, "intervals": {"accuracy": [0.6, 0.9]}}
-    told_apart |= {"classes": ["a", "b"], "confusion": [[3, 1], [1, 3]]}
+    told_apart = runs.both_told_apart(["a", "b", "a class with a long name"])
     results |= {"classification": told_apart, "findings": {"findings": found}, "skipped": {"a.png": 1}, "floor": 0.3}
     (whole / "results.json").write_text(json.dumps(results))
     ends = {0.0: results["val"]["before"], 1.0: results["val"]["best"]}
@@ -54,6 +53,7 @@ def made(told: Path, root: Path, base: Path, tmp_path_factory: pytest.TempPathFa
     files.write_json(whole / "soup" / "soup.json", {"mixtures": mixed})
     end = runs.random_embeddings(20, 0.5)
     runs.write(folder / "private", root, {"val": (end, end)}, images=False)
+    long = "/somewhere/" + "a-folder-whose-name-is-long" * 3
     data = planted.clean(folder / "data")
     planted.plant(data, list(planted.PLANTS))
     written = {
@@ -61,6 +61,9 @@ def made(told: Path, root: Path, base: Path, tmp_path_factory: pytest.TempPathFa
         "private": report_page.page(record.read(folder / "private"), QUIET),
         "comparison": comparison.page([whole, folder / "private"], None, QUIET),
         "check": check_page.page(check.check(data, str(base), 500, QUIET)),
+        "evaluation": evaluation_page.page(runs.evaluated(root, ["base", long]), "val", root / "val"),
+        "alone": evaluation_page.page(runs.evaluated(root, [long]), "val", root / "val"),
+        "several": evaluation_page.page(runs.evaluated(root, ["base", long, "other"]), "val", root / "val"),
     }
     for name, page in written.items():
         (folder / f"{name}.html").write_text(page, encoding="utf-8")
@@ -94,7 +97,17 @@ def opened(browser: Browser, made: dict[str, Path]) -> Iterator[Callable[..., Pa
 
 
 @pytest.mark.parametrize(
-    ("name", "scheme"), [("report", "light"), ("report", "dark"), ("comparison", "light"), ("check", "light")]
+    ("name", "scheme"),
+    [
+        ("report", "light"),
+        ("report", "dark"),
+        ("comparison", "light"),
+        ("check", "light"),
+        ("evaluation", "light"),
+        ("alone", "light"),
+        ("several", "light"),
+        ("several", "dark"),
+    ],
 )
 def test_axe_finds_nothing(opened: Callable[..., Page], name: str, scheme: str) -> None:
     """All of axe-core's rules (names, roles, headings, contrast) with every part unfolded; in the dark, contrast."""
@@ -142,8 +155,8 @@ def test_the_table_has_the_numbers_of_results_json(opened: Callable[..., Page], 
     val = json.loads((told / "results.json").read_text())["val"]
     page = opened("report")
     tables = page.locator("table.scores").all()
-    assert len(tables) == 2
-    for table, direction in zip(tables, ("image_to_text", "text_to_image"), strict=True):
+    assert len(tables) == 3
+    for table, direction in zip(tables[:2], ("image_to_text", "text_to_image"), strict=True):
         found = {row[0]: row[1:] for row in _cells(table)}
         best, before = val["best"][direction], val["before"][direction]
         assert len(found) == len(best)

@@ -296,6 +296,38 @@ def test_bad_shots_are_refused_before_the_model_is_opened(run: Run) -> None:
     assert hint == "such as --shots 1,5,10,50"
 
 
+@pytest.mark.parametrize(("words", "images"), [([], None), (["--no-images"], False), (["--images"], True)])
+def test_a_page_is_written_beside_the_document(
+    run: Run,
+    asked: list[dict[str, Any]],
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    images: bool | None,
+) -> None:
+    from cytoclip import evaluation_page
+
+    written: list[Any] = []
+    monkeypatch.setattr(evaluation_page, "write", lambda *given: written.append(given))
+    outcome = run("evaluate", "some/model", str(root), "--ks", "1", "--json", "--html", "page.html", *words)
+    assert json.loads(outcome.out)["schema"] == 1
+    ((to, found, split, folder, _, shown),) = written
+    assert (to, list(found.names), split, folder) == (Path("page.html"), ["some/model"], "val", root / "val")
+    assert shown is images
+    monkeypatch.setenv("RANK", "1")
+    assert run("evaluate", "some/model", str(root), "--ks", "1", "--html", "page.html") == (0, "", "")
+    assert len(written) == 1
+
+
+def test_a_page_that_cannot_be_is_refused_before_the_model_is_opened(
+    run: Run, asked: list[dict[str, Any]], root: Path, tmp_path: Path
+) -> None:
+    message, hint = refused(run("evaluate", "some/model", str(root), "--html", str(tmp_path)))
+    assert message == f"--html {tmp_path} is a folder"
+    assert hint == f"name a file, such as {tmp_path / 'page.html'}"
+    assert asked == []
+
+
 def test_only_the_first_process_prints(
     run: Run, asked: list[dict[str, Any]], root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,6 +34,38 @@ def said(before: float, best: float, interval: tuple[float, float] | None, told:
     return found.text, found.colour
 
 
+def stood(best: float, interval: tuple[float, float] | None, before: float | None = None, **told: Any) -> Any:
+    held = None if before is None else scores(before)
+    found = conclusion.standing(Judged("val", held, scores(best, interval=interval), told))
+    return found.text.removeprefix("hit@10 (image → text, 250 pairs of val) is "), found.colour
+
+
+def test_alone_a_model_stands_against_chance() -> None:
+    assert stood(0.312, (0.289, 0.335)) == ("31.2 % [28.9, 33.5], better than chance (4.0 %).", "good")
+    assert stood(0.05, (0.02, 0.08)) == ("5.0 % [2.0, 8.0], no better than chance (4.0 %).", "error")
+    assert stood(0.5, None) == ("50.0 %, chance 4.0 %; whether that is beyond noise was not measured.", "warning")
+
+
+def test_a_model_stands_against_its_base() -> None:
+    against, of_chance = "31.2 % [28.9, 33.5] against {} of the base (chance 4.0 %)", (0.289, 0.335)
+    text, colour = stood(0.312, of_chance, 0.3, **change(0.012, -0.01, 0.03))
+    assert text.startswith(against.format("30.0 %") + ", a difference within noise (+1.2 [−1.0, +3.0]): neither")
+    assert colour == "warning"
+    text, colour = stood(0.312, of_chance, 0.2, **change(0.112, 0.1, 0.12))
+    assert text == against.format("20.0 %") + ", beyond noise (+11.2 [+10.0, +12.0]): the model is the better one."
+    assert colour == "good"
+    text, colour = stood(0.312, of_chance, 0.5, **change(-0.188, -0.2, -0.1))
+    assert text == against.format("50.0 %") + ", beyond noise (−18.8 [−20.0, −10.0]): the base is the better one."
+    assert colour == "error"
+    text, colour = stood(0.312, of_chance, 0.2, image_to_text={"hit@10": {"by": 0.1, "interval": None,
+                                                                          "beyond_noise": False}})  # fmt: skip
+    assert text == against.format("20.0 %") + "; whether that is beyond noise was not measured."
+    assert colour == "warning"
+    text, colour = stood(0.05, (0.02, 0.08), 0.04, **change(0.01, 0.005, 0.02))
+    assert text.endswith("of the base (chance 4.0 %): the model is no better than chance.")
+    assert colour == "error"
+
+
 def test_it_rose() -> None:
     assert said(0.04, 0.312, (0.289, 0.335), change(0.272, 0.25, 0.3)) == (
         "hit@10 (image → text, 250 pairs of val) rose from 4.0 % (chance 4.0 %) to 31.2 % [28.9, 33.5].", "good",
@@ -94,6 +126,14 @@ def test_without_ten_the_middle_k_speaks() -> None:
     for side in ("image_to_text", "text_to_image", "chance"):
         best[side] = {"hit@1": 0.1, "hit@5": 0.2, "hit@50": 0.3}
     assert conclusion.headline(Judged("val", best, best, {}))[1] == "hit@5"
+
+
+def test_what_intervals_were_drawn_from() -> None:
+    of = [conclusion.drawn_from({"clusters": {"by": "source", "count": n}}) for n in (1, 19, 20)]
+    assert of == ["none: 1 source says nothing of others",
+                  "19 sources, drawn 1,000 times: with so few they are too narrow",
+                  "20 sources, drawn 1,000 times"]  # fmt: skip
+    assert conclusion.drawn_from(scores(0.1)) == ""
 
 
 def test_lower_ranks_are_better() -> None:

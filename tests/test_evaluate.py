@@ -282,6 +282,18 @@ def test_several_models_and_a_named_base(
         evaluate.evaluate([str(run)], root / "val", Question([1]), QUIET, How(base=str(tmp_path), workers=0))
 
 
+def test_a_model_called_base_is_not_the_base(
+    base: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(base, tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    found = evaluate.evaluate(["base"], root / "val", Question([1]), QUIET, How(base=None, workers=0))
+    assert (found.names, found.document("val")["base"]) == ({"./base": "base"}, None)
+    found = evaluate.evaluate(["base"], root / "val", Question([1]), QUIET, How(base=str(base), workers=0))
+    assert found.names == {"base": str(base), "./base": "base"}
+    assert list(found.differences) == ["./base"]
+
+
 def test_without_its_starting_point_a_run_stands_alone(
     experiment: Callable[..., Config], base: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -46,7 +46,7 @@ def test_the_commands_in_order(
     for command in COMMANDS.group(1).splitlines():
         run(shlex.split(command), monkeypatch)
         said.append(capsys.readouterr())
-    assert len(said) == 4
+    assert len(said) == 5
     assert "runs/first against base" in said[0].out
     assert re.search(r"hit@10 +\d\.\d{4} \[\d\.\d{4}, \d\.\d{4}\]", said[0].out)
     document = json.loads(said[1].out)
@@ -58,4 +58,6 @@ def test_the_commands_in_order(
     assert "against" not in said[2].out
     assert "runs/second" in said[2].out.splitlines()[1]
     assert {path.name for path in tmp_path.glob("kept*")} == {"kept.safetensors", "kept-base.safetensors"}
+    assert [path.name for path in tmp_path.glob("*.html")] == ["page.html"]
+    assert "hit@10 by group (image → text, 20 pairs of val) is " in Path("page.html").read_text()
     assert "with so few they are too narrow" in said[0].err

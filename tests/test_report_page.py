@@ -139,8 +139,9 @@ def test_hostile_names_captions_and_numbers_stay_text(root: Path, tmp_path: Path
     (data / "val" / "img_text_pair.json").write_text(json.dumps(listed))
     folder = tmp_path / "<script>run"
     runs.write(folder, data, {"val": (runs.random_embeddings(20, 0.5), runs.random_embeddings(20, 1.5))})
-    page = changed(folder, select_by=evil, skipped={evil: 1}, hardware={evil: evil}, versions={evil: evil},
-                   classification={evil: {"accuracy": 0.5, "classes": [evil, "b"], "confusion": [[1, 2], [3, 4]]}},
+    page = changed(folder, select_by=evil, skipped={evil: 1}, hardware={"cpu": evil, "cores": 2, "memory_gb": 8.0},
+                   versions={evil: evil},
+                   classification=runs.both_told_apart([evil, "b"]),
                    findings={"findings": [{"title": evil, "severity": evil, "count": 1, "of": 1}]})  # fmt: skip
     read = Reader(page)
     assert "script" not in read.tags
@@ -149,16 +150,37 @@ def test_hostile_names_captions_and_numbers_stay_text(root: Path, tmp_path: Path
 
 
 def test_classification_is_a_table_and_a_matrix(copied: Path) -> None:
-    one = {
-        "accuracy": 0.75,
-        "intervals": {"accuracy": [0.6, 0.9]},
-        "classes": ["a", "b"],
-        "confusion": [[3, 1], [1, 3]],
-    }
-    for found in (one, {"zero-shot": one}):
-        page = changed(copied, classification=found)
-        assert "75.0 % <small>[60.0, 90.0]</small>" in page
-        assert "confusion, zero-shot. 6 of 8 on the diagonal" in page
+    found = runs.both_told_apart(["a", "b", "c"])
+    page = changed(copied, classification=found)
+    for name, best in found["best"]["zero_shot"].items():
+        (row,) = re.findall(rf'rowheader">{name.replace("_", " ")}</th>(.*?)</tr>', page, re.IGNORECASE)
+        cells = re.findall(r'data-is="(.*?)">(.*?)</td>', row)
+        assert [cell[0] for cell in cells] == ["chance", "before", "after"]
+        assert cells[0][1] == f"{100 * best['chance']:.1f} %"
+        for (_, cell), one in zip(cells[1:], (found["before"]["zero_shot"][name], best), strict=True):
+            low, high = one["interval"]
+            assert cell == f"{100 * one['value']:.1f} % <small>[{100 * low:.1f}, {100 * high:.1f}]</small>"
+    assert f"confusion, after. {np.trace(found['best']['confusion']):.4g} of 60 on the diagonal" in page
+
+
+def test_what_is_undefined_of_a_classification_is_a_dash(copied: Path) -> None:
+    found = runs.both_told_apart(["a", "b"])
+    found["best"]["zero_shot"]["auroc"] = {"value": None, "interval": None, "chance": None, "why": "one class"}
+    found["best"]["zero_shot"]["accuracy"]["interval"] = None
+    page = changed(copied, classification=found)
+    assert re.search(r'AUROC</th><td role="cell" data-is="chance">–</td>.*?data-is="after">–</td>', page)
+    assert re.search(r'>accuracy</th>.*?data-is="after">\d+\.\d %</td>', page)
+
+
+def test_one_cluster_has_no_intervals_and_no_word_of_noise(copied: Path) -> None:
+    val = json.loads((copied / "results.json").read_text())["val"]
+    for side in ("image_to_text", "text_to_image"):
+        val["best"]["intervals"][side] = val["before"]["intervals"][side] = {}
+        for told in val["difference"][side].values():
+            told |= {"interval": None, "beyond_noise": False}
+    page = changed(copied, val=val)
+    assert "whether that is beyond noise was not measured" in page
+    assert ">within noise<" not in page
 
 
 def test_the_test_split_is_judged_first_and_either_can_be_asked(tmp_path: Path) -> None:
@@ -190,11 +212,12 @@ def test_size_is_bounded(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results["val"]["best"]["slices"]["source"] = {f"slide {i}": one for i in range(5_000)}
     results["val"]["best"]["slices"] |= {f"key {i}": {f"value {j}": one for j in range(50)} for i in range(100)}
     names = [f"class {i}" for i in range(30)]
-    told_apart = {"accuracy": 0.5, "classes": names, "confusion": np.ones((30, 30)).tolist()}
+    many = runs.both_told_apart(names)
     findings = {"findings": [{"title": "t" * 50, "severity": "note", "count": 1, "of": 2}] * 3_000}
-    several, skipped = dict.fromkeys(names, told_apart), {f"{i}.png": 1 for i in range(20_000)}
-    page = changed(copied, val=results["val"], findings=findings, classification=several, skipped=skipped)
-    assert page.count("confusion, class") >= 6
+    skipped = {f"{i}.png": 1 for i in range(20_000)}
+    page = changed(copied, val=results["val"], findings=findings, classification=many, skipped=skipped)
+    assert ">confusion, after</h3>" in page
+    assert ">confusion, after</h3>" not in changed(copied, classification=runs.both_told_apart([*names, "one more"]))
     assert len(page.encode()) < 5e6 - report_page.BUDGET + sum(map(len, Reader(page).asked))
     monkeypatch.setattr(report_page, "BUDGET", 30_000)
     small = report_page.page(record.read(copied), QUIET)

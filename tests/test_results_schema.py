@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from cytoclip import results_schema
+from cytoclip import classify, results_schema
+from cytoclip.classify import Asked
+from cytoclip.console import Console
 from cytoclip.results_schema import Results
 
 
@@ -20,8 +22,28 @@ def results(told: Path) -> dict[str, Any]:
 
 
 def test_what_training_wrote_is_valid(done: tuple[Any, Any]) -> None:
-    """Strictly: a key that is not described fails."""
-    Results.model_validate_json((Path(done[0].output) / "results.json").read_text())
+    """Strictly: a key that is not described fails, and so does a number where a text should be."""
+    Results.model_validate_json((Path(done[0].output) / "results.json").read_text(), strict=True)
+
+
+@pytest.mark.parametrize("labels", [None, "one name"])
+def test_what_classification_gives_is_valid(
+    results: dict[str, Any], root: Path, base: Path, tmp_path: Path, labels: str | None
+) -> None:
+    """By the command's own function; strictly, and with a class that no picture has."""
+    templates = tmp_path / "templates.yaml"
+    templates.write_text("templates: ['a {}.']\n")
+    listed = json.loads((root / "val" / "img_text_pair.json").read_text())
+    if labels:
+        named = {**{entry["label"]: "a name" for entry in listed}, "nobody's": ["this", "that"]}
+        templates.write_text(json.dumps({"templates": ["a {}."], "classes": named}))
+    asked = Asked(probe=False, templates=templates)
+    found = classify.classify(str(base), root, asked, Console(quiet=True), workers=0)
+    one = {key: value for key, value in found.items() if key not in ("schema", "model", "split")}
+    whole = results | {"classification": {"before": one, "best": one}, "floor": 0.2}
+    read = Results.model_validate_json(json.dumps(whole), strict=True)
+    assert json.loads(read.model_dump_json(by_alias=True, exclude_unset=True)) == whole
+    assert bool(one["without_pictures"]) == bool(labels)
 
 
 def test_a_whole_one_is_valid_and_comes_back(results: dict[str, Any]) -> None:
@@ -52,6 +74,9 @@ def broken(results: dict[str, Any], *path: str, to: Any) -> dict[str, Any]:
         (("val", "best", "clusters", "by"), "patient"),
         (("val", "difference", "image_to_text", "hit@1", "beyond_noise"), "perhaps"),
         (("keep",), {"root": "x"}),
+        (("val",), {"before": {}, "best": {}}),
+        (("classification",), {"accuracy": 0.5}),
+        (("floor",), "none"),
     ],
 )
 def test_what_is_not_described_is_refused(results: dict[str, Any], path: tuple[str, ...], to: Any) -> None:

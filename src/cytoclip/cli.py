@@ -93,7 +93,7 @@ def train(
 
 
 @app.command()
-def evaluate(
+def evaluate(  # noqa: PLR0913 - each is an option
     places: Annotated[
         list[str],
         typer.Argument(
@@ -113,6 +113,11 @@ def evaluate(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures or captions embedded at once.")] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page of it, too.", show_default=False)] = None,
+    images: Annotated[
+        bool | None,
+        typer.Option(help="With pictures and captions there; else as report.images of the runs.", show_default=False),
+    ] = None,
 ) -> None:
     """Rank a split with one or several models, in both directions, with chance and intervals."""
     from cytoclip.evaluate import How, Question, split_folder
@@ -122,9 +127,15 @@ def evaluate(
     *models, data_root = places
     if not models:
         raise UserError(f"evaluate got {data_root} and nothing else", "cytoclip evaluate MODEL… DATA_ROOT")
-    how = How(base, embeddings, batch_size)
-    found = measure(models, split_folder(Path(data_root), split), Question(asked), console, how)
+    if html is not None and html.is_dir():
+        raise UserError(f"--html {html} is a folder", f"name a file, such as {html / 'page.html'}")
+    folder, how = split_folder(Path(data_root), split), How(base, embeddings, batch_size)
+    found = measure(models, folder, Question(asked), console, how)
     console.result(json.dumps(found.document(split), ensure_ascii=False) if as_json else found.text(asked))
+    if html is not None and _first_process():
+        from cytoclip import evaluation_page
+
+        evaluation_page.write(html, found, split, folder, console, images)
 
 
 @app.command()
@@ -336,7 +347,7 @@ def _original_evaluation(given: argparse.Namespace) -> None:
     question = Question(given.ks, given.direction.names())
     folder = split_folder(given.data_root, "val")
     name = given.pretrained_clip_path
-    scored = evaluate([name], folder, question, console, How(batch_size=given.batch_size)).columns()[name]
+    (scored,) = evaluate([name], folder, question, console, How(batch_size=given.batch_size)).columns().values()
     console.result(report.table({name: scored}, given.ks))
     if _first_process():
         saved = save_as_original(scored, name, given.direction.value)

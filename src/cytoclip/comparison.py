@@ -1,13 +1,13 @@
-"""Several runs on one page, side by side: which is better, by how much, and what was different about them.
+"""Several models on one page, side by side: which is better, by how much, and what was different about their runs.
 
-Whether a difference is beyond noise is said only of runs that ranked the same pairs: their queries are then drawn
-together. It is computed from the embeddings that the runs keep.
+Whether a difference is beyond noise is said only of models that ranked the same pairs: their queries are then drawn
+together. For runs it is computed from the embeddings that they keep; `evaluation_page` has it from what it measured.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,21 +30,33 @@ _PLACES = ("data.root", "data.train", "data.val", "data.test", "model.name", "ou
 
 @dataclass(frozen=True)
 class Column:
-    """One run on the split that all are compared on."""
+    """One model on the split that all are compared on.
+
+    Parameters
+    ----------
+    pairs
+        The fingerprint of what it ranked; empty where that is not known.
+    read
+        Its run; None for a model that was evaluated by itself.
+    """
 
     name: str
-    read: Record
     one: Judged
+    pairs: str
+    read: Record | None = None
+
+
+Noise = Callable[[Column, Column, str, str], Interval | None]  # of one − other, by direction and key
 
 
 @dataclass(frozen=True)
 class Row:
-    """One metric: its name, chance, a cell a run, and which run has the best number."""
+    """One metric: its name, chance, a cell a model, and which have the best number."""
 
     name: str
     chance: str
     cells: Sequence[str]
-    best: int
+    best: Sequence[int]
 
 
 def write(folders: Sequence[Path], to: Path, split: str | None, console: Console, images: bool | None = None) -> Path:
@@ -64,22 +76,42 @@ def page(folders: Sequence[Path], split: str | None, console: Console, images: b
     if len(folders) > MOST_RUNS:
         raise UserError(f"{len(folders)} runs are too many for a page", f"compare at most {MOST_RUNS}")
     columns = _columns([record.read(folder) for folder in folders], split)
+    private = images is False or (images is None and not all(map(_may_show, columns)))
+    return drawn(columns, lambda one, other, side, key: _noise(one, other, side, key, console), private)
+
+
+def drawn(columns: Sequence[Column], noise: Noise, private: bool, facts: Sequence[tuple[str, str]] = ()) -> str:
+    """The same from plain data.
+
+    Parameters
+    ----------
+    noise
+        The interval of a difference; None where it cannot be known.
+    private
+        Whether the places of runs' data are left out.
+    facts
+        Of how the models were measured, where they are no runs.
+    """
     direction, key = _headline(columns)
     both = [side for side in DIRECTIONS if all(side in column.one.best for column in columns)]
-    private = images is False or (images is None and not all(map(_may_show, columns)))
+    differences = {DIRECTIONS[side]: list(_against_base(columns, side)) for side in both}
     return pages.render(
         "comparison.html",
         names=[column.name for column in columns],
         split=columns[0].one.split,
-        verdict=verdict(columns, direction, key, console),
+        verdict=verdict(columns, direction, key, noise),
         tables=[(DIRECTIONS[side], list(_rows(columns, side))) for side in both],
+        held=[column.name for column in columns if column.one.before],
+        against={title: rows for title, rows in differences.items() if rows},
+        runs=all(column.read for column in columns),
         curves=list(_curves(columns, direction, key)),
         differences=list(_differences(columns, private)),
-        facts=list(_facts(columns)),
+        made=list(_facts(columns)),
+        facts=facts,
     )
 
 
-def verdict(columns: Sequence[Column], direction: str, key: str, console: Console) -> Verdict:
+def verdict(columns: Sequence[Column], direction: str, key: str, noise: Noise) -> Verdict:
     """Which is best, and whether it is so beyond noise, on one number."""
     numbers = [column.one.best[direction][key] for column in columns]
     order = sorted(range(len(columns)), key=lambda i: -numbers[i])
@@ -87,14 +119,13 @@ def verdict(columns: Sequence[Column], direction: str, key: str, console: Consol
     what = f"{conclusion.named(key)} ({DIRECTIONS[direction]}, {first.one.split})"
     values = [conclusion.value(key, numbers[i]) for i in order[:2]]
     against = f"{what}: {values[0]} of {first.name} against {values[1]} of {second.name}"
-    prints = [embedded.pairs for embedded in map(_embedded, columns) if embedded]
-    if {column.one.best["pairs"] for column in columns} != {first.one.best["pairs"]} or len(set(prints) - {""}) > 1:
+    prints = {column.pairs for column in columns} - {""}
+    if {column.one.best["pairs"] for column in columns} != {first.one.best["pairs"]} or len(prints) > 1:
         return Verdict(f"{against}; they ranked different pairs, so these numbers cannot be held against each other.",
                        "warning")  # fmt: skip
-    low_high = _noise(first, second, direction, key, console)
+    low_high = noise(first, second, direction, key)
     if low_high is None:
-        return Verdict(f"{against}; whether that is beyond noise is not known (embeddings or pairs are missing).",
-                       "warning")  # fmt: skip
+        return Verdict(f"{against}; whether that is beyond noise is not known ({_why_not(columns)}).", "warning")
     by = numbers[order[0]] - numbers[order[1]]
     told = conclusion.difference(key, by, low_high)
     if low_high[0] <= 0 <= low_high[1]:
@@ -112,12 +143,19 @@ def _columns(read: Sequence[Record], split: str | None) -> list[Column]:
             ExitCode.RUN,
         )
     name = split or common[0]
-    return [Column(called, each, one[name]) for called, each, one in zip(_names(read), read, scored, strict=True)]
+    prints = [embedded.pairs if embedded else "" for embedded in (each.embedded(name, "best") for each in read)]
+    called = names([each.run.path for each in read])
+    return [Column(*one) for one in zip(called, (one[name] for one in scored), prints, read, strict=True)]
 
 
-def _names(read: Sequence[Record]) -> list[str]:
+def _why_not(columns: Sequence[Column]) -> str:
+    runs = any(column.read for column in columns)
+    return "embeddings or pairs are missing" if runs else "all pairs are of one source"
+
+
+def names(folders: Sequence[Path]) -> list[str]:
     """The folder's, or with the folder above it where two are called the same."""
-    places = [each.run.path.resolve() for each in read]
+    places = [folder.resolve() for folder in folders]
     short = [place.name for place in places]
     if len(set(short)) == len(short):
         return short
@@ -144,14 +182,22 @@ def _rows(columns: Sequence[Column], direction: str) -> Iterator[Row]:
         if all(name in table for table in tables):
             key = numbers[0][name][0]
             values = np.array([number[name][1] for number in numbers])
-            best = int(values.argmin() if conclusion.is_rank(key) else values.argmax())
+            best = np.flatnonzero(values == (values.min() if conclusion.is_rank(key) else values.max())).tolist()
             yield Row(name, row.chance, [table[name].best for table in tables], best)
+
+
+def _against_base(columns: Sequence[Column], direction: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """Each metric with the difference of each model that has a base, and what that is worth."""
+    tables = [{row.name: row for row in conclusion.rows(c.one, direction)} for c in columns if c.one.before]
+    for name in tables[0] if tables else ():
+        if all(name in table for table in tables):
+            yield name, [(table[name].difference, table[name].change) for table in tables]
 
 
 def _noise(one: Column, other: Column, direction: str, key: str, console: Console) -> Interval | None:
     """The interval of one − other where both ranked the same pairs, which are still there."""
     embedded = _embedded(one), _embedded(other)
-    if embedded[0] is None or embedded[1] is None or not embedded[0].pairs:
+    if embedded[0] is None or embedded[1] is None or one.read is None or not one.pairs:
         return None
     try:
         pairs = record.pairs(one.read, one.one.split, embedded[0], console)
@@ -166,30 +212,30 @@ def _noise(one: Column, other: Column, direction: str, key: str, console: Consol
 
 
 def _embedded(column: Column) -> Embedded | None:
-    return column.read.embedded(column.one.split, "best")
+    return column.read.embedded(column.one.split, "best") if column.read else None
 
 
 def _may_show(column: Column) -> bool:
-    return column.read.wanted is None or column.read.wanted.report.images
+    return column.read is None or column.read.wanted is None or column.read.wanted.report.images
 
 
 def _curves(columns: Sequence[Column], direction: str, key: str) -> Iterator[Chart]:
     lines = []
-    for column in columns:
-        rows = [row for row in column.read.validations if key in row.get("val", {}).get(direction, {})]
+    runs = [(column.name, column.read) for column in columns if column.read]
+    for name, read in runs:
+        rows = [row for row in read.validations if key in row.get("val", {}).get(direction, {})]
         values = [100 * row["val"][direction][key] for row in rows]
-        lines.append(Line(column.name, np.array([row["step"] for row in rows], np.float64), np.array(values)))
+        lines.append(Line(name, np.array([row["step"] for row in rows], np.float64), np.array(values)))
     if any(len(line.x) for line in lines):
         yield charts.curves(f"{conclusion.named(key)} (%) of val, {DIRECTIONS[direction]}", lines, dots=True)
-    logged = [c for c in columns if "loss" in c.read.losses]
-    if logged:
-        losses = [Line(c.name, c.read.losses["step"], c.read.losses["loss"]) for c in logged]
+    losses = [Line(n, read.losses["step"], read.losses["loss"]) for n, read in runs if "loss" in read.losses]
+    if losses:
         yield charts.curves("loss", losses)
 
 
 def _differences(columns: Sequence[Column], private: bool) -> Iterator[tuple[str, list[str]]]:
     """Each option in which the runs differ, with its value in each."""
-    wanted = [column.read.wanted for column in columns]
+    wanted = [column.read.wanted for column in columns if column.read]
     known = [one for one in wanted if one is not None]
     names = sorted({name for other in known[1:] for name in config.differences(known[0], other)} - {"output"})
     for name in names:
@@ -208,10 +254,12 @@ def _option(given: dict[str, Any], name: str) -> str:
 
 
 def _facts(columns: Sequence[Column]) -> Iterator[tuple[str, list[str]]]:
-    results = [column.read.results for column in columns]
+    results = [column.read.results for column in columns if column.read]
+    if not results:
+        return
     yield "steps", [f"{one['steps']:,}; best at {one['best_step']:,}" for one in results]
     yield "time of training", [duration(one["seconds"]) if "seconds" in one else "–" for one in results]
     yield "processes", [f"{one.get('processes', '–')} on {one.get('device', '–')}" for one in results]
     direction, key = _headline(columns)
-    before = [conclusion.value(key, column.one.before[direction][key]) for column in columns]
+    before = [conclusion.value(key, c.one.before[direction][key]) if c.one.before else "–" for c in columns]
     yield f"{conclusion.named(key)} before, {DIRECTIONS[direction]}", before

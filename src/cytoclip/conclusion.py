@@ -1,4 +1,4 @@
-"""What a run came to, from its `results.json`: one sentence, the table before → after, slices. Pure.
+"""What was measured, in words: one sentence, the table of one model beside another, slices. Pure.
 
 A number's difference is beyond noise where its paired-bootstrap interval leaves out zero; who computed it says so.
 """
@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cytoclip.errors import counted
+from cytoclip.intervals import RESAMPLES, ROUGH
 from cytoclip.report import DIRECTIONS
 
 MOST_VALUES = 40  # of a slice
@@ -20,23 +22,28 @@ Scores = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Judged:
-    """The two models on one split.
+    """A model on one split, and the one that it is held against.
 
     Parameters
     ----------
+    before
+        Scores of a run's starting model, or of a base; None where there is none.
     difference
         best − before of each direction and key, as results.json has it; empty where nobody computed it.
     """
 
     split: str
-    before: Scores
+    before: Scores | None
     best: Scores
     difference: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One metric of one direction, as it is printed; `change` is better, worse, noise, or empty where not known."""
+    """One metric of one direction, as it is printed: – where nothing is there to hold it against.
+
+    `change` is better, worse, noise, or empty where not known.
+    """
 
     name: str
     chance: str
@@ -78,37 +85,57 @@ def judged(results: Mapping[str, Any]) -> list[Judged]:
 
 
 def verdict(one: Judged) -> Verdict:
-    """Whether it got better, in one sentence, on the number that the sentence names and on no other."""
-    direction, key = headline(one)
-    before, best = one.before[direction][key], one.best[direction][key]
-    chance = one.best["chance"][key]
-    what = f"{named(key)} ({DIRECTIONS[direction]}, {one.best['pairs']:,} pairs of {one.split})"
-    after = f"{value(key, best)}{_interval(one.best, direction, key)}"
-    told = one.difference.get(direction, {}).get(key)
-    low = (one.best.get("intervals") or {}).get(direction, {}).get(key, [best])[0]
-    if told and told["beyond_noise"] and told["by"] < 0:
+    """Whether a run got better, in one sentence, on the number that the sentence names and on no other."""
+    said = _said(one)
+    went = f"from {said.before} (chance {said.chance}) to {said.after}"
+    if said.beyond_noise and said.by < 0:
+        return Verdict(f"{said.what} fell {went}: the starting model is the better one.", "error")
+    if not said.above_chance:
         return Verdict(
-            f"{what} fell from {value(key, before)} (chance {value(key, chance)}) to {after}: "
-            "the starting model is the better one.",
+            f"{said.what} is {said.after}, no better than chance ({said.chance}): nothing that ranks was learned.",
             "error",
         )
-    if low <= chance:
+    if not said.difference:
+        return Verdict(f"{said.what} went {went}; whether that is beyond noise was not measured.", "warning")
+    if not said.beyond_noise:
         return Verdict(
-            f"{what} is {after}, no better than chance ({value(key, chance)}): nothing that ranks was learned.", "error"
+            f"{said.what} went {went}, a difference within noise ({said.difference}): no gain is shown.", "warning"
         )
-    if not told:
-        return Verdict(
-            f"{what} went from {value(key, before)} (chance {value(key, chance)}) to {after}; "
-            "whether that is beyond noise was not measured.",
-            "warning",
-        )
-    if not told["beyond_noise"]:
-        return Verdict(
-            f"{what} went from {value(key, before)} (chance {value(key, chance)}) to {after}, a difference within "
-            f"noise ({_difference(key, told)}): no gain is shown.",
-            "warning",
-        )
-    return Verdict(f"{what} rose from {value(key, before)} (chance {value(key, chance)}) to {after}.", "good")
+    return Verdict(f"{said.what} rose {went}.", "good")
+
+
+def standing(one: Judged) -> Verdict:
+    """How a model stands that was evaluated: against the base, or else against chance."""
+    said = _said(one)
+    is_ = f"{said.what} is {said.after}"
+    if one.before is None:
+        if not said.above_chance:
+            return Verdict(f"{is_}, no better than chance ({said.chance}).", "error")
+        if not said.has_interval:
+            return Verdict(f"{is_}, chance {said.chance}; whether that is beyond noise was not measured.", "warning")
+        return Verdict(f"{is_}, better than chance ({said.chance}).", "good")
+    against = f"{is_} against {said.before} of the base (chance {said.chance})"
+    if said.beyond_noise and said.by < 0:
+        return Verdict(f"{against}, beyond noise ({said.difference}): the base is the better one.", "error")
+    if not said.above_chance:
+        return Verdict(f"{against}: the model is no better than chance.", "error")
+    if not said.difference:
+        return Verdict(f"{against}; whether that is beyond noise was not measured.", "warning")
+    if not said.beyond_noise:
+        return Verdict(f"{against}, a difference within noise ({said.difference}): neither is shown to be better.",
+                       "warning")  # fmt: skip
+    return Verdict(f"{against}, beyond noise ({said.difference}): the model is the better one.", "good")
+
+
+def drawn_from(scores: Scores) -> str:
+    """What the intervals of some scores were drawn from, and whether that is too little; empty of those without."""
+    found = scores.get("clusters")
+    if not found:
+        return ""
+    said = f"{counted(found['count'], found['by'])}, drawn {RESAMPLES:,} times"
+    if found["count"] < 2:
+        return f"none: {counted(found['count'], found['by'])} says nothing of others"
+    return f"{said}: with so few they are too narrow" if found["count"] < ROUGH else said
 
 
 def headline(one: Judged) -> tuple[str, str]:
@@ -124,6 +151,7 @@ def differs_by_group(one: Judged) -> bool:
     return any(
         scores[side].get(f"{key}_groups", scores[side][key]) != scores[side][key]
         for scores in (one.before, one.best)
+        if scores
         for side in (*_sides(scores), "chance")
         for key in scores[side]
         if _is_strict_hit(key)
@@ -140,8 +168,8 @@ def slices(one: Judged) -> Iterator[tuple[str, str, list[Slice], int]]:
     """Of each key: its name, what was counted, its values by number of pairs, and how many are left out."""
     direction, key = headline(one)
     for name, values in (one.best.get("slices") or {}).items():
-        before = (one.before.get("slices") or {}).get(name, {})
-        found = [_slice(text, scores, before.get(text), direction, key) for text, scores in values.items()]
+        earlier = ((one.before or {}).get("slices") or {}).get(name, {})
+        found = [_slice(text, scores, earlier.get(text), direction, key) for text, scores in values.items()]
         if name != "caption length":  # which has an order of its own
             found.sort(key=lambda each: -each.pairs)
         yield name, f"{named(key)}, {DIRECTIONS[direction]}", found[:MOST_VALUES], max(0, len(found) - MOST_VALUES)
@@ -183,8 +211,47 @@ def is_rank(key: str) -> bool:
     return key.removesuffix("_groups") in _RANKS
 
 
+@dataclass(frozen=True)
+class _Said:
+    """What the sentence is made of; `difference` is empty where it was not measured."""
+
+    what: str
+    chance: str
+    before: str
+    after: str
+    difference: str
+    by: float
+    beyond_noise: bool
+    above_chance: bool
+    has_interval: bool
+
+
+def _said(one: Judged) -> _Said:
+    direction, key = headline(one)
+    best, chance = one.best[direction][key], one.best["chance"][key]
+    told = _told(one, direction, key)
+    low = (one.best.get("intervals") or {}).get(direction, {}).get(key)
+    return _Said(
+        what=f"{named(key)} ({DIRECTIONS[direction]}, {one.best['pairs']:,} pairs of {one.split})",
+        chance=value(key, chance),
+        before=value(key, one.before[direction][key]) if one.before else "–",
+        after=f"{value(key, best)}{_interval(one.best, direction, key)}",
+        difference=_difference(key, told) if told else "",
+        by=told["by"] if told else 0.0,
+        beyond_noise=bool(told and told["beyond_noise"]),
+        above_chance=(low[0] if low else best) > chance,
+        has_interval=bool(low),
+    )
+
+
+def _told(one: Judged, direction: str, key: str) -> Mapping[str, Any] | None:
+    """The difference with its interval; None where there is none: of one cluster nothing can be drawn."""
+    found: Mapping[str, Any] | None = one.difference.get(direction, {}).get(key)
+    return found if found and found["interval"] else None
+
+
 def _row(one: Judged, direction: str, key: str) -> Row:
-    told = one.difference.get(direction, {}).get(key)
+    told = _told(one, direction, key)
     chance = one.best["chance"].get(key)
     change = ""
     if told:
@@ -193,8 +260,8 @@ def _row(one: Judged, direction: str, key: str) -> Row:
     return Row(
         name=named(key),
         chance="–" if chance is None else value(key, chance),
-        before=value(key, one.before[direction][key]) + _interval(one.before, direction, key),
-        best=value(key, one.best[direction][key]) + _interval(one.best, direction, key),
+        before=_cell(one.before, direction, key) if one.before else "–",
+        best=_cell(one.best, direction, key),
         difference=_difference(key, told) if told else "–",
         change=change,
     )
@@ -205,8 +272,12 @@ def _slice(text: str, scores: Scores, before: Scores | None, direction: str, key
         text,
         int(scores["pairs"]),
         value(key, before[direction][key]) if before and direction in before else "–",
-        value(key, scores[direction][key]) + _interval(scores, direction, key),
+        _cell(scores, direction, key),
     )
+
+
+def _cell(scores: Scores, direction: str, key: str) -> str:
+    return value(key, scores[direction][key]) + _interval(scores, direction, key)
 
 
 def _interval(scores: Scores, direction: str, key: str) -> str:

@@ -59,11 +59,23 @@ class ShownGallery:
 
 @dataclass(frozen=True)
 class Split:
-    """A split that can be shown: its pairs, and its embeddings by the two models that the run began and ended with."""
+    """A split that can be shown: its pairs, its embeddings by two models, and what those are called.
+
+    Parameters
+    ----------
+    before
+        Of the model that a run began with, or of a base; None where there is none.
+    """
 
     pairs: Pairs
     before: Embedded | None
     best: Embedded
+    names: tuple[str, str] = ("before", "after")
+
+    def sides(self) -> list[tuple[str, Embedded]]:
+        """Each model that is there, by what it is called."""
+        both = zip(self.names, (self.before, self.best), strict=True)
+        return [(name, embedded) for name, embedded in both if embedded]
 
     def identity(self) -> Identity:
         return identities(self.pairs)
@@ -92,16 +104,16 @@ def galleries(split: Split, thumbnails: Thumbnails) -> list[ShownGallery]:
 
 
 def similarity_charts(split: Split) -> list[Chart]:
-    """Right against wrong pairs, before and after."""
+    """Right against wrong pairs, a chart a model."""
     found = []
     identity = split.identity()
-    for name, embedded in (("before", split.before), ("after", split.best)):
-        counted = embedded and evidence.similarities(embedded.image_ND, embedded.text_ND, identity)
+    for name, embedded in split.sides():
+        counted = evidence.similarities(embedded.image_ND, embedded.text_ND, identity)
         if counted:
             of = "all wrong pairs" if counted.drawn is None else f"{counted.drawn:,} wrong pairs, drawn"
             found.append(
                 charts.binned(
-                    f"cosine {name}: mean {counted.right_mean:.2f} of right, {counted.wrong_mean:.2f} of wrong pairs",
+                    f"cosine, {name}: mean {counted.right_mean:.2f} of right, {counted.wrong_mean:.2f} of wrong pairs",
                     counted.edges,
                     {"right pairs": counted.right, of: counted.wrong},
                 )
@@ -110,17 +122,17 @@ def similarity_charts(split: Split) -> list[Chart]:
 
 
 def maps(split: Split, private: bool) -> tuple[list[Chart], str]:
-    """PCA before and after, coloured by label, or else source or group; and in words what the colours are.
+    """PCA, a chart a model, coloured by label, or else source or group; and in words what the colours are.
 
     With `private`, names of sources and groups become numbers.
     """
     by, values = _coloured_by(split.pairs)
     found = []
-    for name, embedded in (("before", split.before), ("after", split.best)):
-        placed = embedded and evidence.mapped(embedded.image_ND, embedded.text_ND)
+    for name, embedded in split.sides():
+        placed = evidence.mapped(embedded.image_ND, embedded.text_ND)
         if placed:
             series = _series(placed, values, by in ("source", "group") and private)
-            title = f"embeddings {name}"
+            title = f"embeddings, {name}"
             gap = f"{title}: {placed.explained:.0%} of the variance, gap between the sides {placed.gap:.2f}"
             found.append(charts.points(gap, series, f"{gap}. {len(placed.rows)} pairs, pictures filled, captions open"))
     return found, by

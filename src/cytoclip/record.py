@@ -78,9 +78,14 @@ class Record:
                 image_ND, text_ND = (stored.get_tensor(side).float() for side in ("image", "text"))
         except (OSError, SafetensorError):
             return None
-        usable = image_ND.ndim == 2 and image_ND.shape == text_ND.shape and len(image_ND) > 0
-        usable = usable and bool(image_ND.isfinite().all()) and bool(text_ND.isfinite().all())
-        return Embedded(image_ND, text_ND, pairs) if usable else None
+        return usable(image_ND, text_ND, pairs)
+
+
+def usable(image_ND: Tensor, text_ND: Tensor, pairs: str) -> Embedded | None:
+    """Embeddings as a page draws on them; None where they are not rows of the same pairs, or not finite."""
+    whole = image_ND.ndim == 2 and image_ND.shape == text_ND.shape and len(image_ND) > 0
+    whole = whole and bool(image_ND.isfinite().all()) and bool(text_ND.isfinite().all())
+    return Embedded(image_ND.float().cpu(), text_ND.float().cpu(), pairs) if whole else None
 
 
 def read(folder: Path) -> Record:

@@ -1,6 +1,7 @@
 """`report.html` of a run: one page, no script, no request; and the model cards beside its weights.
 
-Everything on it is read from the run folder; the pairs of the split that is shown are read again, or handed over.
+Everything on it is read from the run folder; the pairs of the split that is shown are read again, or handed over. A
+`Page` is plain data: whoever has measured a model some other way fills one in (`evaluation_page`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from omegaconf import OmegaConf
 
 from cytoclip import charts, conclusion, curves, exhibits, files, model_card, pages, record
 from cytoclip.charts import Chart
-from cytoclip.conclusion import Judged
+from cytoclip.conclusion import Judged, Verdict
 from cytoclip.config import Config
 from cytoclip.console import Console, duration
 from cytoclip.errors import ExitCode, UserError
@@ -31,7 +32,8 @@ BUDGET = 3_000_000  # bytes of all thumbnails
 _MOST_CLASSES = 30  # of a confusion matrix that can be drawn
 _OPEN_SLICES = ("label", "caption length")  # whose values say nothing of where a pair comes from
 _LIST = 200  # skipped pictures, findings
-_KEYS, _CLASSIFIERS = 12, 6  # of slices, and that are drawn
+_KEYS = 12  # of slices
+_METRICS = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1", "auroc": "AUROC"}
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,63 @@ class Evidence:
     similarities: Sequence[Chart] = ()
     maps: Sequence[Chart] = ()
     coloured_by: str = ""
+
+
+@dataclass(frozen=True)
+class Told:
+    """Pictures told apart by class: a row a metric (name, chance, a cell a model), and whom the last model mistakes."""
+
+    pictures: int
+    rows: Sequence[Sequence[str]]
+    confusion: Chart | None
+
+
+@dataclass(frozen=True)
+class Page:
+    """All that the page of one model says; a part that is empty is not there.
+
+    Parameters
+    ----------
+    about
+        What it is of, in a line.
+    judged
+        A table a direction each; slices are those of the first.
+    names
+        What the model that is held against, and the model, are called in tables and charts.
+    images
+        Whether anything that names or shows a pair may be there.
+    kind
+        What made it, `run` or `evaluation`, of which `facts` are.
+    missing
+        What cannot be shown, in words.
+    """
+
+    name: str
+    about: str
+    verdict: Verdict
+    judged: Sequence[Judged]
+    evidence: Evidence
+    facts: Sequence[tuple[str, str]]
+    images: bool
+    kind: str
+    names: tuple[str, str] = ("before", "after")
+    curves: Sequence[Chart] = ()
+    classification: Told | None = None
+    findings: Sequence[tuple[str, str]] = ()
+    skipped: Sequence[str] = ()
+    yaml: str = ""
+    missing: Sequence[str] = ()
+
+    def html(self) -> str:
+        """The whole of it, escaped."""
+        return pages.render(
+            "report_page.html",
+            **vars(self),
+            tables=[(one, list(_tables(one))) for one in self.judged],
+            slices=[_private(one, self.images) for one in islice(conclusion.slices(self.judged[0]), _KEYS)],
+            split=self.judged[0].split,
+            held=self.judged[0].before is not None,
+        )
 
 
 def write(folder: Path, console: Console, pairs: Mapping[str, Pairs] | None = None) -> None:
@@ -115,25 +174,32 @@ def page(
     shown = _evidence(read, judged[0].split, images, console, pairs, missing)
     if not judged[0].best.get("intervals"):
         missing.append("intervals")
-    key = conclusion.headline(judged[0])[1]
-    wanted = read.wanted
-    return pages.render(
-        "report_page.html",
+    return Page(
         name=read.run.path.resolve().name,
-        began=_began(read, images),
+        about=_began(read, images),
         verdict=conclusion.verdict(judged[0]),
-        judged=[(one, list(_tables(one))) for one in judged],
-        slices=[_private(one, images) for one in islice(conclusion.slices(judged[0]), _KEYS)],
-        split=judged[0].split,
-        curves=curves.drawn(read, key),
+        judged=judged,
         evidence=shown,
-        images=images,
-        classification=list(islice(_classification(read.results.get("classification")), _CLASSIFIERS)),
-        findings=list(islice(_findings(read.results.get("findings"), images), _LIST)),
         facts=list(_facts(read)),
+        images=images,
+        kind="run",
+        curves=curves.drawn(read, conclusion.headline(judged[0])[1]),
+        classification=_classification(read.results.get("classification")),
+        findings=list(islice(_findings(read.results.get("findings"), images), _LIST)),
         skipped=list(read.results.get("skipped") or {})[:_LIST] if images else [],
-        yaml="" if wanted is None else _yaml(wanted, images),
+        yaml="" if read.wanted is None else _yaml(read.wanted, images),
         missing=missing,
+    ).html()
+
+
+def evidence(shown: Split, images: bool) -> Evidence:
+    """What a split looks like to its models; no picture, caption or name of it without `images`."""
+    maps, coloured_by = exhibits.maps(shown, not images)
+    return Evidence(
+        exhibits.galleries(shown, Thumbnails(BUDGET)) if images else (),
+        exhibits.similarity_charts(shown),
+        maps,
+        coloured_by,
     )
 
 
@@ -186,14 +252,7 @@ def _evidence(
     except UserError as error:
         missing.append(f"the pairs of {split} ({error.message if images else 'they cannot be read as they were'})")
         return Evidence()
-    shown = Split(held, read.embedded(split, "before"), best)
-    maps, coloured_by = exhibits.maps(shown, not images)
-    return Evidence(
-        exhibits.galleries(shown, Thumbnails(BUDGET)) if images else (),
-        exhibits.similarity_charts(shown),
-        maps,
-        coloured_by,
-    )
+    return evidence(Split(held, read.embedded(split, "before"), best), images)
 
 
 def _private(
@@ -206,33 +265,30 @@ def _private(
     return name, counted, shown, more
 
 
-def _classification(found: Any) -> Iterator[tuple[str, list[tuple[str, str]], Chart | None]]:
-    """Of each classifier: its name, its numbers, and its confusion matrix where it can be drawn."""
-    if not isinstance(found, dict):
-        return
-    several = {"zero-shot": found} if _is_classifier(found) else found
-    for name, one in several.items():
-        if not isinstance(one, dict) or not _is_classifier(one):
-            continue
-        intervals = one.get("intervals") or {}
-        numbers = [
-            (key.replace("_", " "), f"{100 * value:.1f} %" + _between(intervals.get(key)))
-            for key, value in one.items()
-            if isinstance(value, float)
-        ]
-        names, counts = one.get("classes"), one.get("confusion")
-        drawn = None
-        if isinstance(names, list) and isinstance(counts, list) and len(names) == len(counts) <= _MOST_CLASSES:
-            drawn = charts.matrix(f"confusion, {name}", [str(each) for each in names], np.array(counts, np.float64))
-        yield name, numbers, drawn
+def _classification(found: Any) -> Told | None:
+    """Zero-shot by the starting model and by best/, as `classify.zero_shot` gives each."""
+    if not found:
+        return None
+    before, best = found["before"], found["best"]
+    rows = [
+        (_METRICS[name], _rate(one["chance"]), *(_cell(each["zero_shot"][name]) for each in (before, best)))
+        for name, one in best["zero_shot"].items()
+    ]
+    drawn = None
+    if len(best["classes"]) <= _MOST_CLASSES:
+        drawn = charts.matrix("confusion, after", best["classes"], np.array(best["confusion"], np.float64))
+    return Told(best["pictures"], rows, drawn)
 
 
-def _is_classifier(one: Mapping[str, Any]) -> bool:
-    return "confusion" in one or "accuracy" in one
+def _cell(one: Mapping[str, Any]) -> str:
+    if one["value"] is None or not one["interval"]:
+        return _rate(one["value"])
+    low, high = (100 * end for end in one["interval"])
+    return f"{_rate(one['value'])} [{low:.1f}, {high:.1f}]"
 
 
-def _between(found: Any) -> str:
-    return f" [{100 * found[0]:.1f}, {100 * found[1]:.1f}]" if isinstance(found, list) and len(found) == 2 else ""
+def _rate(number: float | None) -> str:
+    return "–" if number is None else f"{100 * number:.1f} %"
 
 
 def _findings(found: Any, images: bool) -> Iterator[tuple[str, str]]:
@@ -271,18 +327,21 @@ def _facts(read: Record) -> Iterator[tuple[str, str]]:
         yield "processes", f"{results['processes']} on {results.get('device', '?')}"
     if results.get("select_by"):
         yield "best chosen by", str(results["select_by"])
-    hardware = results.get("hardware")
-    if hardware:
-        yield (
-            "hardware",
-            ", ".join(f"{k} {v}".replace("_", " ") for k, v in hardware.items())
-            if isinstance(hardware, dict)
-            else str(hardware),
-        )
+    if results.get("hardware"):
+        yield "hardware", _hardware(results["hardware"])
+    drawn = conclusion.drawn_from(conclusion.judged(results)[0].best)
+    if drawn:
+        yield "intervals", drawn
     versions = results.get("versions")
     yield "versions", ", ".join(f"{k} {v}" for k, v in versions.items()) if versions else read.versions or "not known"
     if results.get("skipped"):
         yield "pictures that could not be used", f"{len(results['skipped']):,}"
+
+
+def _hardware(found: Mapping[str, Any]) -> str:
+    """As `device.hardware` has it, in words."""
+    words = f"{found['cpu']}, {found['cores']} cores, {found['memory_gb']} GB"
+    return f"{words}; {found['gpu']}, {found['gpu_memory_gb']} GB" if "gpu" in found else words
 
 
 def _yaml(wanted: Config, images: bool) -> str:

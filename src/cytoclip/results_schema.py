@@ -67,7 +67,7 @@ class Scores(Part):
 
 class Change(Part):
     by: float = Field(description="best − before, in the metric's own unit.")
-    interval: Interval = Field(description="95 % interval, by paired bootstrap.")
+    interval: Interval | None = Field(description="95 % interval, by paired bootstrap; null of one cluster.")
     beyond_noise: bool = Field(description="Whether the interval leaves out 0.")
 
 
@@ -79,13 +79,59 @@ class Difference(Part):
 class Compared(Part):
     before: Scores = Field(description="The starting model, with intervals and slices.")
     best: Scores = Field(description="The model in best/, with intervals and slices.")
-    difference: Difference | None = Field(None, description="best − before on the same pairs.")
+    difference: Difference = Field(description="best − before on the same pairs.")
 
 
 class Kept(Part):
     root: str = Field(description="`validate.keep`.")
     before: Scores = Field(description="The starting model on it.")
     best: Scores = Field(description="The model in best/ on it.")
+
+
+class Majority(Part):
+    class_: str = Field(alias="class", description="The commonest class.")
+    accuracy: float = Field(description="Of always saying it.")
+
+
+class Rate(Part):
+    value: float | None = Field(description="0 to 1; null where it is undefined.")
+    interval: Interval | None = Field(description="95 % interval, by bootstrap; null where none can be drawn.")
+    why: str | None = Field(None, description="What it lacks where it is undefined.")
+
+
+class RateAndChance(Rate):
+    chance: float | None = Field(description="Of a model that knows nothing.")
+
+
+class OneClass(Part):
+    pictures: int = Field(ge=0, description="How many have it.")
+    recall: Rate = Field(description="Share of them that are taken for it.")
+    precision: Rate = Field(description="Share of those taken for it that have it.")
+    f1: Rate = Field(description="2 ÷ (1 ÷ recall + 1 ÷ precision), from expected counts.")
+    auroc: Rate = Field(description="It against the rest, by log odds.")
+
+
+class ZeroShot(Part):
+    pictures: int = Field(ge=1, description="Different pictures with one label.")
+    classes: list[str] = Field(description="In the order of the confusion matrix.")
+    without_pictures: list[str] = Field(description="Those of them that have none.")
+    clusters: Clusters = Field(description="By what the bootstrap of the intervals draws.")
+    majority: Majority = Field(description="What needs no model.")
+    templates: list[str] = Field(description="The sentences; `{}` is the name of a class.")
+    names: dict[str, list[str]] = Field(description="By class, where it has other names than its label.")
+    zero_shot: dict[Literal["accuracy", "balanced_accuracy", "macro_f1", "auroc"], RateAndChance] = Field(
+        description="By metric (guide/classify.md)."
+    )
+    confusion: list[list[float]] = Field(description="Pictures; row: true class, column: what it was taken for.")
+    confusion_interval: list[list[Interval | None]] | None = Field(
+        description="95 % intervals of the shares of each row; null above 50 classes."
+    )
+    by_class: dict[str, OneClass] = Field(description="By class.")
+
+
+class Classification(Part):
+    before: ZeroShot = Field(description="The starting model.")
+    best: ZeroShot = Field(description="The model in best/.")
 
 
 class Results(Part):
@@ -99,7 +145,7 @@ class Results(Part):
     pairs_seen: int = Field(ge=0, description="steps × batch size.")
     processes: int = Field(ge=1, description="Processes that trained.")
     device: str = Field(description="cpu, cuda or mps.")
-    hardware: str | dict[str, Any] | None = Field(None, description="What it ran on.")
+    hardware: dict[str, Any] | None = Field(None, description="What it ran on.")
     versions: dict[str, str] | None = Field(None, description="Of cytoclip and the libraries that decide a result.")
     skipped: dict[str, int] = Field(
         {}, description="Pictures that could not be used, by name, and how often others stood in."
@@ -114,10 +160,10 @@ class Results(Part):
     )
     keep: Kept | None = Field(None, description="The data to keep, where `validate.keep` is given.")
     findings: dict[str, Any] | None = Field(None, description="What was found wrong with the data (findings.md).")
-    floor: float | None = Field(
-        None, ge=0, description="Floor that repeats put under the loss of a typical batch, nats."
+    floor: float | None = Field(None, ge=0, description="Floor that repeats put under the training loss, nats.")
+    classification: Classification | None = Field(
+        None, description="val told apart by prompts alone, where its entries carry labels."
     )
-    classification: dict[str, Any] | None = Field(None, description="Zero-shot classification, where labels are there.")
 
 
 _METRICS = """A metric is `hit@K` (the own pair among the first K), `mrr`, `median_rank` or `mean_rank` by pair; with
@@ -135,6 +181,12 @@ _TITLES: Mapping[str, tuple[type[Part], str]] = {
     "Difference": (Difference, ""),
     "Change": (Change, ""),
     "Kept": (Kept, ""),
+    "Classification": (Classification, "Of val, each picture by the class whose prompts it is nearest to."),
+    "ZeroShot": (ZeroShot, ""),
+    "Majority": (Majority, ""),
+    "Rate and chance": (RateAndChance, ""),
+    "Class": (OneClass, ""),
+    "Rate": (Rate, ""),
 }
 
 
