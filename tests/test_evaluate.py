@@ -317,6 +317,16 @@ def test_embeddings_are_kept_and_used_again(
     assert len(made) == 3
 
 
+def test_a_file_that_holds_something_else_is_never_replaced(base: Path, root: Path, tmp_path: Path) -> None:
+    weights, folder = tmp_path / "weights.safetensors", tmp_path / "folder"
+    shutil.copy(base / "model.safetensors", weights)
+    folder.mkdir()
+    for place in (weights, folder):
+        with pytest.raises(UserError, match="holds no embeddings of ours"):
+            evaluate.evaluate([str(base)], root / "val", Question([1]), QUIET, How(embeddings=place, workers=0))
+    assert weights.read_bytes() == (base / "model.safetensors").read_bytes()
+
+
 def test_few_clusters_are_said(base: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(root / "val", tmp_path / "val")
     place = tmp_path / "val" / "img_text_pair.json"

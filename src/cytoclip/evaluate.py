@@ -249,6 +249,10 @@ def _embedded(opened: Opened, pairs: Pairs, file: Path | None, how: How, world: 
         repr((model.fingerprint(opened.encoder.clip), opened.pixels, opened.context, world.precision)).encode()
     ).hexdigest()
     owner = Owner(fingerprint(pairs), opened.name, weights)
+    if file and world.once(lambda: file.exists() and embeddings.owner(file) is None):
+        raise UserError(
+            f"{file} is there and holds no embeddings of ours", "name another file, or delete it", ExitCode.USAGE
+        )
     if file and world.once(lambda: embeddings.are_of(file, owner)):
         console.say(f"{opened.name}: embeddings from {file}")
         image_ND, text_ND = embeddings.read(file)
