@@ -329,6 +329,16 @@ def test_embeddings_are_kept_and_used_again(
     assert len(made) == 3
 
 
+def test_a_file_that_holds_something_else_is_never_replaced(base: Path, root: Path, tmp_path: Path) -> None:
+    weights, folder = tmp_path / "weights.safetensors", tmp_path / "folder.safetensors"
+    shutil.copy(base / "model.safetensors", weights)
+    folder.mkdir()
+    for place in (weights, folder):
+        with pytest.raises(UserError, match="holds no embeddings of ours"):
+            evaluate.evaluate([str(base)], root / "val", Question([1]), QUIET, How(embeddings=place, workers=0))
+    assert weights.read_bytes() == (base / "model.safetensors").read_bytes()
+
+
 def test_few_clusters_are_said(base: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(root / "val", tmp_path / "val")
     place = tmp_path / "val" / "img_text_pair.json"
@@ -341,15 +351,11 @@ def test_few_clusters_are_said(base: Path, root: Path, tmp_path: Path, capsys: p
     assert "1 source: one says nothing of others" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "picture.safetensors"])
-def test_what_holds_no_embeddings_of_ours_is_not_written_over(
-    name: str, base: Path, root: Path, tmp_path: Path
-) -> None:
-    kept = tmp_path / name
-    kept.write_bytes(b"mine")
-    with pytest.raises(UserError, match="--embeddings"):
-        evaluate.evaluate([str(base)], root / "val", Question([1]), QUIET, How(embeddings=kept, workers=0))
-    assert kept.read_bytes() == b"mine"
+def test_embeddings_go_into_safetensors(base: Path, root: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"notes.txt does not end in .safetensors"):
+        evaluate.evaluate(
+            [str(base)], root / "val", Question([1]), QUIET, How(embeddings=tmp_path / "notes.txt", workers=0)
+        )
 
 
 def test_a_model_in_a_folder_called_base_is_no_base(

@@ -77,7 +77,7 @@ def test_a_slice_counts_its_own_pairs_alone() -> None:
 
 def test_resamples_without_a_pair_of_the_slice_are_left_out() -> None:
     hits, drawn = {"hit@1": np.array([1.0, 0.0, 1.0, 1.0])}, Clusters("source", np.arange(4), 4)
-    assert intervals.intervals(hits, drawn, np.array([True, False, False, False])) == {"hit@1": (1.0, 1.0)}
+    assert intervals.intervals(hits, drawn, np.array([True, False, True, False])) == {"hit@1": (1.0, 1.0)}
 
 
 def test_differences_are_paired() -> None:
@@ -130,6 +130,15 @@ def test_one_cluster_says_nothing_of_others() -> None:
     alone = Clusters("source", np.zeros(60, np.int64), 1)
     assert intervals.intervals(each, alone) == {}
     assert differences(each, each, alone) == {}
+
+
+def test_a_slice_within_one_cluster_says_nothing_of_others() -> None:
+    """Every resample that has it has the same share of it: an interval of no width, which looks certain."""
+    each, drawn = some(1)
+    among = (drawn.of == 3) & (np.arange(60) % 2 == 0)
+    assert intervals.intervals(each, drawn, among) == {}
+    both = among | (drawn.of == 4)
+    assert intervals.intervals(each, drawn, both).keys() == {"hit@1", "mean_rank", "median_rank"}
 
 
 def test_intervals_cover_and_those_of_pairs_alone_do_not() -> None:

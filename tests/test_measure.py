@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,6 +45,16 @@ def test_slices_by_label_further_keys_and_length(pairs: Pairs) -> None:
     assert found["magnification"]["10"].tolist() == [i % 2 == 1 for i in range(COUNT)]
     assert list(found["caption length"]) == ["2–3 words", "4–5 words", "6–7 words", "8–9 words"]
     assert sum(among.sum() for among in found["caption length"].values()) == COUNT
+
+
+def test_a_long_label_takes_no_room_for_every_pair(pairs: Pairs) -> None:
+    long = replace(pairs, labels=("a" * 1_000_000, *pairs.labels[1:]))
+    tracemalloc.start()
+    found = measure.slices(long)["label"]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(found) == 4
+    assert peak < 10_000_000
 
 
 def test_slices_of_one_value_or_of_one_length_are_none(pairs: Pairs) -> None:

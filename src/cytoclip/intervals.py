@@ -72,9 +72,10 @@ def intervals(
 
     Returns
     -------
-    Nothing where there is one cluster: what one patient says of others cannot be known.
+    Nothing where there is one cluster, or one that has pairs of the slice: what one patient says of others cannot be
+    known, and each resample would say the same.
     """
-    if drawn.count < 2:
+    if drawn.count < 2 or (among is not None and len(np.unique(drawn.of[among])) < 2):
         return {}
     found = {name: _middle(column) for name, column in _resampled_means(each, drawn, among, seed).items()}
     for name in [name for name in each if _is_rank(name)]:

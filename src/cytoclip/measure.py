@@ -5,7 +5,6 @@ Letters: N pairs, D embedding.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -91,10 +90,9 @@ def slices(pairs: Pairs) -> dict[str, dict[str, NDArray[np.bool_]]]:
     """
     found = {}
     for key, column in {"label": pairs.labels, **pairs.further()}.items():
-        values = np.array([value or "" for value in column])
-        named = sorted(Counter(value for value in column if value))
+        named = sorted({value for value in column if value})
         if 1 < len(named) <= MOST_VALUES:
-            found[key] = {value: values == value for value in named}
+            found[key] = {value: np.array([one == value for one in column]) for value in named}
     by_length = _by_length(pairs.captions)
     return {**found, CAPTION_LENGTH: by_length} if len(by_length) > 1 else found
 

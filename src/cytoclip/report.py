@@ -97,7 +97,7 @@ def difference_lines(difference: Scores, ks: Sequence[int]) -> list[str]:
         for key in [*(f"hit@{k}" for k in ks), "mrr", "median_rank"]:
             one = found[key]
             span = f"[{', '.join(_signed(key, limit) for limit in one['interval'])}]" if one["interval"] else "–"
-            verdict = "beyond noise" if one["beyond_noise"] else "within noise"
+            verdict = "beyond noise" if one["beyond_noise"] else "within noise" if one["interval"] else "not known"
             rows.append([f"{DIRECTIONS[direction]} {_TITLES.get(key, key)}", _signed(key, one["by"]), span, verdict])
     return _aligned(["", "by", "95 %", ""], rows)
 
