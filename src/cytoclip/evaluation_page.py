@@ -108,7 +108,6 @@ def _embedded(found: Compared, title: str) -> Embedded | None:
 
 def _facts(found: Compared, split: str, folder: Path, images: bool) -> Iterator[tuple[str, str]]:
     """How it was measured."""
-    yield "command", "cytoclip evaluate"
     if BASE in found.names:
         own = not images and Path(found.names[BASE]).exists()
         yield "base", "a checkpoint of its own" if own else found.names[BASE]
