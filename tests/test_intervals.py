@@ -125,6 +125,24 @@ def test_one_cluster_says_nothing_of_others() -> None:
     assert differences(each, each, alone) == {}
 
 
+def test_slices_together_are_those_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    each, drawn = some(2)
+    hits = {"hit@1": each["hit@1"], "more": each["rank"]}
+    among = {str(part): np.arange(60) % 4 == part for part in range(4)} | {"one": np.arange(60) == 7}
+    made = []
+    plain = intervals.weights
+    monkeypatch.setattr(intervals, "weights", lambda *given: made.append(1) or plain(*given))
+    got = intervals.of_slices(hits, drawn, among)
+    assert made == [1], "resamples are drawn once"
+    assert got["one"] == {}
+    assert list(got) == list(among)
+    for name, part in among.items():
+        wanted = intervals.intervals(hits, drawn, part)
+        assert got[name].keys() == wanted.keys()
+        for key, limits in wanted.items():
+            assert got[name][key] == pytest.approx(limits, abs=1e-12)
+
+
 def test_a_slice_within_one_cluster_says_nothing_of_others() -> None:
     """Every resample that has it has the same share of it: an interval of no width, which looks certain."""
     each, drawn = some(1)

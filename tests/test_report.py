@@ -148,7 +148,7 @@ def test_intervals_stand_beside_the_numbers() -> None:
 
 
 def test_a_slice_has_its_own_numbers() -> None:
-    first = report.slice_of({"image_to_text": halves()}, np.arange(50) < 30, PAIRWISE)
+    first = report.slices_of({"image_to_text": halves()}, {"first": np.arange(50) < 30}, PAIRWISE)["first"]
     assert first["pairs"] == 30
     assert first["image_to_text"]["hit@1"] == pytest.approx(25 / 30)
     assert first["intervals"]["image_to_text"]["hit@1"][0] > 0.6
@@ -182,4 +182,6 @@ def test_one_cluster_has_no_intervals() -> None:
     assert scored["intervals"] == {"image_to_text": {}}
     assert "[" not in report.table({"m": scored}, KS)
     one = (report.scores(both, NO_GROUPS), both)
-    assert report.difference(one, one, alone)["image_to_text"]["hit@1"]["interval"] is None
+    found = report.difference(one, one, alone)
+    assert found["image_to_text"]["hit@1"]["interval"] is None
+    assert report.difference_lines(found, KS)[1].split()[-2:] == ["not", "known"]

@@ -83,6 +83,30 @@ def intervals(
     return found
 
 
+def of_slices(
+    each: Mapping[str, NDArray[np.float64]],
+    drawn: Clusters,
+    among: Mapping[str, NDArray[np.bool_]],
+    seed: int = 0,
+) -> dict[str, dict[str, Interval]]:
+    """By slice what `intervals` gives of columns that are no ranks; every resample is drawn once for all of them.
+
+    Parameters
+    ----------
+    among
+        (N,) each, by name of the slice.
+    """
+    told = {name: some for name, some in among.items() if len(np.unique(drawn.of[some])) > 1}
+    if not told:
+        return {name: {} for name in among}
+    sums = np.concatenate([_sums(each, drawn, some) for some in told.values()], axis=1)
+    totals = np.concatenate([block @ sums for block in weights(drawn.count, seed)])
+    found: dict[str, dict[str, Interval]] = {name: {} for name in among}
+    for name, part in zip(told, np.split(totals, len(told), axis=1), strict=True):
+        found[name] = {key: _middle(column) for key, column in zip(each, _means(part).T, strict=True)}
+    return found
+
+
 def differences(
     one: Mapping[str, NDArray[np.float64]],
     other: Mapping[str, NDArray[np.float64]],
@@ -118,13 +142,23 @@ def _resampled_means(
     each: Mapping[str, NDArray[np.float64]], drawn: Clusters, among: NDArray[np.bool_] | None, seed: int
 ) -> dict[str, NDArray[np.float64]]:
     """(R,) for each column; resamples in which no pair of the slice was drawn are left out."""
-    some = slice(None) if among is None else among
-    of = drawn.of[some]
-    sizes = np.bincount(of, minlength=drawn.count)
-    sums = np.stack([sizes, *(np.bincount(of, column[some], drawn.count) for column in each.values())], axis=1)
+    sums = _sums(each, drawn, np.full(len(drawn.of), True) if among is None else among)
     totals = np.concatenate([block @ sums for block in weights(drawn.count, seed)])
-    totals = totals[totals[:, 0] > 0]
-    return dict(zip(each, (totals[:, 1:] / totals[:, :1]).T, strict=True))
+    return dict(zip(each, _means(totals).T, strict=True))
+
+
+def _sums(each: Mapping[str, NDArray[np.float64]], drawn: Clusters, among: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """(G, 1 + columns): how many pairs of a cluster are in the slice, and the sums of their values."""
+    of = drawn.of[among]
+    sizes = np.bincount(of, minlength=drawn.count)
+    return np.stack([sizes, *(np.bincount(of, column[among], drawn.count) for column in each.values())], axis=1)
+
+
+def _means(totals: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(R, columns) of the resamples in which a pair of the slice was drawn."""
+    there = totals[totals[:, 0] > 0]
+    means: NDArray[np.float64] = there[:, 1:] / there[:, :1]
+    return means
 
 
 def _resampled_medians(

@@ -71,10 +71,7 @@ def full(
     drawn = intervals.clusters(pairs)
     scored = report.scores(ranked, retrieval.chance(identity, ks))
     scored = report.with_intervals(scored, ranked, drawn)
-    found = {
-        key: {value: report.slice_of(ranked, among, drawn) for value, among in some.items()}
-        for key, some in slices(pairs).items()
-    }
+    found = {key: report.slices_of(ranked, some, drawn) for key, some in slices(pairs).items()}
     return Measured({**scored, "slices": found} if found else scored, ranked, drawn)
 
 

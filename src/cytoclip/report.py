@@ -42,15 +42,19 @@ def with_intervals(scored: Scores, ranked: Mapping[str, Ranked], drawn: Clusters
     }
 
 
-def slice_of(ranked: Mapping[str, Ranked], among: Any, drawn: Clusters) -> Scores:
-    """The scores of some queries, each against the whole gallery; (N,) booleans say which. Intervals of hit@k only."""
-    found: Scores = {"pairs": int(among.sum())}
-    found["intervals"] = {}
-    for name, one in ranked.items():
-        strict, groups = ({key: column[among] for key, column in part.items()} for part in (one.strict, one.groups))
-        found[name] = _flat(expected.summary(strict), expected.summary(groups))
+def slices_of(ranked: Mapping[str, Ranked], among: Mapping[str, Any], drawn: Clusters) -> dict[str, Scores]:
+    """The scores of some queries, each against the whole gallery; by name (N,) booleans, no query in two of them.
+
+    Intervals of hit@k only.
+    """
+    found: dict[str, Scores] = {name: {"pairs": int(some.sum()), "intervals": {}} for name, some in among.items()}
+    for direction, one in ranked.items():
         hits = {key: column for key, column in flat(one).items() if key.startswith("hit@")}
-        found["intervals"][name] = _listed(intervals.intervals(hits, drawn, among))
+        limits = intervals.of_slices(hits, drawn, among)
+        for name, some in among.items():
+            strict, groups = ({key: column[some] for key, column in part.items()} for part in (one.strict, one.groups))
+            found[name][direction] = _flat(expected.summary(strict), expected.summary(groups))
+            found[name]["intervals"][direction] = _listed(limits[name])
     return found
 
 
