@@ -122,6 +122,9 @@ def test_a_run_that_may_not_show_its_places_keeps_them(root: Path, tmp_path: Pat
     start: Any = runs.random_embeddings(20, 0.0)
     runs.write(tmp_path / "one", data, {"val": (start, start)}, images=False)
     runs.write(tmp_path / "two", root, {"val": (start, start)})
+    place = tmp_path / "one" / "config.yaml"
+    place.write_text(place.read_text().replace("replay: []", f"replay: [{{root: {data}, weight: 0.5}}]"))
     page = comparison.page([tmp_path / "one", tmp_path / "two"], None, QUIET)
+    assert '<th scope="row">data.replay</th><td>…</td><td>…</td>' in page
     assert '<th scope="row">data.root</th><td>…</td><td>…</td>' in page
     assert "Jane" not in page

@@ -182,4 +182,6 @@ def test_one_cluster_has_no_intervals() -> None:
     assert scored["intervals"] == {"image_to_text": {}}
     assert "[" not in report.table({"m": scored}, KS)
     one = (report.scores(both, NO_GROUPS), both)
-    assert report.difference(one, one, alone)["image_to_text"]["hit@1"]["interval"] is None
+    found = report.difference(one, one, alone)
+    assert found["image_to_text"]["hit@1"]["interval"] is None
+    assert report.difference_lines(found, KS)[1].split()[-2:] == ["not", "known"]

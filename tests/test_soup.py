@@ -140,6 +140,9 @@ def test_which_means_there_are(runs: dict[str, Config], tmp_path: Path) -> None:
     """best/ by itself where it is another than the last; without checkpoints the mean of best/ and the last."""
     run = RunFolder(tmp_path)
     finished = {"steps": 60, "best_step": 30}
+    members = soup._members(run, finished, {50: Path("a")})
+    assert [recipe.name for recipe in soup._of_steps(members, finished)] == ["mean of steps 50, 60"]  # best/ is deleted
+    run.best.mkdir()
     members = soup._members(run, finished, {50: Path("a"), 60: Path("b")})
     assert list(members.items()) == [(60, run.model), (50, Path("a")), (30, run.best)]
     names = [recipe.name for recipe in soup._of_steps(members, finished)]
@@ -258,9 +261,10 @@ def test_what_cannot_be_mixed_is_two_lines(runs: dict[str, Config], tmp_path: Pa
         soup.soup(tmp_path, Asked(), QUIET)
     assert caught.value.code is ExitCode.RUN
     begun = shutil.copytree(run, tmp_path / "begun")
-    (begun / "results.json").write_text("{")
-    with pytest.raises(UserError, match=r"results\.json is damaged"):
-        soup.soup(begun, Asked(), QUIET)
+    for damaged in ("{", "null", "[1]", '{"best": {}}'):
+        (begun / "results.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"results\.json is damaged"):
+            soup.soup(begun, Asked(), QUIET)
     (begun / "results.json").unlink()
     with pytest.raises(UserError, match="is not finished"):
         soup.soup(begun, Asked(), QUIET)

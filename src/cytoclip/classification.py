@@ -20,6 +20,7 @@ METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "auroc")
 BY_CLASS = ("recall", "precision", "f1", "auroc")
 CELLS = 50  # classes up to which each cell of the confusion matrix has an interval: nobody reads 2,500 of them
 _BLOCK = 1_000_000  # weights of pictures held at once: 4 MB, which a CPU's cache about holds
+_CELLS_AT_ONCE = 8_000_000  # of confusion matrices: 64 MB
 
 _TAILS = (0.025, 0.975)
 
@@ -129,16 +130,19 @@ def measure(scores_NC: NDArray[Any], margin_NC: NDArray[Any], truth: Truth) -> M
     ones_1N = np.ones((1, len(truth.label_N)), np.int32)
     confusion_1CC, auroc_1C = _confusions(entries, ones_1N), _aurocs(rankings, ones_1N)
     by_class, values = _metrics(confusion_1CC, auroc_1C)
-    drawn = [(_confusions(entries, weight_rN), _aurocs(rankings, weight_rN)) for weight_rN in _weights(truth)]
-    parts = [_metrics(*one) for one in drawn]
     few = len(truth.classes) <= CELLS
+    parts, shares = [], []
+    for weight_rN in _weights(truth):
+        confusion_rCC = _confusions(entries, weight_rN)
+        parts.append(_metrics(confusion_rCC, _aurocs(rankings, weight_rN)))
+        shares += [_shares(confusion_rCC)] if few else []
     return Measured(
         confusion_1CC[0],
         {name: float(values[name][0]) for name in METRICS},
         {name: by_class[name][0] for name in BY_CLASS},
         {name: _joined([part[1][name] for part in parts], ()) for name in METRICS},
         {name: _joined([part[0][name] for part in parts], (len(truth.classes),)) for name in BY_CLASS},
-        _joined([_shares(one[0]) for one in drawn], confusion_1CC.shape[1:]) if few else None,
+        _joined(shares, confusion_1CC.shape[1:]) if few else None,
     )
 
 
@@ -277,7 +281,7 @@ def _weights(truth: Truth) -> Iterator[Weights]:
     if clusters < 2:
         return
     random = np.random.default_rng(truth.seed)
-    block = max(1, _BLOCK // len(truth.label_N))
+    block = max(1, min(_BLOCK // len(truth.label_N), _CELLS_AT_ONCE // len(truth.classes) ** 2))
     for begin in range(0, truth.resamples, block):
         rows = range(min(block, truth.resamples - begin))
         drawn_rG = np.stack([np.bincount(random.integers(clusters, size=clusters), minlength=clusters) for _ in rows])

@@ -236,13 +236,15 @@ def _learned(
 
 def _known(pairs: Pairs, image_MD: Floats, classes: Sequence[str], console: Console) -> Known | None:
     """What there is to learn from, or None where that is less than two classes."""
-    other = sorted({str(label) for label in pairs.labels} - set(classes))
+    chosen = set(classes)
+    other = sorted({str(label) for label in pairs.labels} - chosen)
     if other:
         console.say(f"pictures of {LEARNED_FROM} are left out whose label is none of the classes: {first_few(other)}")
-    rows = [row for row, label in enumerate(pairs.labels) if label in set(classes)]
+    rows = [row for row, label in enumerate(pairs.labels) if label in chosen]
     columns = {name: tuple(column[row] for row in rows) for name, column in vars(pairs).items()}
     kept = Pairs(**columns)
-    missing = [name for name in classes if name not in set(kept.labels)]
+    there = set(kept.labels)
+    missing = [name for name in classes if name not in there]
     if len(classes) - len(missing) < 2:
         console.warn(
             f"no probe, neighbours or few labels: {LEARNED_FROM} has pictures of fewer than two of the classes"

@@ -25,7 +25,7 @@ from cytoclip.record import Embedded, Record
 from cytoclip.report import DIRECTIONS
 
 MOST_RUNS = 8  # as many colours as there are
-_PLACES = ("data.root", "data.train", "data.val", "data.test", "model.name", "output", "validate.keep")
+_PLACES = ("data.root", "data.train", "data.val", "data.test", "data.replay", "model.name", "output", "validate.keep")
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,7 @@ class Evidence:
 class Told:
     """Pictures told apart by class: a row a metric (name, chance, a cell a model), and whom the last model mistakes."""
 
+    split: str
     pictures: int
     rows: Sequence[Sequence[str]]
     confusion: Chart | None
@@ -277,7 +278,7 @@ def _classification(found: Any) -> Told | None:
     drawn = None
     if len(best["classes"]) <= _MOST_CLASSES:
         drawn = charts.matrix("confusion, after", best["classes"], np.array(best["confusion"], np.float64))
-    return Told(best["pictures"], rows, drawn)
+    return Told(found["split"], best["pictures"], rows, drawn)
 
 
 def _cell(one: Mapping[str, Any]) -> str:

@@ -130,6 +130,7 @@ class ZeroShot(Part):
 
 
 class Classification(Part):
+    split: str = Field(description="test where there is one, else val.")
     before: ZeroShot = Field(description="The starting model.")
     best: ZeroShot = Field(description="The model in best/.")
 
@@ -181,7 +182,7 @@ _TITLES: Mapping[str, tuple[type[Part], str]] = {
     "Difference": (Difference, ""),
     "Change": (Change, ""),
     "Kept": (Kept, ""),
-    "Classification": (Classification, "Of val, each picture by the class whose prompts it is nearest to."),
+    "Classification": (Classification, "Each picture by the class whose prompts it is nearest to."),
     "ZeroShot": (ZeroShot, ""),
     "Majority": (Majority, ""),
     "Rate and chance": (RateAndChance, ""),

@@ -236,9 +236,12 @@ def _finished(run: RunFolder) -> tuple[Config, dict[str, Any]]:
             ExitCode.RUN,
         )
     try:
-        return config.load(run.config), dict(files.read_json(run.results))
+        results = files.read_json(run.results)
     except ValueError as error:
         raise UserError(f"{run.results} is damaged: {error}", "train to its end again", ExitCode.RUN) from None
+    if not isinstance(results, dict) or not results.keys() >= {"best_step", "steps"}:
+        raise UserError(f"{run.results} is damaged: it names no steps", "train to its end again", ExitCode.RUN)
+    return config.load(run.config), results
 
 
 def _alphas(given: Sequence[float]) -> list[float]:
@@ -278,14 +281,15 @@ def _reading(wanted: Config, asked: Asked, opened: Opened, pairs: Pairs, place: 
 
 def _members(run: RunFolder, finished: dict[str, Any], checkpoints: dict[int, Path]) -> dict[int, Path]:
     """Where the model of each step is that there is one of; model/ and best/ rather than a checkpoint."""
-    found = {**checkpoints, finished["best_step"]: run.best, finished["steps"]: run.model}
+    best = {finished["best_step"]: run.best} if run.best.is_dir() else {}  # which may have been deleted
+    found = {**checkpoints, **best, finished["steps"]: run.model}
     return dict(sorted(found.items(), reverse=True))
 
 
 def _of_steps(members: dict[int, Path], finished: dict[str, Any]) -> list[Recipe]:
     """best/ where it is not the last step, and the means of the newest two, three and so on."""
     steps, best = tuple(members), finished["best_step"]
-    alone = [Recipe(steps=(best,))] if best != finished["steps"] else []
+    alone = [Recipe(steps=(best,))] if best in members and best != finished["steps"] else []
     return alone + [Recipe(steps=steps[:count]) for count in range(2, len(steps) + 1)]
 
 
