@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from cytoclip import cells, demo, train
+from cytoclip import cells, cli, demo, train
 from cytoclip.config import Config, parse
 from cytoclip.console import Console
 from tests import runs, tiny
+from tests.typed import Outcome, Run
 
 torch.set_num_threads(2)
 
@@ -103,6 +104,20 @@ def told(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("told") / "run"
     runs.write(folder, root, {"val": (runs.random_embeddings(20, 0.1), runs.random_embeddings(20, 1.5, seed=1))})
     return folder
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command in this process as if it had been typed; an internal error passes through."""
+
+    def typed(*words: str, entry: Callable[[], None] = cli.main, program: str = "cytoclip") -> Outcome:
+        monkeypatch.setattr("sys.argv", [program, *words])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            entry()
+        return Outcome(int(caught.value.code or 0), *capsys.readouterr())
+
+    return typed
 
 
 def write_split(folder: Path, count: int, seed: int) -> list[dict[str, str]]:

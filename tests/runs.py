@@ -100,7 +100,7 @@ def told_apart(classes: Sequence[str], pictures: int, seed: int, sure: float = 1
 
 def both_told_apart(classes: Sequence[str], pictures: int = 60) -> dict[str, Any]:
     """The classification of a run, before and best."""
-    return {"before": told_apart(classes, pictures, 0, 0.0), "best": told_apart(classes, pictures, 1)}
+    return {"split": "val", "before": told_apart(classes, pictures, 0, 0.0), "best": told_apart(classes, pictures, 1)}
 
 
 def evaluated(root: Path, titles: Sequence[str], names: Sequence[str] = ()) -> Compared:

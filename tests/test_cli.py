@@ -7,7 +7,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import yaml
@@ -15,29 +15,7 @@ import yaml
 from cytoclip import __version__, cli, config
 from cytoclip.console import Console
 from cytoclip.errors import ExitCode, UserError
-
-
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Outcome]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command in this process as if it had been typed; an internal error passes through."""
-
-    def typed(*words: str, entry: Callable[[], None] = cli.main, program: str = "cytoclip") -> Outcome:
-        monkeypatch.setattr("sys.argv", [program, *words])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            entry()
-        return Outcome(int(caught.value.code or 0), *capsys.readouterr())
-
-    return typed
+from tests.typed import Outcome, Run, refused
 
 
 @pytest.fixture
@@ -45,16 +23,6 @@ def recipe(tmp_path: Path) -> Path:
     path = tmp_path / "exp.yaml"
     path.write_text("data: {root: d}\ntrain: {steps: 7}\n")
     return path
-
-
-def refused(outcome: Outcome, code: ExitCode = ExitCode.USAGE) -> tuple[str, str]:
-    """Nothing on stdout, one `error:` and one `hint:` line on stderr, and the exit code."""
-    lines = outcome.err.splitlines()
-    assert (outcome.code, outcome.out, len(lines)) == (int(code), "", 2), outcome
-    assert lines[0].startswith("error: ")
-    assert lines[1].startswith("hint: ")
-    assert len(lines[0]) > len("error: ")
-    return lines[0].removeprefix("error: "), lines[1].removeprefix("hint: ")
 
 
 def raising(error: BaseException) -> Callable[..., Any]:

@@ -40,7 +40,7 @@ def test_what_classification_gives_is_valid(
     asked = Asked(probe=False, templates=templates)
     found = classify.classify(str(base), root, asked, Console(quiet=True), workers=0)
     one = {key: value for key, value in found.items() if key not in ("schema", "model", "split")}
-    whole = results | {"classification": {"before": one, "best": one}, "floor": 0.2}
+    whole = results | {"classification": {"split": "val", "before": one, "best": one}, "floor": 0.2}
     read = Results.model_validate_json(json.dumps(whole), strict=True)
     assert json.loads(read.model_dump_json(by_alias=True, exclude_unset=True)) == whole
     assert bool(one["without_pictures"]) == bool(labels)

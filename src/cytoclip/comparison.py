@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from cytoclip import charts, conclusion, config, files, intervals, pages, record, report, retrieval
+from cytoclip import charts, conclusion, config, files, intervals, pages, record, retrieval
 from cytoclip.charts import Chart, Line
 from cytoclip.conclusion import Judged, Verdict
 from cytoclip.console import Console, duration
@@ -208,7 +208,7 @@ def _noise(one: Column, other: Column, direction: str, key: str, console: Consol
         retrieval.rank(each.image_ND, each.text_ND, identities(pairs), [int(k[1]) if k else 1])[direction]
         for each in (embedded[0], embedded[1])
     )
-    return intervals.differences(report.flat(left), report.flat(right), intervals.clusters(pairs)).get(key)
+    return intervals.differences(left.flat(), right.flat(), intervals.clusters(pairs)).get(key)
 
 
 def _embedded(column: Column) -> Embedded | None:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cytoclip import expected, intervals
-from cytoclip.expected import Values
 from cytoclip.intervals import Clusters, Interval
 from cytoclip.retrieval import Ranked
 
@@ -38,7 +37,7 @@ def with_intervals(scored: Scores, ranked: Mapping[str, Ranked], drawn: Clusters
     return {
         **scored,
         "clusters": {"by": drawn.by, "count": drawn.count},
-        "intervals": {name: _listed(intervals.intervals(flat(one), drawn)) for name, one in ranked.items()},
+        "intervals": {name: _listed(intervals.intervals(one.flat(), drawn)) for name, one in ranked.items()},
     }
 
 
@@ -49,7 +48,7 @@ def slice_of(ranked: Mapping[str, Ranked], among: Any, drawn: Clusters) -> Score
     for name, one in ranked.items():
         strict, groups = ({key: column[among] for key, column in part.items()} for part in (one.strict, one.groups))
         found[name] = _flat(expected.summary(strict), expected.summary(groups))
-        hits = {key: column for key, column in flat(one).items() if key.startswith("hit@")}
+        hits = {key: column for key, column in one.flat().items() if key.startswith("hit@")}
         found["intervals"][name] = _listed(intervals.intervals(hits, drawn, among))
     return found
 
@@ -60,7 +59,7 @@ def difference(
     """By how much `one` is above `other` on the same pairs, with its interval, and whether zero is outside of that."""
     found: Scores = {}
     for name in one[1]:
-        limits = intervals.differences(flat(one[1][name]), flat(other[1][name]), drawn)
+        limits = intervals.differences(one[1][name].flat(), other[1][name].flat(), drawn)
         found[name] = {
             key: {
                 "by": one[0][name][key] - other[0][name][key],
@@ -70,11 +69,6 @@ def difference(
             for key in one[0][name]
         }
     return found
-
-
-def flat(one: Ranked) -> Values:
-    """Values by pair and by group side by side, by the names that `scores` has (`rank` for both ranks)."""
-    return {**one.strict, **{f"{name}_groups": column for name, column in one.groups.items()}}
 
 
 def table(columns: Mapping[str, Scores], ks: Sequence[int]) -> str:

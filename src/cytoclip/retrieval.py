@@ -43,7 +43,7 @@ class Ranked:
     groups: Values
 
     def flat(self) -> Values:
-        """`hit@1` by pair, `hit@1_groups` by the relation, and so on."""
+        """`hit@1` by pair, `hit@1_groups` by the relation, and so on; `rank` and `rank_groups`."""
         return {**self.strict, **{f"{name}_groups": column for name, column in self.groups.items()}}
 
 
