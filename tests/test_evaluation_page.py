@@ -134,7 +134,8 @@ def test_several_models_stand_side_by_side(root: Path) -> None:
     told = measure.difference(found.measured[best["model"]], found.measured[second["model"]])
     one = told["image_to_text"]["hit@10_groups"]
     assert ("beyond noise (" in text) == one["beyond_noise"]
-    assert f"({100 * one['by']:+.1f} [" in text
+    by, low, high = (f"{100 * number:+.1f}".replace("-", "−") for number in (one["by"], *one["interval"]))
+    assert f"({by} [{low}, {high}])" in text
     for word in ("The runs", "What was different", "Curves"):
         assert f"<h2>{word}</h2>" not in made
 

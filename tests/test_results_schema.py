@@ -84,6 +84,16 @@ def test_what_is_not_described_is_refused(results: dict[str, Any], path: tuple[s
         Results.model_validate(broken(results, *path, to=to))
 
 
+@pytest.mark.parametrize("path", [("val", "difference"), ("val", "before"), ("best",)])
+def test_what_is_always_there_is_required(results: dict[str, Any], path: tuple[str, ...]) -> None:
+    place = results
+    for key in path[:-1]:
+        place = place[key]
+    del place[path[-1]]
+    with pytest.raises(ValidationError, match="Field required"):
+        Results.model_validate(results)
+
+
 def test_every_key_is_described() -> None:
     parts = [one for one in vars(results_schema).values() if isinstance(one, type) and issubclass(one, BaseModel)]
     fields = [field for part in parts for field in part.model_fields.values()]
