@@ -58,7 +58,7 @@ def finished(compared: dict[str, Any], steps: int) -> dict[str, Any]:
     flat = {name: _flat(compared["val"][name]) for name in ("before", "best")}
     return {
         "schema": 1, "steps": steps, "best_step": steps, "ks": list(KS), "select_by": "hits", "stopped_early": False,
-        "seconds": 754.2, "pairs_seen": steps * 16, "processes": 1, "device": "cpu",
+        "seconds": 754.2, "pairs_seen": steps * 16, "processes": 1, "device": "cpu", "from_hub": True,
         "hardware": {"cpu": "a processor", "cores": 2, "memory_gb": 8.0},
         "versions": {"cytoclip": "0.1", "torch": "2"}, "skipped": {}, **flat, "last": flat["best"], **compared,
         "keep": {"root": "general", **flat},

@@ -42,7 +42,7 @@ def stood(best: float, interval: tuple[float, float] | None, before: float | Non
 
 def test_alone_a_model_stands_against_chance() -> None:
     assert stood(0.312, (0.289, 0.335)) == ("31.2 % [28.9, 33.5], better than chance (4.0 %).", "good")
-    assert stood(0.05, (0.02, 0.08)) == ("5.0 % [2.0, 8.0], no better than chance (4.0 %).", "error")
+    assert stood(0.05, (0.02, 0.08)) == ("5.0 % [2.0, 8.0], not shown to be better than chance (4.0 %).", "error")
     assert stood(0.5, None) == ("50.0 %, chance 4.0 %; whether that is beyond noise was not measured.", "warning")
 
 
@@ -62,7 +62,7 @@ def test_a_model_stands_against_its_base() -> None:
     assert text == against.format("20.0 %") + "; whether that is beyond noise was not measured."
     assert colour == "warning"
     text, colour = stood(0.05, (0.02, 0.08), 0.04, **change(0.01, 0.005, 0.02))
-    assert text.endswith("of the base (chance 4.0 %): the model is no better than chance.")
+    assert text.endswith("of the base (chance 4.0 %): the model is not shown to be better than chance.")
     assert colour == "error"
 
 
@@ -93,7 +93,7 @@ def test_within_noise() -> None:
 @pytest.mark.parametrize("told", [{}, change(0.02, 0.01, 0.03)])
 def test_at_chance_whatever_it_was_before(told: dict[str, Any]) -> None:
     text, colour = said(0.02, 0.04, (0.03, 0.05), told)
-    assert text.endswith("is 4.0 % [3.0, 5.0], no better than chance (4.0 %): nothing that ranks was learned.")
+    assert text.endswith("is 4.0 % [3.0, 5.0], not shown to be better than chance (4.0 %).")
     assert colour == "error"
 
 

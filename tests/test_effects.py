@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cytoclip import checkpoint, config, features, jobs, train
+from cytoclip import checkpoint, config, features, jobs, outcome, train
 from cytoclip.checkpoint import RunFolder
 from cytoclip.config import Config
 from cytoclip.console import Console
@@ -129,6 +129,7 @@ def test_a_frozen_tower_is_asked_once_and_the_run_is_the_same(
             return whole[side](self, *given)
 
         monkeypatch.setattr(checkpoint.DualEncoder, name, counting)
+    monkeypatch.setattr(outcome, "_by_class", lambda _: {})  # whose prompts are other captions
     stored = ran(experiment, tmp_path / "a", "run", model=model, train={"steps": 8})
     split = {name: json.loads((Path(str(stored.data.root)) / name / "img_text_pair.json").read_text())
              for name in ("train", "val")}  # fmt: skip
@@ -293,7 +294,9 @@ def test_every_family_trains_learns_and_opens_again(
     result = json.loads((Path(wanted.output) / "results.json").read_text())
     again = tiny.scores_of(f"{wanted.output}/model", Path(str(wanted.data.root)) / "val", [1, 5], 7)
     for direction in ("image_to_text", "text_to_image"):
-        assert again[direction] == pytest.approx(result["last"][direction], abs=0.051), "one pair of 20 may tip"
+        shares = {key: value for key, value in result["last"][direction].items() if "rank" not in key}
+        tipped = {key: again[direction][key] for key in shares}
+        assert tipped == pytest.approx(shares, abs=0.051), "one pair of 20 may tip"
     if kind.startswith("siglip"):
         bias = checkpoint.open_model(f"{wanted.output}/model").encoder.logit_bias
         assert bias is not None

@@ -109,7 +109,7 @@ def test_a_model_that_knows_nothing_is_said_to(root: Path) -> None:
     found.embedded["m"] = torch.ones(20, 2) / 2**0.5, torch.ones(20, 2) / 2**0.5
     found.measured["m"] = measure.full(*found.embedded["m"], found.pairs, runs.KS)
     colour, text = verdict(page(found, root))
-    assert "no better than chance (" in text
+    assert "not shown to be better than chance (" in text
     assert colour == "error"
 
 

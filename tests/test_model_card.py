@@ -66,14 +66,15 @@ def test_no_place_name_or_caption(told: Path, results: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", ["/home/jane/model", "./model", "../a/b", "~/model", "a/b/c", "C:\\model", "gone"])
 def test_only_a_hub_id_is_a_base(name: str) -> None:
-    assert model_card.base_id(parse({"data": {"root": "x"}, "model": {"name": name}, "output": "y"}, "a test")) is None
+    wanted = parse({"data": {"root": "x"}, "model": {"name": name}, "output": "y"}, "a test")
+    assert model_card.base_id(wanted, {"from_hub": True}) is None
 
 
-def test_a_folder_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_a_folder_is_no_hub_id_wherever_the_card_is_written() -> None:
     wanted = parse({"data": {"root": "x"}, "model": {"name": "runs/first"}, "output": "y"}, "a test")
-    (tmp_path / "runs" / "first").mkdir(parents=True)
-    assert model_card.base_id(wanted) is None
+    assert model_card.base_id(wanted, {"from_hub": False}) is None
+    assert model_card.base_id(wanted, {}) is None, "an older run does not say"
+    assert model_card.base_id(wanted, {"from_hub": True}) == "runs/first"
 
 
 def test_the_card_of_the_last_step_has_its_own_numbers(results: dict[str, Any]) -> None:

@@ -107,9 +107,10 @@ def test_results_have_the_keys_of_the_schema(experiment: Experiment, tested: Pat
     )
     train.fit(wanted, QUIET)
     found = results(wanted)
+    assert found["from_hub"] is False
     assert set(found) == {
         "schema", "steps", "best_step", "ks", "select_by", "stopped_early", "before", "last", "best", "val", "test",
-        "keep", "seconds", "pairs_seen", "processes", "device", "hardware", "versions", "skipped", "floor",
+        "keep", "seconds", "pairs_seen", "processes", "device", "hardware", "versions", "skipped", "floor", "from_hub",
         "classification",
     }  # fmt: skip
     assert (found["schema"], found["select_by"], found["stopped_early"], found["skipped"]) == (1, "hit@5", False, {})

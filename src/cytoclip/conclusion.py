@@ -92,7 +92,7 @@ def verdict(one: Judged) -> Verdict:
         return Verdict(f"{said.what} fell {went}: the starting model is the better one.", "error")
     if not said.above_chance:
         return Verdict(
-            f"{said.what} is {said.after}, no better than chance ({said.chance}): nothing that ranks was learned.",
+            f"{said.what} is {said.after}, not shown to be better than chance ({said.chance}).",
             "error",
         )
     if not said.difference:
@@ -110,7 +110,7 @@ def standing(one: Judged) -> Verdict:
     is_ = f"{said.what} is {said.after}"
     if one.before is None:
         if not said.above_chance:
-            return Verdict(f"{is_}, no better than chance ({said.chance}).", "error")
+            return Verdict(f"{is_}, not shown to be better than chance ({said.chance}).", "error")
         if not said.has_interval:
             return Verdict(f"{is_}, chance {said.chance}; whether that is beyond noise was not measured.", "warning")
         return Verdict(f"{is_}, better than chance ({said.chance}).", "good")
@@ -118,7 +118,7 @@ def standing(one: Judged) -> Verdict:
     if said.beyond_noise and said.by < 0:
         return Verdict(f"{against}, beyond noise ({said.difference}): the base is the better one.", "error")
     if not said.above_chance:
-        return Verdict(f"{against}: the model is no better than chance.", "error")
+        return Verdict(f"{against}: the model is not shown to be better than chance.", "error")
     if not said.difference:
         return Verdict(f"{against}; whether that is beyond noise was not measured.", "warning")
     if not said.beyond_noise:
@@ -139,11 +139,16 @@ def drawn_from(scores: Scores) -> str:
 
 
 def headline(one: Judged) -> tuple[str, str]:
-    """The direction and key of the sentence: hit@10 or else the k in the middle, by group where that differs."""
+    """The direction and key of the sentence, by group where that differs.
+
+    hit@10, else the k in the middle, of those below the number of pairs: from there on hit@k is 1 for any model. Where
+    there is none of them, the mean reciprocal rank.
+    """
     direction = next(name for name in DIRECTIONS if name in one.best)
-    ks = [int(key.removeprefix("hit@")) for key in one.best["chance"] if _is_strict_hit(key)]
-    k = _HEADLINE if _HEADLINE in ks else ks[len(ks) // 2]
-    return direction, f"hit@{k}_groups" if differs_by_group(one) else f"hit@{k}"
+    ks = sorted(int(key.removeprefix("hit@")) for key in one.best["chance"] if _is_strict_hit(key))
+    ks = [k for k in ks if k < one.best["pairs"]]
+    key = "hit@10" if _HEADLINE in ks else f"hit@{ks[len(ks) // 2]}" if ks else "mrr"
+    return direction, f"{key}_groups" if differs_by_group(one) and f"{key}_groups" in one.best[direction] else key
 
 
 def differs_by_group(one: Judged) -> bool:

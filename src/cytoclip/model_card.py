@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -51,19 +50,22 @@ def card(results: Mapping[str, Any], wanted: Config | None, best: bool, adapter:
         `model_type` of the checkpoint, such as clip.
     """
     judged = _judged(results, best)
-    metadata = _metadata(judged, base_id(wanted), adapter, family)
+    metadata = _metadata(judged, base_id(wanted, results), adapter, family)
     head = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=120)
     parts = [f"---\n{head}---", "# Image-text model, fine-tuned with cytoclip"]
     parts += _what(results, wanted, judged, results["best_step"] if best else results["steps"])
     parts += _numbers(judged)
-    parts += _use(wanted, adapter)
+    parts += _use(results, wanted, adapter)
     return "\n\n".join(parts) + "\n"
 
 
-def base_id(wanted: Config | None) -> str | None:
-    """The starting model where it is named as the hub names it; a folder's name is nobody else's business."""
+def base_id(wanted: Config | None, results: Mapping[str, Any]) -> str | None:
+    """The starting model where it came from the hub; a folder's name is nobody else's business.
+
+    Whether it did was known when the run ended: from elsewhere, `runs/first` looks like a hub id too.
+    """
     name = wanted.model.name if wanted is not None else ""
-    return name if _HUB_ID.fullmatch(name) and not Path(name).exists() else None
+    return name if results.get("from_hub") and _HUB_ID.fullmatch(name) else None
 
 
 def _judged(results: Mapping[str, Any], best: bool) -> list[Judged]:
@@ -108,7 +110,7 @@ def _metrics(one: Judged, direction: str) -> Iterator[dict[str, Any]]:
 
 
 def _what(results: Mapping[str, Any], wanted: Config | None, judged: list[Judged], step: int) -> list[str]:
-    base = base_id(wanted)
+    base = base_id(wanted, results)
     began = f"[{base}](https://huggingface.co/{base})" if base else "a checkpoint that is not on the hub"
     sizes = " and ".join(f"{one.best['pairs']:,} {one.split} pairs" for one in judged)
     seen = f"{results['pairs_seen']:,} pairs seen over the whole run. " if "pairs_seen" in results else ""
@@ -138,8 +140,8 @@ def _numbers(judged: list[Judged]) -> list[str]:
     return parts
 
 
-def _use(wanted: Config | None, adapter: bool) -> list[str]:
-    base = base_id(wanted) or "the checkpoint it began from"
+def _use(results: Mapping[str, Any], wanted: Config | None, adapter: bool) -> list[str]:
+    base = base_id(wanted, results) or "the checkpoint it began from"
     opened = _ADAPTER.format(base=base) if adapter else _WHOLE
     limits = [_LIMITS]
     if wanted is not None and wanted.data.crop == "pad":

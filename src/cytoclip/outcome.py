@@ -64,6 +64,7 @@ def results(job: Job, progress: Progress) -> dict[str, Any]:
         "hardware": device.hardware(world.device),
         "versions": versions(),
         "skipped": progress.skipped,
+        "from_hub": not Path(wanted.model.name).exists(),
     }
 
 

@@ -188,7 +188,7 @@ def page(
         classification=_classification(read.results.get("classification")),
         findings=list(islice(_findings(read.results.get("findings"), images), _LIST)),
         skipped=list(read.results.get("skipped") or {})[:_LIST] if images else [],
-        yaml="" if read.wanted is None else _yaml(read.wanted, images),
+        yaml="" if read.wanted is None else _yaml(read.wanted, read.results, images),
         missing=missing,
     ).html()
 
@@ -309,7 +309,7 @@ def _began(read: Record, images: bool) -> str:
     wanted = read.wanted
     if wanted is None:
         return steps
-    base = wanted.model.name if images else model_card.base_id(wanted) or "a checkpoint of its own"
+    base = wanted.model.name if images else model_card.base_id(wanted, read.results) or "a checkpoint of its own"
     moved = f"image tower {wanted.model.image_tower}, text tower {wanted.model.text_tower}"
     return f"{base}, {steps} of {wanted.train.batch_size:,} pairs; {moved}"
 
@@ -345,11 +345,11 @@ def _hardware(found: Mapping[str, Any]) -> str:
     return f"{words}; {found['gpu']}, {found['gpu_memory_gb']} GB" if "gpu" in found else words
 
 
-def _yaml(wanted: Config, images: bool) -> str:
+def _yaml(wanted: Config, results: Mapping[str, Any], images: bool) -> str:
     """The configuration; for a page that may leave, without the places of data and runs."""
     given = wanted.model_dump(mode="json", by_alias=True)
     if not images:
-        given = _without_places(given, model_card.base_id(wanted))
+        given = _without_places(given, model_card.base_id(wanted, results))
     return OmegaConf.to_yaml(OmegaConf.create(given))
 
 

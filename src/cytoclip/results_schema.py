@@ -148,6 +148,7 @@ class Results(Part):
     device: str = Field(description="cpu, cuda or mps.")
     hardware: dict[str, Any] | None = Field(None, description="What it ran on.")
     versions: dict[str, str] | None = Field(None, description="Of cytoclip and the libraries that decide a result.")
+    from_hub: bool | None = Field(None, description="Whether `model.name` was a hub id, and no folder.")
     skipped: dict[str, int] = Field(
         {}, description="Pictures that could not be used, by name, and how often others stood in."
     )
