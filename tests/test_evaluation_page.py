@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from cytoclip import evaluation_page, measure
+from cytoclip import conclusion, evaluation_page, measure
 from cytoclip.evaluate import Compared
 from tests import runs
 from tests.test_check_page import Reader
@@ -134,8 +134,7 @@ def test_several_models_stand_side_by_side(root: Path) -> None:
     told = measure.difference(found.measured[best["model"]], found.measured[second["model"]])
     one = told["image_to_text"]["hit@10_groups"]
     assert ("beyond noise (" in text) == one["beyond_noise"]
-    by, low, high = (f"{100 * number:+.1f}".replace("-", "−") for number in (one["by"], *one["interval"]))
-    assert f"({by} [{low}, {high}])" in text
+    assert f"({conclusion.difference('hit@10', one['by'], one['interval'])})" in text
     for word in ("The runs", "What was different", "Curves"):
         assert f"<h2>{word}</h2>" not in made
 
