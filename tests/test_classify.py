@@ -204,3 +204,11 @@ def test_pictures_and_captions_alone_are_embedded_as_both_are(root: Path, base: 
     assert opened.encoder.training
     assert torch.equal(image, encode.encode_pictures(opened.encoder, pairs, how, alone, QUIET))
     assert torch.equal(text, encode.encode_captions(opened.encoder, pairs.captions, how, alone, QUIET))
+
+
+def test_a_label_cannot_break_its_line() -> None:
+    result = {"classes": ["a\nb", "c\u202ed"], "confusion": [[1, 0], [0, 1]]}
+    lines = class_table._confusion(result)
+    assert len(lines) == 3
+    assert lines[1].split()[:2] == ["1", "a�b"]
+    assert "\u202e" not in "".join(lines)

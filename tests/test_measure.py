@@ -57,6 +57,13 @@ def test_a_long_label_takes_no_room_for_every_pair(pairs: Pairs) -> None:
     assert peak < 10_000_000
 
 
+def test_an_entrys_own_caption_length_is_not_ours(pairs: Pairs) -> None:
+    extra = tuple((("caption length", "long" if i % 2 else "short"),) for i in range(COUNT))
+    found = measure.slices(replace(pairs, extra=extra))
+    assert list(found) == ["label", "caption length (entries)", "caption length"]
+    assert list(found["caption length (entries)"]) == ["long", "short"]
+
+
 def test_slices_of_one_value_or_of_one_length_are_none(pairs: Pairs) -> None:
     plain = replace(pairs, labels=("a",) * COUNT, extra=(), captions=tuple(map(str, range(COUNT))))
     assert measure.slices(plain) == {}

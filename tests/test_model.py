@@ -163,3 +163,9 @@ def test_the_tokenizer_of_the_demo_ends_every_caption_with_its_highest_id() -> N
     assert ids[0] == tokenizer.bos_token_id
     assert ids[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(ids, skip_special_tokens=True).strip() == "a round cell"
+
+
+def test_a_folder_that_is_gone_is_no_strange_hub_id(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder: .*/gone") as caught:
+        model.read(str(tmp_path / "gone"))
+    assert "an adapter its base" in caught.value.hint

@@ -48,9 +48,14 @@ def _few(few_shot: Mapping[str, Any]) -> list[str]:
     return [*_aligned([["a class", *_NAMES.values()], *rows]), *notes]
 
 
+def _printable(name: str) -> str:
+    """A label comes from the data: what would break a line or turn its direction is shown as a mark."""
+    return "".join(letter if letter.isprintable() else "�" for letter in name)
+
+
 def _confusion(result: Mapping[str, Any]) -> list[str]:
     """Columns by number: names of classes may be long."""
-    numbered = [f"{number} {name}" for number, name in enumerate(result["classes"], start=1)]
+    numbered = [f"{number} {_printable(name)}" for number, name in enumerate(result["classes"], start=1)]
     rows = [
         [name, *(f"{count:.10g}" if count == int(count) else f"{count:.1f}" for count in row)]
         for name, row in zip(numbered, result["confusion"], strict=True)

@@ -94,7 +94,11 @@ def slices(pairs: Pairs) -> dict[str, dict[str, NDArray[np.bool_]]]:
         if 1 < len(named) <= MOST_VALUES:
             found[key] = {value: np.array([one == value for one in column]) for value in named}
     by_length = _by_length(pairs.captions)
-    return {**found, CAPTION_LENGTH: by_length} if len(by_length) > 1 else found
+    if len(by_length) < 2:
+        return found
+    if CAPTION_LENGTH in found:  # a key of the entries; theirs stays
+        found[f"{CAPTION_LENGTH} (entries)"] = found.pop(CAPTION_LENGTH)
+    return {**found, CAPTION_LENGTH: by_length}
 
 
 def _by_length(captions: Sequence[str]) -> dict[str, NDArray[np.bool_]]:

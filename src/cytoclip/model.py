@@ -335,6 +335,12 @@ def read(name: str) -> Checkpoint:
     UserError
         For what is not there, is not CLIP-like, lacks weights, or has a tokenizer that does not fit the model.
     """
+    if Path(name).is_absolute() and not Path(name).exists():  # which transformers takes for a strange hub id
+        raise UserError(
+            f"no such folder: {name}",
+            "put the checkpoint back: a run opens its starting model there, and an adapter its base",
+            ExitCode.MODEL,
+        )
     transformers_logging.disable_progress_bar()  # of seconds' work, in the middle of our lines
     transformers_logging.set_verbosity_error()  # what its reports say, our errors say in two lines
     try:
