@@ -166,6 +166,6 @@ def test_the_tokenizer_of_the_demo_ends_every_caption_with_its_highest_id() -> N
 
 
 def test_a_folder_that_is_gone_is_no_strange_hub_id(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such folder: .*/gone") as caught:
+    with pytest.raises(UserError, match=r"no such folder: .*/gone") as caught:
         model.read(str(tmp_path / "gone"))
     assert "an adapter its base" in caught.value.hint
