@@ -352,6 +352,9 @@ def test_few_clusters_are_said(base: Path, root: Path, tmp_path: Path, capsys: p
 
 
 def test_embeddings_go_into_safetensors(base: Path, root: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nothing can be written into .*gone"):
+        nowhere = How(embeddings=tmp_path / "gone" / "kept.safetensors", workers=0)
+        evaluate.evaluate([str(base)], root / "val", Question([1]), QUIET, nowhere)
     with pytest.raises(UserError, match=r"notes.txt does not end in .safetensors"):
         evaluate.evaluate(
             [str(base)], root / "val", Question([1]), QUIET, How(embeddings=tmp_path / "notes.txt", workers=0)

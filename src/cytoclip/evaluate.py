@@ -270,6 +270,8 @@ def _are_there(file: Path, owner: Owner, console: Console) -> bool:
     """Whether a file has the embeddings that are wanted; what is no such file is not written over."""
     if file.suffix != ".safetensors":
         raise UserError(f"--embeddings {file} does not end in .safetensors", f"such as {file.stem}.safetensors")
+    if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
+        raise UserError(f"--embeddings {file}: nothing can be written into {file.parent}", "name a folder of yours")
     if embeddings.are_of(file, owner):
         return True
     if file.exists():
