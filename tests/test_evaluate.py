@@ -352,8 +352,8 @@ def test_few_clusters_are_said(base: Path, root: Path, tmp_path: Path, capsys: p
 
 
 def test_embeddings_go_into_safetensors(base: Path, root: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="nothing can be written into .*gone"):
-        nowhere = How(embeddings=tmp_path / "gone" / "kept.safetensors", workers=0)
+    nowhere = How(embeddings=tmp_path / "gone" / "kept.safetensors", workers=0)
+    with pytest.raises(UserError, match=r"nothing can be written into .*gone"):
         evaluate.evaluate([str(base)], root / "val", Question([1]), QUIET, nowhere)
     with pytest.raises(UserError, match=r"notes.txt does not end in .safetensors"):
         evaluate.evaluate(
