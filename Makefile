@@ -13,7 +13,7 @@ help:  ## this list
 demo: $(READY)  ## draw a sample set, train a small CLIP on it, show before and after (under 5 minutes on 2 cores)
 	$(BIN)/cytoclip demo --to demo
 
-test: $(READY)  ## the default tests (about 4 minutes on 2 cores)
+test: $(READY)  ## the default tests, on every core
 	$(TEST)
 
 test-all: $(READY)  ## the default tests and the slow ones

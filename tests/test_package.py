@@ -43,9 +43,10 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: tuple[Path, Path]) 
     modules = {f"cytoclip/{p.name}" for p in (HERE / "src" / "cytoclip").glob("*.py")}
     assert len(modules) > 20
     inside = {name for name in names if ".dist-info/" not in name}
-    beside = {"cytoclip/py.typed", "cytoclip/check_page.html", "cytoclip/templates.yaml"}
-    assert inside == {*modules, *beside}, (
-        "without py.typed nobody's mypy reads our types, without the page no check --html"
+    pages = {f"cytoclip/{p.name}" for p in (HERE / "src" / "cytoclip").glob("*.html")}
+    assert len(pages) == 5
+    assert inside == {*modules, *pages, "cytoclip/py.typed", "cytoclip/templates.yaml"}, (
+        "without py.typed nobody's mypy reads our types, without a page no --html and no report"
     )
     assert built[0].name == f"cytoclip-{cytoclip.__version__}-py3-none-any.whl"
     assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -6,8 +6,10 @@ Letters: W processes, n rows of one process, D columns.
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import platform
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -241,8 +243,10 @@ def _part() -> None:
     Its threads hold the last message's tensors, and one that lets go of them while Python shuts down ends the process
     by SIGABRT ("terminate called without an active exception"): 1 exit in 20 with gloo, torch 2.13 (docs/log.md).
     """
+    gc.collect()  # a sharded model that an error's traceback still holds keeps the group alive
     if dist.is_initialized():
         dist.destroy_process_group()
+    time.sleep(0.1)  # for threads that have just handed over a message to let go of it while Python is there
 
 
 def _plain_convolutions() -> None:
