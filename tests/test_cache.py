@@ -395,9 +395,11 @@ def test_memory_does_not_grow_over_five_epochs(kept: bool, base: Path, tmp_path:
             held.append(sum(process.memory_info().rss for process in (me, *me.children(recursive=True))))
     if kept:  # the processes that filled it are gone
         assert held[1] < held[0]
-    grown = held[-1] - held[1 if kept else 0]
-    in_flight = 6 * 16 * 3 * 224 * 224  # batches: three read ahead, those in hand, and what the allocator keeps of them
-    assert grown < in_flight, [f"{size / 1e6:.1f} MB" for size in held]
+    batch, told = 16 * 3 * 224 * 224, [f"{size / 1e6:.1f} MB" for size in held]
+    # Three batches are read ahead, others are in hand, and the allocator keeps some: it settles in the first epochs
+    # (up to six batches were seen), and then nothing may come on top.
+    assert held[-1] - held[1 if kept else 0] < 8 * batch, told
+    assert held[-1] - held[-3] < 2 * batch, told
 
 
 def test_other_decoders_have_tables_of_their_own(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
