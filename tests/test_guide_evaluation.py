@@ -6,26 +6,19 @@ import json
 import re
 import shlex
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from cytoclip import cli, train
+from cytoclip import train
 from cytoclip.config import Config
 from cytoclip.console import Console
+from tests.typed import Run
 
 HERE = Path(__file__).parents[1]
 PAGE = (HERE / "docs" / "guide" / "evaluation.md").read_text(encoding="utf-8")
 COMMANDS = re.search(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL)
-
-
-def run(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", words)
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert not ended.value.code
 
 
 def test_the_commands_in_order(
@@ -33,19 +26,18 @@ def test_the_commands_in_order(
     root: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    run: Run,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(root, tmp_path / "path" / "to" / "data_root")
     shutil.copytree(root / "val", tmp_path / "path" / "to" / "data_root" / "test")
     for name in ("first", "second"):
         train.fit(experiment(train={"steps": 2}, output=str(tmp_path / "runs" / name)), Console(quiet=True))
-    capsys.readouterr()
     assert COMMANDS
     said = []
     for command in COMMANDS.group(1).splitlines():
-        run(shlex.split(command), monkeypatch)
-        said.append(capsys.readouterr())
+        said.append(run(*shlex.split(command)[1:]))
+        assert not said[-1].code
     assert len(said) == 5
     assert "runs/first against base" in said[0].out
     assert re.search(r"hit@10 +\d\.\d{4} \[\d\.\d{4}, \d\.\d{4}\]", said[0].out)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+from cytoclip.console import aligned
 from cytoclip.errors import counted, first_few
 
 WIDE = 12  # classes up to which the confusion matrix fits a terminal
@@ -24,7 +25,7 @@ def text(result: Mapping[str, Any]) -> str:
         [_NAMES[name], *(_value(result[way][name]) for way in ways), _number(result["zero_shot"][name]["chance"])]
         for name in _NAMES
     ]
-    lines += ["", *_aligned([["", *(_WAYS[way] for way in ways), "chance"], *rows])]
+    lines += ["", *aligned([["", *(_WAYS[way] for way in ways), "chance"], *rows])]
     why = next((one["why"] for one in result["zero_shot"].values() if "why" in one), None)
     lines += [f"AUROC is undefined: {why}"] if why else []
     majority = result["majority"]
@@ -45,7 +46,7 @@ def _few(few_shot: Mapping[str, Any]) -> list[str]:
     ]
     short = [f"{shots}: {first_few(one['fewer'])}" for shots, one in few_shot.items() if one["fewer"]]
     notes = [f"classes with fewer pictures than that, all of which are taken: {'; '.join(short)}"] if short else []
-    return [*_aligned([["a class", *_NAMES.values()], *rows]), *notes]
+    return [*aligned([["a class", *_NAMES.values()], *rows]), *notes]
 
 
 def _printable(name: str) -> str:
@@ -60,7 +61,7 @@ def _confusion(result: Mapping[str, Any]) -> list[str]:
         [name, *(f"{count:.10g}" if count == int(count) else f"{count:.1f}" for count in row)]
         for name, row in zip(numbered, result["confusion"], strict=True)
     ]
-    return _aligned([["", *(name.partition(" ")[0] for name in numbered)], *rows])
+    return aligned([["", *(name.partition(" ")[0] for name in numbered)], *rows])
 
 
 def _value(one: Mapping[str, Any]) -> str:
@@ -74,15 +75,3 @@ def _number(value: float | None) -> str:
 
 def _spread(value: float | None) -> str:
     return "" if value is None else f" ± {value:.4f}"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        (
-            "  "
-            + row[0].ljust(widths[0])
-            + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
-        ).rstrip()
-        for row in rows
-    ]

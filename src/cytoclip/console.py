@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -104,6 +104,24 @@ class Bar:
         left = (self._total - self._done) * (self._said - self._began) / max(self._done - self._first, 1)
         line = f"{self._title} {self._done}/{self._total}, {duration(left)} left{', ' if note else ''}{note}"
         (self._console.record if self._drawn else self._console.say)(line)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table, indented by two: the first column to the left, all others to the right.
+
+    Examples
+    --------
+    >>> aligned([["", "before"], ["hit@1", "0.1"]])
+    ['         before', '  hit@1     0.1']
+    """
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "".join(
+            f"  {cell:>{width}}" if i else f"  {cell:<{width}}"
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def duration(seconds: float) -> str:

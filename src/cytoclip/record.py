@@ -71,7 +71,7 @@ class Record:
     def embedded(self, split: str, which: str) -> Embedded | None:
         """Of `before` or `best`; None where they were not kept, or are not whole, or not finite."""
         name = which if split == "val" else f"{split}-{which}"
-        path = self.run.path / "embeddings" / f"{name}.safetensors"
+        path = self.run.embeddings / f"{name}.safetensors"
         try:
             with safe_open(path, "pt") as stored:
                 pairs = (stored.metadata() or {}).get("pairs", "")
@@ -107,8 +107,8 @@ def read(folder: Path) -> Record:
     if not isinstance(results, dict) or "best" not in results:
         raise UserError(f"{run.results} is damaged", "delete it to score the run again", ExitCode.RUN)
     wanted, missing = _config(run)
-    losses, curves = columns(run.losses), columns(folder / "curves.jsonl")
-    validations = list(_lines(folder / "validations.jsonl"))
+    losses, curves = columns(run.losses), columns(run.curves)
+    validations = list(_lines(run.validations))
     there = {"losses": losses, "curves": curves, "validations": validations}
     missing += [words for name, words in _MISSING.items() if not there[name]]
     first = run.config.read_text(encoding="utf-8", errors="replace").partition("\n")[0]

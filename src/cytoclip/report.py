@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cytoclip import expected, intervals
+from cytoclip.console import aligned
 from cytoclip.intervals import Clusters, Interval
 from cytoclip.retrieval import Ranked
 
@@ -80,7 +81,7 @@ def table(columns: Mapping[str, Scores], ks: Sequence[int]) -> str:
             continue
         query, gallery = title.split(" → ")
         lines += ["", f"{title}: each of {pairs} {query}s ranks all {pairs} {gallery}s"]
-        lines += _aligned(["", *columns, "chance"], _rows(columns, direction, ks))
+        lines += aligned([["", *columns, "chance"], *_rows(columns, direction, ks)])
     return "\n".join(lines[1:])
 
 
@@ -93,7 +94,7 @@ def difference_lines(difference: Scores, ks: Sequence[int]) -> list[str]:
             span = f"[{', '.join(_signed(key, limit) for limit in one['interval'])}]" if one["interval"] else "–"
             verdict = "beyond noise" if one["beyond_noise"] else "within noise" if one["interval"] else "not known"
             rows.append([f"{DIRECTIONS[direction]} {_TITLES.get(key, key)}", _signed(key, one["by"]), span, verdict])
-    return _aligned(["", "by", "95 %", ""], rows)
+    return aligned([["", "by", "95 %", ""], *rows])
 
 
 def names(columns: Mapping[str, Scores], direction: str, ks: Sequence[int]) -> dict[str, str]:
@@ -147,14 +148,3 @@ def _rows(columns: Mapping[str, Scores], direction: str, ks: Sequence[int]) -> l
             cells.append(number(key, scored[direction][key]) + span)
         rows.append([title, *cells, number(key, first["chance"][key])])
     return rows
-
-
-def _aligned(titles: list[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    cells = [titles, *rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(titles))]
-    return [
-        (
-            "  " + row[0].ljust(widths[0]) + "".join(f"  {c:>{w}}" for c, w in zip(row[1:], widths[1:], strict=True))
-        ).rstrip()
-        for row in cells
-    ]
