@@ -38,4 +38,6 @@ clean:  ## delete what make made
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	# These ask for a torchvision, of which no build stands beside every torch: tests that need one say what stands in.
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps open_clip_torch timm
 	touch $(READY)

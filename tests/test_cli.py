@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cytoclip import __version__, cli, config
+from cytoclip import __version__, cli, cli_train, config
 from cytoclip.console import Console
 from cytoclip.errors import ExitCode, UserError
 from tests.typed import Outcome, Run, refused
@@ -351,7 +351,7 @@ def test_ctrl_c_says_how_to_go_on(run: Run, recipe: Path, monkeypatch: pytest.Mo
 def test_the_original_train_command(run: Run, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`train.py --config F`, and overrides on either side of it."""
     seen: list[tuple[Path, list[str], bool]] = []
-    monkeypatch.setattr(cli, "train", lambda path, overrides, dry: seen.append((path, overrides, dry)))
+    monkeypatch.setattr(cli_train, "train", lambda path, overrides, dry: seen.append((path, overrides, dry)))
     for words in (["--config", str(recipe), "a=1", "b=2"], ["a=1", "--config", str(recipe), "b=2"]):
         assert run(*words, entry=cli.original_train, program="train.py").code == 0
     assert seen == [(recipe, ["a=1", "b=2"], False)] * 2

@@ -1,3 +1,23 @@
 """Fine-tune CLIP on a folder of image-caption pairs, exactly, and say honestly how much better it got."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from cytoclip.encoder import Encoder, load
+
+__all__ = ["Encoder", "__version__", "load"]
+
+_FROM = {"Encoder": "encoder", "load": "encoder"}
+
+
+def __getattr__(name: str) -> Any:
+    """Each public name on first use: `import cytoclip` and `cytoclip --help` must not wait for torch."""
+    import importlib
+
+    if name not in _FROM:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_FROM[name]}"), name)

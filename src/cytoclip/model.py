@@ -389,6 +389,11 @@ def _stretched(old_Lh: torch.Tensor, length: int) -> torch.Tensor:
     return torch.cat([old_Lh[:KEPT_POSITIONS], rest_Lh[below] + part * (rest_Lh[below + 1] - rest_Lh[below])])
 
 
+def digest_of(clip: nn.Module, *reading: Any) -> str:
+    """SHA-256 of the weights and of whatever else decides an embedding: pixels, context, precision."""
+    return hashlib.sha256(repr((fingerprint(clip), *reading)).encode()).hexdigest()
+
+
 def fingerprint(clip: nn.Module) -> str:
     """SHA-256 of every weight's name and bytes: what a run began from."""
     digest = hashlib.sha256()

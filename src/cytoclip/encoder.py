@@ -1,0 +1,169 @@
+"""A model from Python: pictures and texts in, unit vectors out.
+
+Letters: N pictures, M texts, D embedding.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from cytoclip import captions, checkpoint, device, images, model, pixels
+from cytoclip.checkpoint import Opened
+from cytoclip.device import World
+from cytoclip.errors import ExitCode, UserError
+from cytoclip.files import Piece
+
+Picture: TypeAlias = str | Path | Piece | bytes | Image.Image | NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A model ready to use; made by `load`. Calls from several threads at once are allowed.
+
+    Parameters
+    ----------
+    opened
+        The model with what reads its input.
+    world
+        Its device and precision.
+    """
+
+    opened: Opened
+    world: World
+    _one_at_a_time: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(os.cpu_count()), repr=False)
+
+    @property
+    def name(self) -> str:
+        """The hub id or absolute folder that it came from."""
+        return self.opened.name
+
+    @property
+    def width(self) -> int:
+        """D, the dimensions of an embedding."""
+        return self.opened.encoder.width
+
+    @property
+    def logit_scale(self) -> float:
+        """The factor on cosines, 1 / temperature."""
+        return float(self.opened.encoder.logit_scale.detach().exp())
+
+    @property
+    def logit_bias(self) -> float | None:
+        """What is added to scaled cosines by the sigmoid families; None where there is none."""
+        bias = self.opened.encoder.logit_bias
+        return None if bias is None else float(bias.detach())
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of what decides an embedding: the weights, how pictures and texts are read, and the precision."""
+        read = self.opened
+        return model.digest_of(read.encoder.clip, read.pixels, read.context, self.world.precision)
+
+    def embed_images(self, pictures: Picture | Sequence[Picture], batch_size: int = 64) -> NDArray[np.float32]:
+        """Unit embeddings (N, D) of pictures: files, their bytes, PIL, or uint8 arrays (H, W), (H, W, 3), (H, W, 4).
+
+        One picture instead of a sequence gives N = 1. Memory holds `batch_size` decoded pictures at a time.
+
+        Raises
+        ------
+        UserError
+            For a picture that cannot be read, with its place; nothing is returned then.
+        """
+        some = list(pictures) if isinstance(pictures, list | tuple) else [pictures]
+        encoder, parts = self.opened.encoder, [np.empty((0, self.width), np.float32)]
+        for batch in _cut(some, batch_size):
+            ready_B3HW = np.stack(list(self._pool.map(self._pixels, batch)))
+            with torch.no_grad(), self.world.autocast():
+                embedded = encoder.images(torch.from_numpy(ready_B3HW).to(self.world.device))
+            parts.append(embedded.float().cpu().numpy())
+        return np.concatenate(parts)
+
+    def embed_texts(self, texts: str | Sequence[str], batch_size: int = 256) -> NDArray[np.float32]:
+        """Unit embeddings (M, D) of texts, cut to the model's context; one text gives M = 1.
+
+        Raises
+        ------
+        UserError
+            For a text that the model cannot read, such as an empty one where its tokenizer makes no token of it.
+        """
+        some = [texts] if isinstance(texts, str) else list(texts)
+        encoder, parts = self.opened.encoder, [np.empty((0, self.width), np.float32)]
+        for batch in _cut(some, batch_size):
+            with self._one_at_a_time:  # a tokenizer keeps how it was last told to cut: two threads would disturb it
+                tokens = captions.tokenise(self.opened.tokenizer, batch, self.opened.context, encoder.family)
+            with torch.no_grad(), self.world.autocast():
+                embedded = encoder.texts(tokens.batch(range(len(batch))).to(self.world.device))
+            parts.append(embedded.float().cpu().numpy())
+        return np.concatenate(parts)
+
+    def similarity(self, pictures: Picture | Sequence[Picture], texts: str | Sequence[str]) -> NDArray[np.float32]:
+        """Cosines (N, M)."""
+        cosines: NDArray[np.float32] = self.embed_images(pictures) @ self.embed_texts(texts).T
+        return cosines
+
+    def probabilities(self, pictures: Picture | Sequence[Picture], texts: str | Sequence[str]) -> NDArray[np.float32]:
+        """How likely each text is for a picture, by the model's own scale: (N, M).
+
+        Rows sum to 1 over the texts (zero-shot classification, CLIP, arXiv 2103.00020, section 3.1); in the sigmoid
+        families each is a probability of its own (SigLIP, arXiv 2303.15343).
+        """
+        logits_NM = torch.from_numpy(self.similarity(pictures, texts) * self.logit_scale)
+        if self.logit_bias is not None:
+            return torch.sigmoid(logits_NM + self.logit_bias).numpy()
+        return logits_NM.softmax(1).numpy()
+
+    def _pixels(self, picture: Picture) -> NDArray[np.uint8]:
+        return pixels.prepare(_plain(picture), self.opened.pixels)
+
+
+def load(path: str | Path, device_name: str = "auto", precision: str = "no") -> Encoder:
+    """Open a run folder (its best weights), a Hugging Face folder, an adapter of ours, or a hub id.
+
+    Parameters
+    ----------
+    device_name
+        `auto`, `cpu`, `cuda` or `mps`.
+    precision
+        `no` (float32), `bf16`, `fp16`, or `auto`: the best that the device has.
+
+    Raises
+    ------
+    UserError
+        Where nothing there can be opened, or the device is not there.
+    """
+    world = device.start(device_name, precision, "the call")
+    opened = checkpoint.open_model(str(path))
+    opened.encoder.to(world.device).eval()
+    return Encoder(opened, world)
+
+
+def _plain(picture: Picture) -> Image.Image:
+    if isinstance(picture, Image.Image):
+        return images.normalise(picture)
+    if isinstance(picture, np.ndarray):
+        try:
+            return images.normalise(Image.fromarray(picture))
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"an array of {picture.dtype} {picture.shape} is no picture: {error}",
+                "pass uint8 of shape (H, W), (H, W, 3) or (H, W, 4)",
+                ExitCode.DATA,
+            ) from None
+    return images.decode(Path(picture) if isinstance(picture, str) else picture)
+
+
+def _cut(some: Sequence[Any], each: int) -> list[Sequence[Any]]:
+    return [some[begin : begin + each] for begin in range(0, len(some), each)]
