@@ -176,7 +176,7 @@ def _build(made: Encoder, source: str, folder: Path, console: Console, how: How)
     return Built(new, embedded, new.pictures - embedded, max(0, plan.removed - seen_again), bad)
 
 
-def _written(
+def _written(  # noqa: PLR0913 - each is another thing
     made: Encoder,
     plan: Plan,
     source_of: entries.Source,

@@ -80,7 +80,8 @@ def make(folder: Path, shards: list[Shard], width: int, embed: Embed, there: Man
     if there and there.faiss == generation and _is_whole(folder, there):
         return Made(generation, there.images, there.texts)
     with files.whole_folder(target) as new:
-        save_file({name: getattr(having, name) for name in _FIELDS}, new / "captions.safetensors")
+        arrays = {name: np.ascontiguousarray(getattr(having, name)) for name in _FIELDS}  # else other numbers are saved
+        save_file(arrays, new / "captions.safetensors")
         texts = _flat_file(new / "texts.f32", catalogue.caption_vectors(folder, shards, width, having), len(having),
                            width, console)  # fmt: skip
         images: Vectors | None = None
