@@ -70,7 +70,7 @@ class Encoder:
     def digest(self) -> str:
         """SHA-256 of what decides an embedding: the weights, how pictures and texts are read, and the precision."""
         read = self.opened
-        return model.digest_of(read.encoder.clip, read.pixels, read.context, self.world.precision)
+        return model.digest_of(read.encoder.clip, read.tokenizer, read.pixels, read.context, self.world.precision)
 
     def embed_images(self, pictures: Picture | Sequence[Picture], batch_size: int = 64) -> NDArray[np.float32]:
         """Unit embeddings (N, D) of pictures: files, their bytes, PIL, or uint8 arrays (H, W), (H, W, 3), (H, W, 4).
@@ -154,14 +154,18 @@ def _plain(picture: Picture) -> Image.Image:
     if isinstance(picture, Image.Image):
         return images.normalise(picture)
     if isinstance(picture, np.ndarray):
-        try:
-            return images.normalise(Image.fromarray(picture))
-        except (TypeError, ValueError) as error:
+        if (
+            picture.dtype != np.uint8
+            or not picture.size
+            or picture.ndim < 2
+            or picture.shape[2:] not in ((), (3,), (4,))
+        ):
             raise UserError(
-                f"an array of {picture.dtype} {picture.shape} is no picture: {error}",
+                f"an array of {picture.dtype} {picture.shape} is no picture",
                 "pass uint8 of shape (H, W), (H, W, 3) or (H, W, 4)",
                 ExitCode.DATA,
-            ) from None
+            )
+        return images.normalise(Image.fromarray(picture))
     return images.decode(Path(picture) if isinstance(picture, str) else picture)
 
 
