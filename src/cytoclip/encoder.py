@@ -19,9 +19,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from cytoclip import captions, checkpoint, device, images, model, pixels
+from cytoclip import captions, checkpoint, images, model, pixels
 from cytoclip.checkpoint import Opened
-from cytoclip.device import World
+from cytoclip.device import World, start
 from cytoclip.errors import ExitCode, UserError
 from cytoclip.files import Piece
 
@@ -129,12 +129,14 @@ class Encoder:
         return pixels.prepare(_plain(picture), self.opened.pixels)
 
 
-def load(path: str | Path, device_name: str = "auto", precision: str = "no") -> Encoder:
+def load(path: str | Path, device: str = "auto", precision: str = "no") -> Encoder:
     """Open a run folder (its best weights), a Hugging Face folder, an adapter of ours, or a hub id.
 
     Parameters
     ----------
-    device_name
+    path
+        Its name: a folder, or `ORG/NAME` at the hub.
+    device
         `auto`, `cpu`, `cuda` or `mps`.
     precision
         `no` (float32), `bf16`, `fp16`, or `auto`: the best that the device has.
@@ -143,8 +145,17 @@ def load(path: str | Path, device_name: str = "auto", precision: str = "no") -> 
     ------
     UserError
         Where nothing there can be opened, or the device is not there.
+
+    Examples
+    --------
+    >>> import cytoclip
+    >>> encoder = cytoclip.load("runs/first")
+    >>> encoder.embed_texts(["one round cell", "a sheet of cells"]).shape == (2, encoder.width)
+    True
+    >>> encoder.similarity("picture.png", ["one round cell", "a sheet of cells"]).shape
+    (1, 2)
     """
-    world = device.start(device_name, precision, "the call")
+    world = start(device, precision, "the call")
     opened = checkpoint.open_model(str(path))
     opened.encoder.to(world.device).eval()
     return Encoder(opened, world)

@@ -34,6 +34,14 @@ def train(experiment: str | Path | Mapping[str, Any] | Config, *overrides: str, 
     ------
     UserError
         For a configuration, data or a model that cannot be used, before the first step.
+
+    Examples
+    --------
+    >>> import cytoclip
+    >>> experiment = {"data": {"root": "data_root"}, "model": {"name": "runs/first"}, "output": "runs/next"}
+    >>> result = cytoclip.train(experiment, "train.steps=1", "train.batch_size=12", "data.workers=0", quiet=True)
+    >>> result.run, result.steps
+    (PosixPath('runs/next'), 1)
     """
     if isinstance(experiment, str | Path):
         wanted = config.load(Path(experiment), overrides)
@@ -78,6 +86,13 @@ def evaluate(
     ------
     UserError
         For a model or split that cannot be used.
+
+    Examples
+    --------
+    >>> import cytoclip
+    >>> compared = cytoclip.evaluate("runs/first", "data_root", ks=[1, 5], quiet=True)
+    >>> compared.columns()["runs/first"]["pairs"]
+    20
     """
     some = [models] if isinstance(models, str | Path) else list(models)
     folder = evaluation.split_folder(Path(data_root), split)
