@@ -8,10 +8,11 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from cytoclip.encoder import Encoder, load
+    from cytoclip.search import Index
 
-__all__ = ["Encoder", "__version__", "load"]
+__all__ = ["Encoder", "Index", "__version__", "load"]
 
-_FROM = {"Encoder": "encoder", "load": "encoder"}
+_FROM = {"Encoder": "encoder", "Index": "search", "load": "encoder"}
 
 
 def __getattr__(name: str) -> Any:

@@ -147,7 +147,16 @@ def scan(places: Sequence[Path | Piece], threads: int, progress: Callable[[int],
     return results
 
 
-def examine(place: Path | Piece, look: Callable[[ImageFile.ImageFile], _Found]) -> tuple[Scan, _Found | None]:
+def content_of(place: Path | Piece | bytes) -> str:
+    """SHA-256 of a file's bytes, hexadecimal; empty where they cannot be read."""
+    try:
+        with _reading(place) as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except (OSError, ValueError, _UnusableError):
+        return ""
+
+
+def examine(place: Path | Piece | bytes, look: Callable[[ImageFile.ImageFile], _Found]) -> tuple[Scan, _Found | None]:
     """Hash a file and hand its picture, not decoded yet, to `look`: what `scan` would say, and what `look` found.
 
     Whatever `look` raises is the file's problem, as it is when a picture is decoded.
