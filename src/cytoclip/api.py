@@ -302,27 +302,25 @@ def _operations(document: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _input(name: str, place: str, schema: dict[str, Any], needed: bool) -> dict[str, Any]:
     kinds = [schema, *schema.get("anyOf", []), schema.get("items", {})]
-    bounds = {
-        words: kind[key]
-        for kind in kinds
-        for key, words in {
-            "minimum": "from", "maximum": "to", "maxItems": "at most", "maxLength": "characters, at most", "enum": "one of",
-        }.items()
-        if key in kind
-    }  # fmt: skip
-    kind = schema.get("type") or next((one.get("type") for one in kinds[1:] if one.get("type")), "")
+    bounds = [f"{words} {kind[key]}" for kind in kinds for key, words in _BOUNDS.items() if key in kind]
+    kind = next((one["type"] for one in kinds if "type" in one), "")
+    of = schema.get("items", {}).get("type", kind)
     file = any("contentMediaType" in one or one.get("format") == "binary" for one in kinds)
     return {
         "name": name,
         "in": place.removeprefix("application/").partition("/")[0],
-        "kind": f"{'list of ' if kind == 'array' else ''}{'file' if file else schema.get('items', {}).get('type', kind)}",
+        "kind": f"{'list of ' if kind == 'array' else ''}{'file' if file else of}",
         "needed": needed,
         "default": schema.get("default"),
         "about": schema.get("description", ""),
-        "bounds": ", ".join(f"{words} {value}" for words, value in bounds.items()),
+        "bounds": ", ".join(bounds),
     }
 
 
+_BOUNDS = {"minimum": "from", "maximum": "to", "maxItems": "at most", "maxLength": "characters, at most", "enum": "of"}
+
+
 def _answer(content: dict[str, Any]) -> str:
-    kind, shown = next(iter(content.items()), ("", {}))
-    return str(shown.get("schema", {}).get("$ref", kind)).rpartition("/")[2] or kind
+    for kind, shown in content.items():
+        return str(shown.get("schema", {}).get("$ref", "")).rpartition("/")[2] or kind
+    return ""

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cytoclip import images, thumbnails
-from cytoclip.errors import ExitCode, UserError, nearest
+from cytoclip.errors import ExitCode, UserError
 from cytoclip.search import Hit, Index
 
 Kind: TypeAlias = Literal["images", "captions"]
@@ -135,15 +135,15 @@ class Desk:
         text = text.strip() if text else None
         if not text and picture is None:
             raise UserError("there is nothing to look for", "give a text, a picture, or both")
-        self._check(where or {})
-        with self._turn:
-            decoded = None if picture is None else decode(picture)
+        decoded = None
+        with self._turn, self._asked():
+            if picture is not None:
+                decoded = decode(picture)
             return self.index.search(text or None, decoded, k=k, weight=weight, kind=kind, where=where or None)
 
     def like(self, row: int, k: int, where: Mapping[str, str] | None = None) -> list[Hit]:
         """The k pictures nearest to one of the index, without itself."""
-        self._check(where or {})
-        with self._turn, _by_number():
+        with self._turn, self._asked(row):
             return self.index.like(row, k=k, where=where or None)
 
     def score(self, picture: bytes, captions: Sequence[str]) -> list[Scored]:
@@ -176,20 +176,24 @@ class Desk:
         """A picture of the index as JPEG, made small enough to be looked at, with nothing of its file's metadata."""
         made = self._thumbs.get(str(row)) if thumb else None
         if made is None:
-            with self._turn, _by_number():
+            with self._turn, self._asked(row):
                 made = thumbnails.jpeg(self.index.picture(row), THUMB if thumb else LARGE)
             if thumb:
                 self._thumbs.put(str(row), made)
         return made
 
-    def _check(self, where: Mapping[str, str]) -> None:
-        for key in where:
-            if key not in self.index.keys:
-                near = nearest(key, self.index.keys)
-                known = ", ".join(self.index.keys) or "none"
-                raise UserError(
-                    f"no key {key[:80]!r} to filter by", f"did you mean {near}?" if near else f"there are: {known}"
-                )
+    @contextmanager
+    def _asked(self, row: int | None = None) -> Iterator[None]:
+        """What the index says of a question, without the folders of this machine; of a number, that it is unknown."""
+        try:
+            yield
+        except UserError as error:
+            places = sorted((str(self.index.folder), *self.index.manifest.roots), key=len, reverse=True)
+            message, hint = error.message, error.hint
+            for place in places:
+                message, hint = message.replace(place, "the index"), hint.replace(place, "the index")
+            about_row = row is not None and error.code == ExitCode.DATA  # a filter that fits nothing is USAGE
+            raise (UnknownRow if about_row else UserError)(message, hint, error.code) from None
 
 
 def model_name(name: str) -> str:
@@ -217,11 +221,3 @@ def decode(picture: bytes) -> Image.Image:
 
 
 _HINT = f"JPEG, PNG, TIFF, WebP and what else Pillow opens, up to {UPLOAD_PIXELS // 1_000_000} million pixels"
-
-
-@contextmanager
-def _by_number() -> Iterator[None]:
-    try:
-        yield
-    except UserError as error:
-        raise UnknownRow(error.message, error.hint, error.code) from None

@@ -63,7 +63,7 @@ def decode(place: Path | Piece | bytes, at_least: int | None = None, most: int =
     is resized to it, in a fraction of the time.
 
     Only a regular file is opened, in any format of Pillow's but EPS, and what its header claims is held against `most`
-    pixels before one is decoded. Safe in threads and forked workers. Pillow's warnings are silent from the first call on.
+    pixels before one is decoded. Safe in threads and forked workers. Pillow's warnings are silent from the first call.
 
     Raises
     ------

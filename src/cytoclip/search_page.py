@@ -27,7 +27,6 @@ _QUEUE = 500  # questions that wait
 _AT_ONCE = 8
 
 
-
 def mount(app: fastapi.FastAPI, at: Desk) -> None:
     """Put the page of a desk at the root of its API."""
     blocks = _page(at)
@@ -63,17 +62,19 @@ def _theme() -> gr.themes.Base:
         "button_primary_background_fill": ("*primary_700", "*primary_700"),
         "button_primary_background_fill_hover": ("*primary_800", "*primary_600"),
         "button_primary_text_color": ("white", "white"),
-        "color_accent": ("*primary_700", "*primary_400"),
         "link_text_color": ("*primary_700", "*primary_300"),
         "error_text_color": ("#b3261e", "#ff8a80"),
     }
-    values = {name: light for name, (light, _) in both.items()} | {f"{name}_dark": dark for name, (_, dark) in both.items()}
-    return theme.set(**{name: value for name, value in values.items() if name != "color_accent_dark"})
+    values = {name: light for name, (light, _) in both.items()}
+    return theme.set(
+        color_accent="*primary_700", **values, **{f"{name}_dark": dark for name, (_, dark) in both.items()}
+    )
 
 
 def _page(at: Desk) -> gr.Blocks:
+    head = pages.render("search_head.html", count=len(at.index), model=at.model()["model"])
     with gr.Blocks(title="cytoclip", analytics_enabled=False, fill_width=True) as blocks:
-        gr.HTML(pages.render("search_head.html", count=len(at.index), model=at.model()["model"]), elem_id="head", apply_default_css=False)
+        gr.HTML(head, elem_id="head", apply_default_css=False)
         with gr.Tabs():
             with gr.Tab("Search", id="search"):
                 _search_tab(at)
@@ -95,11 +96,12 @@ def _search_tab(at: Desk) -> None:
         kind = gr.Dropdown(list(_KINDS), value="Pictures", label="Find", min_width=130, filterable=False)
         shown = gr.Dropdown(list(SHOWN), value=SHOWN[1], label="How many", min_width=110, filterable=False)
         menus = [gr.Dropdown([ANY, *at.index.keys[key]], value=ANY, label=key, min_width=150) for key in keys]
-        weight = gr.Slider(
-            0, 1, 0.5, step=0.05, label="Weight of the picture", min_width=220, visible=False
-        )
+        weight = gr.Slider(0, 1, 0.5, step=0.05, label="Weight of the picture", min_width=220, visible=False)
     alike = gr.State(None)
-    results = gr.HTML(pages.render("search_empty.html"), js_on_load=_part("search_results.js"), elem_id="results", apply_default_css=False)
+    results = gr.HTML(
+        pages.render("search_empty.html"), js_on_load=_part("search_results.js"), elem_id="results",
+        apply_default_css=False,
+    )  # fmt: skip
 
     def look(*given: Any) -> Any:
         return _answered(at, keys, None, *given)
@@ -183,9 +185,7 @@ def _alike(at: Desk, row: Any, k: int, where: Mapping[str, str]) -> str:
     return _listed(hits, "images", "most like", where, time.perf_counter() - began, chosen=row)
 
 
-def _listed(
-    hits: Sequence[Hit], kind: Kind, what: str, where: Mapping[str, str], seconds: float, **values: Any
-) -> str:
+def _listed(hits: Sequence[Hit], kind: Kind, what: str, where: Mapping[str, str], seconds: float, **values: Any) -> str:
     among = f" of {', '.join(f'{key} {value}' for key, value in where.items())}" if where else ""
     one = "picture" if kind == "images" else "caption"
     said = f"{counted(len(hits), one)}{among} {what}"

@@ -10,7 +10,7 @@ import os
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,8 +48,10 @@ class Where:
     public: bool = False
 
 
-def serve(folder: Path, where: Where, console: Console, device_name: str = "auto") -> int:
+def serve(folder: Path, where: Where, console: Console, model: str | None = None, roots: Sequence[Path] = ()) -> int:
     """Serve the index in `folder` until a signal; the number of that signal.
+
+    `model` and `roots` say where model and pictures lie by now, as for `Index.open`.
 
     Raises
     ------
@@ -58,7 +60,7 @@ def serve(folder: Path, where: Where, console: Console, device_name: str = "auto
     """
     allowed(where)
     with listening(where) as ears, _own_folder():
-        app = application(_opened(folder, device_name, console), where)
+        app = application(_opened(folder, model, roots, console), where)
         console.say(f"{url(where.host, ears.getsockname()[1])} is open; Ctrl-C ends it")
         if not is_loopback(where.host):
             console.warn(
@@ -129,12 +131,12 @@ def listening(where: Where) -> Iterator[socket.socket]:
         yield ears
 
 
-def _opened(folder: Path, device_name: str, console: Console) -> Index:
+def _opened(folder: Path, model: str | None, roots: Sequence[Path], console: Console) -> Index:
     """The index with its model ready, so that the first question is answered as fast as all others."""
     for needed in ("gradio", "fastapi", "uvicorn"):
         if importlib.util.find_spec(needed) is None:
             raise UserError(f"{needed} is not installed", "pip install 'cytoclip[serve]'", ExitCode.SYSTEM)
-    index = Index.open(folder, device_name)
+    index = Index.open(folder, model=model, roots=roots)
     console.say(f"{counted(len(index), 'pair')} of {folder}, model {index.encoder.name}")
     index.encoder.embed_texts("ready")
     return index
@@ -179,7 +181,7 @@ def running(app: guard.App, ears: socket.socket) -> Iterator[threading.Thread]:
     import uvicorn
 
     config = uvicorn.Config(
-        app,  # type: ignore[arg-type]
+        app,
         log_level="critical",
         access_log=False,
         server_header=False,
