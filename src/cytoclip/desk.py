@@ -197,8 +197,11 @@ class Desk:
 
 
 def model_name(name: str) -> str:
-    """A hub id as it is; of a folder nothing that tells where it lies."""
-    return Path(name).name if Path(name).is_absolute() else name
+    """A hub id as it is; a run or a folder by its own name, which does not tell where it lies."""
+    place = Path(name)
+    if not place.is_absolute():
+        return name
+    return place.parent.name if place.name == "best" else place.name
 
 
 def decode(picture: bytes) -> Image.Image:

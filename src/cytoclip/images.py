@@ -197,6 +197,8 @@ def _hush() -> None:
 @contextmanager
 def _reading(place: Path | Piece | bytes) -> Iterator[BufferedReader | BytesIO]:
     if isinstance(place, bytes):
+        if not place:
+            raise _UnusableError("empty file")
         yield BytesIO(place)
         return
     path = place.path if isinstance(place, Piece) else place
