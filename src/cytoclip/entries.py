@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from cytoclip import folders, places, sources
+from cytoclip import folders, places, sources, streams
 from cytoclip.console import Console
-from cytoclip.errors import ExitCode, UserError, counted, first_few
+from cytoclip.errors import counted, first_few
 from cytoclip.files import Piece
 from cytoclip.pairs import Pairs
 from cytoclip.rows import MAX_EXTRA, Columns
@@ -33,6 +35,46 @@ class Entry(NamedTuple):
     label: str | None = None
     group: str | None = None
     extra: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Source:
+    """A place, looked through: its pictures, or the addresses of shards that hold them.
+
+    Parameters
+    ----------
+    root
+        The folder that most of the pictures are below; None where there is none.
+    """
+
+    listed: list[Entry]
+    root: Path | None
+    shards: list[str]
+
+
+def opened(source: str, columns: Columns, console: Console) -> Source:
+    """Look through a place, or list the shards at an address.
+
+    Raises
+    ------
+    UserError
+        Where there are no pictures.
+    """
+    if places.is_remote(source):
+        return Source([], None, streams.shards(source))
+    return Source(listed(Path(source), columns, console), _root_of(Path(source)), [])
+
+
+def from_afar(address: str, columns: Columns) -> Iterator[Entry]:
+    """The pictures of one shard at an address, with their bytes.
+
+    Raises
+    ------
+    UserError
+        For a shard that cannot be read, or rows that are no pairs.
+    """
+    for sample in streams.samples(address, columns):
+        yield Entry(sample.picture, sample.name, sample.captions, group=sample.group)
 
 
 def listed(source: Path, columns: Columns, console: Console) -> list[Entry]:
@@ -89,19 +131,10 @@ def _read(place: Path, columns: Columns, console: Console) -> Pairs:
     return found
 
 
-def root_of(source: Path) -> Path:
-    """The folder that most of a place's pictures are below.
-
-    Raises
-    ------
-    UserError
-        Where it is not there.
-    """
+def _root_of(source: Path) -> Path | None:
     if places.is_hub(source):
-        return Path.cwd()
+        return None
     folder = source
     while places.is_pattern(folder) or folder.is_file():
         folder = folder.parent
-    if not folder.is_dir():
-        raise UserError(f"no such folder: {folder}", "name a folder of pictures, a data root or a table", ExitCode.DATA)
     return folder.resolve()

@@ -96,6 +96,8 @@ class Manifest:
         Absolute folders: each picture's file is below one of them.
     images, texts
         How pictures and captions are searched.
+    numbers
+        Given out to shards so far: none is given out twice, so a name always means one file.
     faiss
         The folder in `faiss/`; empty where nothing is kept there.
     """
@@ -107,6 +109,7 @@ class Manifest:
     skipped: int
     roots: list[str]
     shards: list[Shard]
+    numbers: int
     images: Side
     texts: Side
     faiss: str

@@ -6,11 +6,9 @@ Letters: N pictures, D embedding.
 from __future__ import annotations
 
 import functools
-import json
 import os
 import stat
 import threading
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,22 +17,22 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from cytoclip import encoder, images, index, manifest, vector_shards, vectors
+from cytoclip import catalogue, encoder, images, index, index_faiss, manifest
+from cytoclip.catalogue import Having
 from cytoclip.console import Console
 from cytoclip.encoder import Encoder, Picture
 from cytoclip.errors import ExitCode, UserError, first_few, nearest
 from cytoclip.files import Piece
+from cytoclip.index_faiss import Exact
+from cytoclip.ivf import Approximate
 from cytoclip.manifest import Manifest
-from cytoclip.pairs import same_caption_key
 from cytoclip.rows import leaves
-from cytoclip.vectors import Exact
 
 if TYPE_CHECKING:
     from PIL import Image
 
 MOST = 10_000  # hits that one query may ask for
 VALUES = 200  # of a key that are named, the most frequent ones
-_KEYS = 64
 _TRIES = 5  # to open an index whose files another process replaces meanwhile
 Kind = Literal["images", "captions"]
 
@@ -87,8 +85,8 @@ class Index:
         self.folder, self.manifest = folder, found
         self._device_name, self._model, self._roots = device_name, model, tuple(roots)
         self._lock = threading.Lock()
-        self._rows = _Rows.read(folder, found)
-        self._images = _exact_images(folder, found, self._rows)
+        self._rows = catalogue.read(folder, found)
+        self._images = index_faiss.image_search(folder, found, self._rows.ids)
 
     @classmethod
     def open(
@@ -135,7 +133,7 @@ class Index:
         source: str | Path,
         to: str | Path,
         console: Console | None = None,
-        how: index.How = index.How(),  # noqa: B008 - frozen
+        how: index.How | None = None,
     ) -> Index:
         """`cytoclip index` from Python: make the index `to`, or bring it up to date, and open it.
 
@@ -145,7 +143,7 @@ class Index:
             As `index.build`.
         """
         index.build(model, source, to, console or Console(quiet=True), how)
-        return cls.open(to, how.device, model)
+        return cls.open(to, how.device if how else "auto", model)
 
     def __len__(self) -> int:
         return self.manifest.pictures
@@ -220,12 +218,12 @@ class Index:
             Where it is not there any more, has changed, or came from an address.
         """
         row = self._rows.row(id)
-        name, place = self._rows.name(row), self._file(row)
+        name, place = self._rows.text("name", row), self._file(row)
         if place is None:
             hint = "open the index with the folder where the pictures are now: --root, or roots=[…]"
             raise UserError(f"{name}: its file is not below {first_few(list(self._roots)) or 'any folder'}", hint,
                             ExitCode.DATA)  # fmt: skip
-        if images.content_of(place) != self._rows.content(row):
+        if images.content_of(place) != self._rows.text("content", row):
             raise UserError(f"{name} is not what was indexed", "bring the index up to date: cytoclip index",
                             ExitCode.DATA)  # fmt: skip
         return images.decode(place)
@@ -256,7 +254,8 @@ class Index:
         length = float(np.linalg.norm(mixed_D))
         if length < 1e-6:
             raise UserError("picture and text point in opposite directions", "choose another weight")
-        return (mixed_D / length).astype(np.float32)
+        found: NDArray[np.float32] = (mixed_D / length).astype(np.float32)
+        return found
 
     def _images_near(
         self, query_D: NDArray[np.float32], k: int, where: Mapping[str, str] | None, but: int | None = None
@@ -267,32 +266,37 @@ class Index:
             allowed[but] = False
         rows, scores = self._images.nearest(query_D, _checked(k), allowed)
         return [
-            self._hit(rank, row, float(score), self._rows.caption(row), self._file(row))
+            self._hit(rank, row, float(score), self._rows.text("caption", row), self._file(row))
             for rank, (row, score) in enumerate(zip(rows.tolist(), scores, strict=True), start=1)
         ]
 
     def _captions_near(self, query_D: NDArray[np.float32], k: int, where: Mapping[str, str] | None) -> list[Hit]:
-        held = self._captions
+        having, vectors = self._captions
         allowed, rows_allowed = None, self._allowed(where)
         if rows_allowed is not None:
-            allowed = np.zeros(len(held.vectors), bool)
-            allowed[held.number[rows_allowed[held.row]]] = True
-        found, scores = held.vectors.nearest(query_D, _checked(k), allowed)
+            allowed = np.zeros(len(having), bool)
+            allowed[having.number[rows_allowed[having.row]]] = True
+        found, scores = vectors.nearest(query_D, _checked(k), allowed)
         hits = []
         for rank, (number, score) in enumerate(zip(found.tolist(), scores, strict=True), start=1):
-            rows = held.row[held.number == number]
-            row = int(rows[0] if rows_allowed is None else rows[rows_allowed[rows]][0])
-            hits.append(self._hit(rank, row, float(score), held.texts[number], None))
+            rows = having.rows_of(number)
+            rows = rows if rows_allowed is None else rows[rows_allowed[rows]]
+            row = int(rows[np.argmin(self._rows.ids[rows])])
+            hits.append(self._hit(rank, row, float(score), self._said(having, number), None))
         return hits
 
+    def _said(self, having: Having, number: int) -> str | None:
+        said, which = self._rows.captions(int(having.first_row[number])), int(having.first_which[number])
+        return said[which] if 0 <= which < len(said) else None
+
     @functools.cached_property
-    def _captions(self) -> _Captions:
+    def _captions(self) -> tuple[Having, Exact | Approximate]:
         with self._lock:
-            return _Captions.read(self.folder, self.manifest, self._rows)
+            return index_faiss.text_search(self.folder, self.manifest)
 
     def _hit(self, rank: int, row: int, score: float, caption: str | None, file: Path | Piece | None) -> Hit:
         rows = self._rows
-        return Hit(rank, score, int(rows.ids[row]), rows.name(row), file, caption, rows.keys(row))
+        return Hit(rank, score, int(rows.ids[row]), rows.text("name", row), file, caption, rows.keys(row))
 
     def _allowed(self, where: Mapping[str, str] | None) -> NDArray[np.bool_] | None:
         if not where:
@@ -300,169 +304,33 @@ class Index:
         allowed = np.ones(len(self), bool)
         for key, value in where.items():
             if key not in self._rows.values:
-                near = nearest(key, self._rows.values) or first_few(list(self._rows.values))
-                raise UserError(f"no picture of {self.folder} has a {key}",
-                                f"did you mean {near}?" if near else "the data give no keys")  # fmt: skip
+                raise UserError(f"no picture of {self.folder} has a {key}", _near(key, list(self.keys)))
             if value not in self._rows.values[key]:
-                near = nearest(value, self._rows.values[key])
-                hint = f"did you mean {near}?" if near else f"there are {first_few(list(self.keys[key]), 8)}"
-                raise UserError(f"no picture of {self.folder} has {key}={value}", hint)
+                raise UserError(f"no picture of {self.folder} has {key}={value}", _near(value, self.keys[key]))
             allowed &= self._rows.having(key, value)
         return allowed
 
     def _file(self, row: int) -> Path | Piece | None:
         """Where a picture is: None unless it is a regular file below its root, reached without leaving it."""
-        root, file, offset, size = self._rows.place(row)
+        columns = ("root", "file", "piece_offset", "piece_size")
+        root, file, start, size = (self._rows.text(name, row) for name in columns)
         if root is None or not 0 <= root < len(self._roots) or leaves(file):
             return None
-        base = os.path.realpath(self._roots[root])
-        path = Path(os.path.realpath(Path(base, file)))
         try:
+            base = Path(os.path.realpath(self._roots[root]))
+            path = Path(os.path.realpath(base / file))
             if not path.is_relative_to(base) or not stat.S_ISREG(path.stat().st_mode):
                 return None
-            if offset is None or size is None:
+            if start is None or size is None:
                 return path
-            return Piece(path, offset, size) if 0 <= offset and 0 < size <= path.stat().st_size - offset else None
+            return Piece(path, start, size) if start >= 0 and 0 < size <= path.stat().st_size - start else None
         except (OSError, ValueError):
             return None
 
 
-class _Rows:
-    """What is said of every picture, in the order of their ids; position i of every column is row i."""
-
-    def __init__(self, table: Any) -> None:
-        self._table = table
-        self.ids: NDArray[np.int64] = table["id"].to_numpy()
-        self._codes: dict[str, tuple[NDArray[np.int64], dict[str, int]]] = {}
-        self.values: dict[str, Counter[str]] = {}
-        for name in ("source", "label", "group"):
-            self._coded(name, _encoded(table[name]))
-        self._further()
-
-    @classmethod
-    def read(cls, folder: Path, found: Manifest) -> _Rows:
-        import pyarrow as pa
-
-        light = [
-            vector_shards.read(manifest.shard_path(folder, shard.name), shard.rows, found.width)
-            for shard in found.shards
-        ]
-        whole = pa.concat_tables([part.replace_schema_metadata() for part in light])
-        order = np.argsort(whole["id"].to_numpy(), kind="stable")
-        return cls(whole.take(order).combine_chunks().append_column("order", pa.array(order)))
-
-    @property
-    def order(self) -> NDArray[np.int64]:
-        """Of each row, where it stands in the shards behind one another."""
-        found: NDArray[np.int64] = self._table["order"].to_numpy()
-        return found
-
-    def row(self, asked: int) -> int:
-        at = int(np.searchsorted(self.ids, asked))
-        if at == len(self.ids) or self.ids[at] != asked:
-            raise UserError(f"the index has no picture {asked}", "take the id of a hit of this index", ExitCode.DATA)
-        return at
-
-    def name(self, row: int) -> str:
-        return str(self._table["name"][row].as_py())
-
-    def content(self, row: int) -> str:
-        return str(self._table["content"][row].as_py())
-
-    def caption(self, row: int) -> str | None:
-        found: str | None = self._table["caption"][row].as_py()
-        return found
-
-    def place(self, row: int) -> tuple[int | None, str, int | None, int | None]:
-        root, file, offset, size = (
-            self._table[name][row].as_py() for name in ("root", "file", "piece_offset", "piece_size")
-        )
-        return root, file, offset, size
-
-    def keys(self, row: int) -> dict[str, str]:
-        found = {}
-        for key, (codes, numbers) in self._codes.items():
-            if codes[row] >= 0:
-                found[key] = list(numbers)[codes[row]]
-        return found
-
-    def having(self, key: str, value: str) -> NDArray[np.bool_]:
-        codes, numbers = self._codes[key]
-        return codes == numbers[value]
-
-    def _coded(self, name: str, encoded: tuple[NDArray[np.int64], list[str]]) -> None:
-        codes, texts = encoded
-        if (codes >= 0).any():
-            self._codes[name] = codes, {text: number for number, text in enumerate(texts)}
-            counts = np.bincount(codes[codes >= 0], minlength=len(texts))
-            self.values[name] = Counter({text: int(count) for text, count in zip(texts, counts, strict=True) if count})
-
-    def _further(self) -> None:
-        """Keys within `extra`: each different text of it is parsed once."""
-        codes, texts = _encoded(self._table["extra"])
-        parsed = [_flat(text) for text in texts]
-        for key in list(dict.fromkeys(key for one in parsed for key in one))[:_KEYS]:
-            if key in self._codes:
-                continue
-            values = list(dict.fromkeys(one[key] for one in parsed if key in one))
-            number = {value: at for at, value in enumerate(values)}
-            of_text = np.array([*(number[one[key]] if key in one else -1 for one in parsed), -1], np.int64)
-            self._coded(key, (of_text[codes], values))
-
-
-@dataclass(frozen=True)
-class _Captions:
-    """The different captions, and which picture has which: position i of `row` and `number` is one such having."""
-
-    vectors: Exact
-    texts: list[str]
-    row: NDArray[np.int64]
-    number: NDArray[np.int64]
-
-    @classmethod
-    def read(cls, folder: Path, found: Manifest, rows: _Rows) -> _Captions:
-        row_of = np.empty(len(rows.order), np.int64)
-        row_of[rows.order] = np.arange(len(rows.order))
-        numbers: dict[str, int] = {}
-        texts: list[str] = []
-        having: list[tuple[int, int]] = []
-        first: list[NDArray[np.float32]] = []
-        at = 0
-        for shard in found.shards:
-            path = manifest.shard_path(folder, shard.name)
-            for said, text_CD in vector_shards.captions(path, shard.rows, found.width):
-                for text, text_D in zip(said, text_CD, strict=True):
-                    key = same_caption_key(text)
-                    if key not in numbers:
-                        numbers[key] = len(texts)
-                        texts.append(text)
-                        first.append(text_D)
-                    having.append((int(row_of[at]), numbers[key]))
-                at += 1
-        both = np.array(sorted(having), np.int64).reshape(-1, 2)
-        return cls(Exact(np.array(first, np.float32).reshape(-1, found.width)), texts, both[:, 0], both[:, 1])
-
-
-def _exact_images(folder: Path, found: Manifest, rows: _Rows) -> Exact:
-    parts = [
-        vector_shards.images(manifest.shard_path(folder, shard.name), shard.rows, found.width) for shard in found.shards
-    ]
-    return Exact(np.concatenate(parts)[rows.order])
-
-
-def _encoded(column: Any) -> tuple[NDArray[np.int64], list[str]]:
-    """A number for each row's text, -1 for none, and the texts by number."""
-    encoded = column.combine_chunks().dictionary_encode()
-    encoded = encoded.combine_chunks() if hasattr(encoded, "combine_chunks") else encoded
-    return encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64), encoded.dictionary.to_pylist()
-
-
-def _flat(text: str) -> dict[str, str]:
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return {k: v for k, v in found.items() if isinstance(v, str)} if isinstance(found, dict) else {}
+def _near(word: str, known: Sequence[str]) -> str:
+    near = nearest(word, known)
+    return f"did you mean {near}?" if near else f"there are {first_few(list(known), 8) or 'none'}"
 
 
 def _moved(found: Manifest, roots: Sequence[str | Path]) -> list[str]:
@@ -491,15 +359,11 @@ def document(hits: Sequence[Hit], asked: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def table(hits: Sequence[Hit]) -> str:
-    """The hits for people: rank, score, name, keys and caption, one a line."""
-    if not hits:
-        return "no hits"
-    width = max(len(hit.name) for hit in hits)
+    """The hits for people, one a line: rank, cosine, name, keys, caption."""
+    width = max((len(hit.name) for hit in hits), default=0)
     lines = []
     for hit in hits:
-        said = " ".join((hit.caption or "").split())
         keys = ", ".join(f"{key}={value}" for key, value in hit.keys.items())
-        lines.append(
-            f"{hit.rank:>3}  {hit.score:.4f}  {hit.name:<{width}}  {keys}{'  ' if keys and said else ''}{said}".rstrip()
-        )
-    return "\n".join(lines)
+        said = [f"{hit.rank:>3}  {hit.score:.4f}  {hit.name:<{width}}", keys, " ".join((hit.caption or "").split())]
+        lines.append("  ".join(part for part in said if part).rstrip())
+    return "\n".join(lines) or "no hits"

@@ -130,7 +130,7 @@ def write(
             table,
             stream,
             row_group_size=_GROUP,
-            compression={name: "zstd" for name in (*LIGHT, "more.list.element")},
+            compression=dict.fromkeys((*LIGHT, "more.list.element"), "zstd"),
             use_dictionary=["source", "label", "group", "extra", "caption"],
         )
 
