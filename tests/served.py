@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, sync_playwright
 
 from cytoclip import cells, demo, serve, train
 from cytoclip.config import parse
@@ -65,6 +70,18 @@ def server(index: Index, where: Where = Where(port=0)) -> Iterator[str]:  # noqa
     """The address of a server on `index` that runs until the end."""
     with serve.listening(where) as ears, serve.running(serve.application(index, where), ears):
         yield serve.url(where.host, ears.getsockname()[1])
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    """Debian's browser; without it the tests are skipped, and fail in CI."""
+    found = shutil.which("chromium")
+    if not found:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("no chromium on this machine; .ci/browser installs it")
+    with sync_playwright() as driver:
+        launched = driver.chromium.launch(executable_path=found)
+        yield launched
+        launched.close()
 
 
 def _draw(split: Path, count: int, seed: int) -> list[dict[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -22,13 +23,14 @@ import psutil
 import pytest
 
 from cytoclip import guard, serve
-from cytoclip.errors import ExitCode, UserError
+from cytoclip.errors import ExitCode
 from cytoclip.search import Index
 from cytoclip.serve import Where
 from tests import served
 from tests.typed import Run, refused
 
 PARALLEL = 200
+CLIENT = httpx.Client(timeout=120, limits=httpx.Limits(max_connections=PARALLEL, max_keepalive_connections=PARALLEL))
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,7 @@ def test_on_this_machine_alone_no_password_is_asked(host: str) -> None:
     serve.allowed(Where(host))
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.4", "example.org", "", "127.0.0.1.example.org"])
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.4", "example.org", "", "127.0.0.1.example.org"])  # noqa: S104
 def test_others_come_by_password_or_by_public(run: Run, sample: served.Sample, host: str) -> None:
     said, hint = refused(run("serve", str(sample.index), "--host", host), ExitCode.USAGE)
     assert "everybody in the network" in said
@@ -78,9 +80,7 @@ def test_a_place_where_nobody_can_listen_is_said_before_the_model_is_opened(run:
     assert "is no index" in refused(run("serve", str(tmp_path), "--port", "0"), ExitCode.DATA)[0]
 
 
-def test_a_missing_library_names_the_extra(
-    run: Run, sample: served.Sample, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_library_names_the_extra(run: Run, sample: served.Sample, monkeypatch: pytest.MonkeyPatch) -> None:
     there = serve.importlib.util.find_spec
     monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: None if name == "gradio" else there(name))
     said, hint = refused(run("serve", str(sample.index), "--port", "0"), ExitCode.SYSTEM)
@@ -106,13 +106,13 @@ def test_ctrl_c_ends_it_and_nothing_is_left(sample: served.Sample, tmp_path: Pat
     assert found, lines
     address = found.group(1)
     picture = sample.picture(4).read_bytes() + b"\0" * 3_000_000  # large enough that Starlette puts it on a disk
-    hits = httpx.post(f"{address}/search", files={"image": picture}, timeout=60).json()["hits"]
+    hits = CLIENT.post(f"{address}/search", files={"image": picture}).json()["hits"]
     assert hits[0]["name"] == sample.entries[4]["img"]
-    assert httpx.post(f"{address}/picture", content=picture, timeout=60).status_code == 200
-    assert httpx.get(address).status_code == 200
+    assert CLIENT.post(f"{address}/picture", content=picture).status_code == 200
+    assert CLIENT.get(address).status_code == 200
     inside = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert [path for path in inside if not path.is_relative_to(scratch)] == []
-    with httpx.stream("GET", f"{address}/gradio_api/heartbeat/abc", timeout=60):  # a page that stays open
+    with CLIENT.stream("GET", f"{address}/gradio_api/heartbeat/abc"):  # a page that stays open
         began = time.monotonic()
         started.send_signal(signal.SIGINT)
         out, err = started.communicate(timeout=60)
@@ -126,24 +126,24 @@ def test_a_password_is_asked_of_page_and_api_alike(index: Index, monkeypatch: py
     paths = ("/", "/healthz", "/docs", "/search?text=cell", "/image/0", "/gradio_api/queue/data", "/theme.css")
     with served.server(index, Where(port=0, password="correct horse")) as address:  # noqa: S106
         for path in paths:
-            assert httpx.get(address + path).status_code == 401
-            assert httpx.get(address + path, auth=("me", "wrong horse")).status_code == 401
-        right = [httpx.get(address + path, auth=("me", "correct horse")).status_code for path in paths[:4]]
+            assert CLIENT.get(address + path).status_code == 401
+            assert CLIENT.get(address + path, auth=("me", "wrong horse")).status_code == 401
+        right = [CLIENT.get(address + path, auth=("me", "correct horse")).status_code for path in paths[:4]]
         assert right == [200] * 4
-        assert httpx.get(address, headers={"host": "pathology.example"}, auth=("", "correct horse")).status_code == 200
+        assert CLIENT.get(address, headers={"host": "pathology.example"}, auth=("", "correct horse")).status_code == 200
 
 
 def test_another_site_cannot_ask_by_a_name_of_its_own(address: str, index: Index) -> None:
-    assert httpx.get(f"{address}/healthz", headers={"host": "evil.example"}).status_code == 421
+    assert CLIENT.get(f"{address}/healthz", headers={"host": "evil.example"}).status_code == 421
     given = {"headers": {"origin": "https://evil.example"}, "data": {"texts": "a"}}
-    assert httpx.post(f"{address}/embed", **given).status_code == 403  # type: ignore[arg-type]
+    assert CLIENT.post(f"{address}/embed", **given).status_code == 403  # type: ignore[arg-type]
     with served.server(index, Where("0.0.0.0", 0, public=True)) as public:  # noqa: S104
         own = {"host": socket.gethostname()}
-        assert httpx.get(f"{public}/healthz", headers=own).status_code == 200
-        assert httpx.get(f"{public}/healthz", headers={"host": "evil.example"}).status_code == 421
+        assert CLIENT.get(f"{public}/healthz", headers=own).status_code == 200
+        assert CLIENT.get(f"{public}/healthz", headers={"host": "evil.example"}).status_code == 421
 
 
-SECRET = "the secret of this machine"
+SECRET = "the secret of this machine"  # noqa: S105
 
 
 @pytest.mark.parametrize(
@@ -192,10 +192,10 @@ def page_says(address: str, function: int, data: list[Any], event: Any = None) -
     """What Gradio answers to a browser, or to who plays one: the last message of its queue."""
     session = f"s{random.random()}"
     joined = {"data": data, "fn_index": function, "session_hash": session, "event_data": event, "trigger_id": None}
-    answer = httpx.post(f"{address}/gradio_api/queue/join", json=joined, timeout=60)
+    answer = CLIENT.post(f"{address}/gradio_api/queue/join", json=joined)
     if answer.status_code != 200:
         return {"status": answer.status_code}
-    with httpx.stream("GET", f"{address}/gradio_api/queue/data?session_hash={session}", timeout=60) as stream:
+    with CLIENT.stream("GET", f"{address}/gradio_api/queue/data?session_hash={session}") as stream:
         for line in stream.iter_lines():
             told = json.loads(line.removeprefix("data: ")) if line.startswith("data: ") else {}
             if told.get("msg") in ("process_completed", "unexpected_error"):
@@ -228,17 +228,16 @@ def test_who_plays_a_browser_gets_no_file_and_makes_no_request(
             10**400,
         ]
         usual = plain(len(index.keys))
-        for function in range(5):
-            for value in values:
-                for place in range(len(usual)):
-                    told = page_says(address, function, [*usual[:place], value, *usual[place + 1 :], None], {"id": value})
-                    assert SECRET not in json.dumps(told)
-        try:
+        tried = [(function, [value] * len(usual), value) for function in range(5) for value in values]
+        for place in range(len(usual)):
+            tried += [(0, [*usual[:place], value, *usual[place + 1 :]], value) for value in values[:2]]
+        for function, data, value in tried:
+            told = page_says(address, function, [*data, None], {"id": value})
+            assert SECRET not in json.dumps(told)
+        with contextlib.suppress(TimeoutError):
             asked.append(other.accept())
-        except TimeoutError:
-            pass
     assert asked == []
-    assert httpx.get(f"{address}/healthz").status_code == 200
+    assert CLIENT.get(f"{address}/healthz").status_code == 200
 
 
 def test_the_page_answers_as_the_index_does(address: str, index: Index, sample: served.Sample) -> None:
@@ -271,18 +270,17 @@ def test_two_hundred_at_once_lose_none_and_memory_stays(address: str, sample: se
     start = threading.Barrier(PARALLEL)
 
     def ask(one: dict[str, Any]) -> str:
-        given = {key: value for key, value in one.items() if key != "name"}
-        with httpx.Client(base_url=address, timeout=120) as client:
-            start.wait()
-            found = client.request(**given)
-            assert found.status_code == 200, found.text
-            hits = found.json()["hits"]
-            assert client.get(f"{hits[0]['url']}?thumb").content[:2] == b"\xff\xd8"
-            return str(hits[0]["name"])
+        given = {key: value for key, value in one.items() if key not in ("name", "url")}
+        start.wait()
+        found = CLIENT.request(url=address + one["url"], **given)
+        assert found.status_code == 200, found.text
+        hits = found.json()["hits"]
+        assert CLIENT.get(f"{address}{hits[0]['url']}?thumb").content[:2] == b"\xff\xd8"
+        return str(hits[0]["name"])
 
     used = []
     with ThreadPoolExecutor(PARALLEL) as pool:
-        for _ in range(4):
+        for _ in range(3):
             assert list(pool.map(ask, asked)) == [one["name"] for one in asked]
             used.append(psutil.Process().memory_info().rss)
-    assert used[-1] - used[1] < 40e6, used
+    assert used[-1] - used[0] < 30e6, used

@@ -6,6 +6,7 @@ runs what looks like code in them (`${…}`).
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -25,11 +26,15 @@ ANY = "any"
 _KINDS: dict[str, Kind] = {"Pictures": "images", "Captions": "captions"}
 _QUEUE = 500  # questions that wait
 _AT_ONCE = 8
+_SESSIONS = 200  # that are remembered; Gradio keeps 150 kB for each, and all that we keep is what was chosen last
 
 
 def mount(app: fastapi.FastAPI, at: Desk) -> None:
     """Put the page of a desk at the root of its API."""
+    os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(2**62)  # else it sums up all questions so far at each one
+    os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "1"
     blocks = _page(at)
+    blocks.state_session_capacity = _SESSIONS
     blocks.queue(max_size=_QUEUE, default_concurrency_limit=_AT_ONCE, api_open=False)
     gr.mount_gradio_app(
         app,

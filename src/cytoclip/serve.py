@@ -25,6 +25,7 @@ from cytoclip.search import Index
 
 SHORTEST = 8  # characters of a password
 MAX_CONNECTIONS = 1000
+_IDLE = 75  # seconds; longer than clients and proxies keep a connection, or it is closed under a request on its way
 _LAST_ANSWERS = 3  # seconds that requests in hand have when the server is asked to stop
 
 
@@ -186,6 +187,7 @@ def running(app: guard.App, ears: socket.socket) -> Iterator[threading.Thread]:
         access_log=False,
         server_header=False,
         limit_concurrency=MAX_CONNECTIONS,
+        timeout_keep_alive=_IDLE,
         timeout_graceful_shutdown=_LAST_ANSWERS,
         ws="none",
     )
