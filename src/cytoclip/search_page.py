@@ -65,7 +65,7 @@ def _theme() -> gr.themes.Base:
         "block_title_text_color": ("*neutral_700", "*neutral_200"),
         "input_placeholder_color": ("*neutral_600", "*neutral_300"),
         "button_primary_background_fill": ("*primary_700", "*primary_700"),
-        "button_primary_background_fill_hover": ("*primary_800", "*primary_600"),
+        "button_primary_background_fill_hover": ("*primary_800", "*primary_800"),
         "button_primary_text_color": ("white", "white"),
         "link_text_color": ("*primary_700", "*primary_300"),
         "error_text_color": ("#b3261e", "#ff8a80"),
