@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from cytoclip import cells, cli, demo, train
+from cytoclip import cells, cli, demo, training
 from cytoclip.config import Config, parse
 from cytoclip.console import Console
 from tests import runs, tiny
@@ -86,7 +86,7 @@ def experiment(root: Path, base: Path, tmp_path: Path) -> Callable[..., Config]:
 
 
 @pytest.fixture(scope="session")
-def done(root: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, train.RunResult]:
+def done(root: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, training.RunResult]:
     """A finished run of four steps, tracked, that the tests below only look at."""
     wanted = parse(
         {
@@ -98,7 +98,7 @@ def done(root: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
         },
         "the test",
     )
-    return wanted, train.fit(wanted, Console())
+    return wanted, training.fit(wanted, Console())
 
 
 @pytest.fixture(scope="session")

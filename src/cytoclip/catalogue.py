@@ -160,10 +160,14 @@ def caption_vectors(folder: Path, shards: Iterable[Shard], width: int, having: H
     begin, number = 0, 0
     for shard in shards:
         end = int(np.searchsorted(having.first_row, begin + shard.rows))
-        if end > number:
+        which = having.first_which[number:end]
+        if end > number and not which.any():  # by far the most: one caption a picture
+            path = manifest.shard_path(folder, shard.name)
+            yield vector_shards.texts(path, shard.rows, width, having.first_row[number:end] - begin)
+        elif end > number:
             said = vector_shards.captions(manifest.shard_path(folder, shard.name), shard.rows, width)
-            where = zip(having.first_row[number:end] - begin, having.first_which[number:end], strict=True)
-            yield np.stack([said[row][1][which] for row, which in where])
+            where = zip(having.first_row[number:end] - begin, which, strict=True)
+            yield np.stack([said[row][1][at] for row, at in where])
         begin, number = begin + shard.rows, end
 
 

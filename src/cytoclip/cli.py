@@ -101,7 +101,7 @@ def _original_train(given: argparse.Namespace) -> None:
 
 def _original_evaluation(given: argparse.Namespace) -> None:
     from cytoclip import report
-    from cytoclip.evaluate import How, Question, evaluate, save_as_original, split_folder
+    from cytoclip.evaluation import How, Question, evaluate, save_as_original, split_folder
 
     if given.batch_size < 1 or min(given.ks) < 1:
         raise UserError("--batch_size and every --ks must be at least 1", "such as --batch_size 64 --ks 1 10 50")

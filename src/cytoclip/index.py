@@ -122,7 +122,7 @@ def build(
 def weights_of(made: Encoder) -> str:
     """What must be the same in a query's model: weights and how pictures and texts are read, at any precision."""
     read = made.opened
-    return model.digest_of(read.encoder.clip, read.pixels, read.context)
+    return model.digest_of(read.encoder.clip, read.tokenizer, read.pixels, read.context)
 
 
 def _claim(folder: Path, made: Encoder, how: How, stack: ExitStack) -> None:

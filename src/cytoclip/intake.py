@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cytoclip import batches, cache, captions, decoded, evaluate, features, leaks, order, places, sources, streams
+from cytoclip import batches, cache, captions, decoded, evaluation, features, leaks, order, places, sources, streams
 from cytoclip.augment import Variation
 from cytoclip.batches import Texts
 from cytoclip.captions import Tokens
@@ -55,7 +55,7 @@ def find(wanted: Config, console: Console) -> Found:
 
 def kept_split(root: Path) -> Path:
     """What `validate.keep` names: the val split of a data root, or a split itself."""
-    return root if sources.is_split(root) else evaluate.split_folder(root, "val")
+    return root if sources.is_split(root) else evaluation.split_folder(root, "val")
 
 
 def scanned(wanted: Config, found: Found, console: Console) -> dict[str, Pairs]:

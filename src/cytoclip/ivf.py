@@ -31,7 +31,7 @@ EXACT = 50_000  # vectors up to which all are compared
 CANDIDATES = 200  # that are scored exactly
 TARGET = 0.97  # recall@10 that the number of lists is chosen for
 QUERIES = 200  # of each kind, by which it is measured
-_MOST = CANDIDATES // 4  # hits for which those candidates do; for more, there are as many times more
+_TIMES = 4  # candidates for each hit that is asked for, where that is more
 _SAMPLE = 64  # vectors for each centroid that k-means sees
 _ROUNDS = 10  # of k-means
 _STEPS = 1.5  # from one number of lists that is tried to the next
@@ -202,22 +202,23 @@ class Approximate:
             return vectors.nearest(self.held, self.ties, query_D, k, allowed)
         probes = min(self.lists, -(-self.probes * len(self) // count))  # as many vectors that are allowed
         while True:
-            rows = self.candidates(query_D, max(CANDIDATES, 4 * k), probes, allowed)
+            (rows,) = self.candidates(query_D[None], max(CANDIDATES, _TIMES * k), probes, allowed)
+            rows = rows[rows >= 0]
             if len(rows) >= k or probes == self.lists:
                 return vectors.best(self.held, self.ties, query_D, rows, k)
             probes = min(self.lists, 2 * probes)
 
     def candidates(
-        self, query_D: NDArray[np.float32], count: int, probes: int, allowed: NDArray[np.bool_] | None = None
+        self, queries_QD: NDArray[np.float32], count: int, probes: int, allowed: NDArray[np.bool_] | None = None
     ) -> NDArray[np.int64]:
-        """The rows that are best by their codes, in the nearest `probes` lists."""
+        """The rows (Q, count) that are best by their codes, in the nearest `probes` lists; -1 where there are fewer."""
         faiss, options = library(), {}
         if allowed is not None:
             bits = np.packbits(allowed, bitorder="little")
             options["sel"] = faiss.IDSelectorBitmap(len(allowed), faiss.swig_ptr(bits))
         asked = faiss.SearchParametersIVF(nprobe=probes, **options)
-        rows: NDArray[np.int64] = self._index.search(query_D[None], count, params=asked)[1][0]
-        return rows[rows >= 0]
+        rows: NDArray[np.int64] = self._index.search(queries_QD, count, params=asked)[1]
+        return rows
 
 
 def tune(made: Approximate, queries: Mapping[str, tuple[NDArray[np.float32], NDArray[np.int64]]]) -> dict[str, float]:
@@ -256,9 +257,9 @@ def _recall(
 ) -> float:
     """recall@10: by cosine, since of equal pictures any will do."""
     shares = []
-    for query_D, itself, least in zip(queries_QD, own.tolist(), tenth.tolist(), strict=True):
-        rows = made.candidates(query_D, CANDIDATES, made.probes)
-        _, scores = vectors.best(made.held, made.ties, query_D, rows[rows != itself], 10)
+    found = made.candidates(queries_QD, CANDIDATES, made.probes)
+    for query_D, rows, itself, least in zip(queries_QD, found, own.tolist(), tenth.tolist(), strict=True):
+        _, scores = vectors.best(made.held, made.ties, query_D, rows[(rows >= 0) & (rows != itself)], 10)
         shares.append(np.count_nonzero(scores >= least - 1e-6) / 10)
     return float(np.mean(shares))
 

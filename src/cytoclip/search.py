@@ -190,7 +190,12 @@ class Index:
         UserError
             For no query, one that cannot be embedded, a number out of range, or a key or value that is not there.
         """
-        query_D = self._query(text, image, weight)
+        return self.near(self._query(text, image, weight), k, kind, where)
+
+    def near(
+        self, query_D: NDArray[np.float32], k: int = 10, kind: Kind = "images", where: Mapping[str, str] | None = None
+    ) -> list[Hit]:
+        """As `search`, for an embedding of length 1: float32 (D,)."""
         if kind == "captions":
             return self._captions_near(query_D, k, where)
         return self._images_near(query_D, k, where)

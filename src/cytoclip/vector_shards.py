@@ -186,6 +186,13 @@ def images(path: Path, rows: int, width: int) -> NDArray[np.float32]:
     return found
 
 
+def texts(path: Path, rows: int, width: int, wanted: NDArray[np.int64]) -> NDArray[np.float32]:
+    """The embeddings of the first captions of the rows `wanted`, (W, D), checked to be of length 1."""
+    found = vectors(read(path, rows, width, ["text"])["text"], width)[wanted]
+    _require_unit(path, found)
+    return found
+
+
 def captions(path: Path, rows: int, width: int) -> list[tuple[list[str], NDArray[np.float32]]]:
     """Of each row its captions and their embeddings (C, D), checked to be of length 1."""
     table = read(path, rows, width, ["caption", "more", "text", "more_text"])
