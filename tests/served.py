@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, sync_playwright
 
-from cytoclip import cells, demo, serve, train
+from cytoclip import cells, demo, serve, training
 from cytoclip.config import parse
 from cytoclip.console import Console
 from cytoclip.search import Index
@@ -57,7 +57,7 @@ def make(folder: Path) -> Sample:
         "track": {"to": []},
         "output": str(folder / "run"),
     }
-    train.fit(parse(wanted, "the test"), QUIET)
+    training.fit(parse(wanted, "the test"), QUIET)
     entries.append({**_draw(folder / "extra", 1, seed=9)[0], "img": "hostile.tif", "caption": HOSTILE})
     (folder / "extra" / "imgs" / "000.tif").rename(root / "train" / "imgs" / "hostile.tif")
     (root / "train" / "img_text_pair.json").write_text(json.dumps(entries))

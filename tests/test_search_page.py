@@ -14,7 +14,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
 from cytoclip import desk
-from cytoclip.search import Index
+from cytoclip.search import Hit, Index
 from cytoclip.serve import Where
 from tests import served
 
@@ -75,8 +75,13 @@ def text_of(page: Page) -> Any:
     return page.get_by_label("Text", exact=True)
 
 
-def names(page: Page) -> list[str]:
-    return [str(one) for one in page.locator("#results .hit .name").all_inner_texts()]
+def shows(page: Page, hits: list[Hit]) -> None:
+    """Wait for these pictures, in this order and no others."""
+    expect(page.locator("#results .hit .name")).to_have_text([hit.name for hit in hits], timeout=60_000)
+
+
+def shows_first(page: Page, name: str) -> None:
+    expect(page.locator("#results .hit .name").first).to_have_text(name, timeout=60_000)
 
 
 def search(page: Page, text: str) -> None:
@@ -106,7 +111,7 @@ def test_a_query_shows_the_right_cells_first(opened: Opened, index: Index, sampl
     search(page, entry["caption"])
     expected = index.search(entry["caption"], k=24)
     assert expected[0].name == entry["img"]
-    assert names(page) == [hit.name for hit in expected]
+    shows(page, expected)
     first = page.locator("#results .hit").first
     expect(first.locator(".caption")).to_have_text(entry["caption"])
     expect(first.locator(".score")).to_contain_text(f"{expected[0].score:.3f}")
@@ -127,7 +132,7 @@ def test_a_dropped_picture_is_searched_and_weighed_against_a_text(
     assert sample.picture(8).suffix == ".tif"  # which no browser shows
     drop(page, "drop-query", sample.picture(8))
     expect(page.locator("#results .said")).to_contain_text("nearest to the picture")
-    assert names(page)[0] == sample.entries[8]["img"]
+    shows_first(page, sample.entries[8]["img"])
     held = page.locator("#drop-query .held")
     expect(held).to_contain_text("008.tif · 96×96")
     assert held.locator("img").evaluate("image => image.naturalWidth") == 96
@@ -135,16 +140,14 @@ def test_a_dropped_picture_is_searched_and_weighed_against_a_text(
     expect(weight).to_have_count(0)
     search(page, sample.entries[3]["caption"])
     asked = {"text": sample.entries[3]["caption"], "image": sample.picture(8), "k": 24}
-    assert names(page) == [hit.name for hit in index.search(**asked)]
+    shows(page, index.search(**asked))
     for wanted, key in ((0.0, "Home"), (1.0, "End")):
         page.get_by_role("slider").press(key)
         page.get_by_role("slider").dispatch_event("pointerup")
-        expected = [hit.name for hit in index.search(**asked, weight=wanted)]
-        expect(page.locator("#results .hit .name").first).to_have_text(expected[0])
-        assert names(page) == expected
+        shows(page, index.search(**asked, weight=wanted))
     held.get_by_role("button").click()
     expect(page.locator("#results .said")).not_to_contain_text("the picture")
-    assert names(page) == [hit.name for hit in index.search(sample.entries[3]["caption"], k=24)]
+    shows(page, index.search(sample.entries[3]["caption"], k=24))
 
 
 def test_a_wrong_file_says_so(opened: Opened, sample: served.Sample, tmp_path: Path) -> None:
@@ -159,7 +162,7 @@ def test_a_wrong_file_says_so(opened: Opened, sample: served.Sample, tmp_path: P
     (tmp_path / "large.tif").write_bytes(b"\0" * (desk.UPLOAD_BYTES + 1))
     page.locator("#file-query").set_input_files(tmp_path / "large.tif")
     expect(wrong).to_contain_text("large.tif has 20,000,001 bytes, and 20,000,000 are allowed.")
-    assert names(page) == []
+    shows(page, [])
     hostile = "<img src=x onerror=window.ran=1>.png"
     drop(page, "drop-query", tmp_path / "notes.png", hostile)
     expect(wrong).to_contain_text(hostile)
@@ -175,7 +178,7 @@ def test_menus_narrow_what_is_found(opened: Opened, index: Index, sample: served
     search(page, caption)
     choose(page, "label", label)
     expect(page.locator("#results .said")).to_contain_text(f"label {label}")
-    assert names(page) == [hit.name for hit in index.search(caption, k=24, where={"label": label})]
+    shows(page, index.search(caption, k=24, where={"label": label}))
     choose(page, "Find", "Captions")
     expect(page.locator("#results .lines li").first).to_be_visible()
     hits = index.search(caption, k=24, kind="captions", where={"label": label})
@@ -203,11 +206,11 @@ def test_more_like_this_and_enlarging(opened: Opened, index: Index, sample: serv
     expect(dialog).to_be_hidden()
     expect(page.locator("#results .said")).to_contain_text("most like")
     alike = index.like(first[2].id, k=24)
-    assert names(page) == [hit.name for hit in alike]
+    shows(page, alike)
     label = alike[3].keys["label"]
     choose(page, "label", label)  # a menu goes on about what is shown
     expect(page.locator("#results .said")).to_contain_text(f"label {label}")
-    assert names(page) == [hit.name for hit in index.like(first[2].id, k=24, where={"label": label})]
+    shows(page, index.like(first[2].id, k=24, where={"label": label}))
 
 
 def test_the_keyboard_is_enough(opened: Opened, index: Index, sample: served.Sample) -> None:
@@ -234,7 +237,7 @@ def test_the_keyboard_is_enough(opened: Opened, index: Index, sample: served.Sam
     assert page.evaluate("document.activeElement.matches('.more')")
     page.keyboard.press("Enter")
     expect(page.locator("#results .said")).to_be_focused()
-    assert names(page) == [hit.name for hit in index.like(hits[1].id, k=24)]
+    shows(page, index.like(hits[1].id, k=24))
 
 
 def tab_until(page: Page, there: str) -> list[str]:
@@ -276,14 +279,14 @@ def test_two_users_at_once_see_their_own(opened: Opened, index: Index, sample: s
             text_of(page).press("Enter")
         for page, caption in zip((one, other), asked, strict=True):
             expect(page.locator("#results .said")).to_contain_text(caption)
-            assert names(page) == [hit.name for hit in index.search(caption, k=24)]
+            shows(page, index.search(caption, k=24))
     drop(one, "drop-query", sample.picture(0))
     drop(other, "drop-query", sample.picture(1))
     for page, number in ((one, 0), (other, 1)):
         text_of(page).fill("")
         text_of(page).press("Enter")
         expect(page.locator("#results .said")).to_contain_text("pictures nearest to the picture")
-        assert names(page)[0] == sample.entries[number]["img"]
+        shows_first(page, sample.entries[number]["img"])
 
 
 def test_captions_are_scored_against_a_picture(opened: Opened, index: Index, sample: served.Sample) -> None:

@@ -120,10 +120,14 @@ def _search_tab(at: Desk) -> None:
         return _answered(at, keys, row, *given)
 
     inputs, outputs = [text, picture, kind, shown, weight, *menus], [results, weight, alike]
-    quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal", "show_progress_on": results}
+    # A question that is asked while another is answered is put after it: Gradio would leave it out.
+    quiet: dict[str, Any] = {
+        "api_visibility": "private", "show_progress": "minimal", "show_progress_on": results,
+        "trigger_mode": "always_last",
+    }  # fmt: skip
     gr.on([text.submit, button.click, picture.change], look, inputs, outputs, **quiet)
     changes = [one.input for one in (kind, shown, *menus)]
-    gr.on([*changes, weight.release], look_again, [*inputs, alike], outputs, trigger_mode="always_last", **quiet)
+    gr.on([*changes, weight.release], look_again, [*inputs, alike], outputs, **quiet)
     results.more(look_alike, inputs, outputs, **quiet)
 
 
@@ -142,7 +146,7 @@ def _score_tab(at: Desk) -> None:
 
     gr.on(
         [button.click, captions.submit], score, [picture, captions], results,
-        api_visibility="private", show_progress="minimal",
+        api_visibility="private", show_progress="minimal", trigger_mode="always_last",
     )  # fmt: skip
 
 
