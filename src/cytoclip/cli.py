@@ -62,6 +62,7 @@ for _command in (
     cli_train.demo,
     cli_use.index,
     cli_use.search,
+    cli_use.serve,
 ):
     app.command()(_command)
 

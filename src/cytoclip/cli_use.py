@@ -60,6 +60,27 @@ def search(  # noqa: PLR0913 - each is an option
     console.result(json.dumps(document(hits, asked), ensure_ascii=False) if as_json else table(hits))
 
 
+def serve(
+    index: Annotated[Path, typer.Argument(help="Folder that cytoclip index made.", show_default=False)],
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is all of this machine's.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 7860,
+    password: Annotated[
+        str | None,
+        typer.Option(help="Asked of everybody, with any user name.", envvar="CYTOCLIP_PASSWORD", show_default=False),
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Let everybody in who can reach the address.")] = False,
+    root: Annotated[
+        list[Path] | None, typer.Option(help="Where the pictures are now, if they moved.", show_default=False)
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Where the model is now, if it moved.", show_default=False)] = None,
+) -> None:
+    """Open a page, and an HTTP API, that search an index; Ctrl-C ends it."""
+    from cytoclip import serve as serving
+
+    where = serving.Where(host, port, password, public)
+    raise SystemExit(128 + serving.serve(index, where, arguments.console(), model, root or ()))
+
+
 def _pairs(written: list[str] | tuple[()]) -> dict[str, str]:
     found = {}
     for one in written:
