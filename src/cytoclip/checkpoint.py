@@ -200,19 +200,24 @@ def is_adapter_only(wanted: Model, opened: Opened) -> bool:
 
 def save_model(folder: Path, opened: Opened, adapter: PeftModel | None, wanted: Model) -> None:
     """Write a model that plain transformers (or peft) opens, whole or not at all."""
-    clip = opened.encoder.clip
     with files.whole_folder(folder) as new:
-        if adapter is not None and is_adapter_only(wanted, opened):
-            adapter.peft_config["default"].base_model_name_or_path = opened.name
-            adapter.save_pretrained(str(new), save_embedding_layers=False)  # or it asks the hub each time
-            (new / "README.md").unlink(missing_ok=True)  # peft's empty template
-            save_file(adapters.beside_adapter(clip, opened.encoder.family), new / BESIDE)
-        else:
-            clip.save_pretrained(str(new), state_dict=adapters.merged_state(clip))
-        opened.tokenizer.save_pretrained(str(new))
-        opened.image_processor.save_pretrained(str(new))
-        if opened.crop != "auto":
-            files.write_json(new / CROP, {"crop": opened.crop})
+        fill(new, opened, adapter, wanted)
+
+
+def fill(folder: Path, opened: Opened, adapter: PeftModel | None = None, wanted: Model | None = None) -> None:
+    """The same into a folder that is there; whole weights, unless an adapter can stand for them."""
+    clip = opened.encoder.clip
+    if adapter is not None and wanted is not None and is_adapter_only(wanted, opened):
+        adapter.peft_config["default"].base_model_name_or_path = opened.name
+        adapter.save_pretrained(str(folder), save_embedding_layers=False)  # or it asks the hub each time
+        (folder / "README.md").unlink(missing_ok=True)  # peft's empty template
+        save_file(adapters.beside_adapter(clip, opened.encoder.family), folder / BESIDE)
+    else:
+        clip.save_pretrained(str(folder), state_dict=adapters.merged_state(clip))
+    opened.tokenizer.save_pretrained(str(folder))
+    opened.image_processor.save_pretrained(str(folder))
+    if opened.crop != "auto":
+        files.write_json(folder / CROP, {"crop": opened.crop})
 
 
 def weights_digest(folder: Path) -> str:

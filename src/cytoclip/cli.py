@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cytoclip import __version__, arguments, cli_data, cli_score, cli_train, slurm
+from cytoclip import __version__, arguments, cli_data, cli_score, cli_train, cli_use, slurm
 from cytoclip.console import fail
 from cytoclip.errors import ExitCode, Stopped, UserError
 
@@ -59,6 +59,7 @@ for _command in (
     cli_score.classify,
     cli_train.report,
     cli_train.soup,
+    cli_use.export,
     cli_train.demo,
 ):
     app.command()(_command)
