@@ -19,7 +19,7 @@ class Format(StrEnum):
     sentence_transformers = "sentence-transformers"
 
 
-def export(  # noqa: PLR0913 - each is an option
+def export(
     model: Annotated[
         str, typer.Argument(help="Run folder (its best weights), Hugging Face folder or hub id.", show_default=False)
     ],

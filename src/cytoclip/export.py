@@ -5,10 +5,10 @@ Letters: N pairs, D embedding.
 
 from __future__ import annotations
 
-import math
+import importlib.metadata
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +27,28 @@ from cytoclip import (
     model,
     model_card,
     record,
+    towers,
     yardstick,
 )
 from cytoclip.checkpoint import Opened
 from cytoclip.console import Bar, Console, aligned, size
 from cytoclip.errors import ExitCode, UserError
+from cytoclip.families import FAMILIES
 from cytoclip.model_card import Handed
 from cytoclip.report import DIRECTIONS
 from cytoclip.yardstick import Yardstick
 
-FORMATS = {"hf": "transformers", "onnx": "onnx", "open_clip": "open_clip", "sentence-transformers": "sentence-transformers"}
+FORMATS = {  # and what the hub calls the library that opens it
+    "hf": "transformers",
+    "onnx": "onnx",
+    "open_clip": "open_clip",
+    "sentence-transformers": "sentence-transformers",
+}
 SCHEMA = 1  # of the document
 RESULT = "cytoclip_export.json"
 LOGITS = 1e-4  # by which logits of an export in float32 may differ from the run's
 COSINE = {"fp32": 0.9999, "fp16": 0.999, "int8": 0.9}  # between the embeddings of an ONNX file and the run's, at least
-_FEW = 32  # pairs, where only rounding can make a difference
+_FEW = 16  # pairs, where only rounding can make a difference
 
 
 @dataclass(frozen=True)
@@ -124,19 +131,19 @@ def export(
     """
     _refuse(to, form, adapter, push)
     opened = checkpoint.open_model(name)
+    _refuse_family(opened, form)
     most = yardstick.MOST if form == "onnx" else _FEW
     with files.whole_folder(to) as new:
-        base = _write(opened, name, new, form, adapter, push, console)
+        written = _write(opened, name, new, form, adapter, push, console)
         held = yardstick.make(opened, name, console, most)
-        exported = _compared(opened, held, new, form, console)
-        notes = [*base.notes, *_crop_notes(opened)]
-        exported = _with(exported, notes=notes)
-        files.write_text(new / model_card.NAME, _card(name, opened, exported, base))
+        notes = [*written.notes, *_crop_notes(opened)]
+        exported = replace(_compared(opened, held, new, form, console), notes=notes)
+        files.write_text(new / model_card.NAME, _card(name, exported, written))
         files.write_json(new / RESULT, exported.document())
     for note in notes:
         console.warn(note)
     if push:
-        exported = _with(exported, url=hub.upload(to, push, console))
+        exported = replace(exported, url=hub.upload(to, push, console))
     return exported
 
 
@@ -160,6 +167,16 @@ def _refuse(to: Path, form: str, adapter: bool, push: str | None) -> None:
         raise UserError(f"{to} is already there", "name another folder, or delete it first", ExitCode.DATA)
     if push is not None:
         hub.refuse(push)
+
+
+def _refuse_family(opened: Opened, form: str) -> None:
+    kind = opened.encoder.clip.config.model_type
+    if kind == towers.KIND and form in ("hf", "sentence-transformers"):
+        raise UserError(
+            f"{opened.name} cannot be exported to {form}: transformers has no class for {FAMILIES[kind].title}",
+            "export it as open_clip or onnx instead",
+            ExitCode.MODEL,
+        )
 
 
 def _write(
@@ -273,7 +290,7 @@ def _crop_notes(opened: Opened) -> Iterator[str]:
         )
 
 
-def _card(name: str, opened: Opened, exported: Exported, written: _Written) -> str:
+def _card(name: str, exported: Exported, written: _Written) -> str:
     read, best = _record(name)
     handed = Handed(written.library or FORMATS[exported.format], written.code, list(_checked(exported)))
     results = read.results if read else None
@@ -304,8 +321,6 @@ def _checked(exported: Exported) -> Iterator[str]:
 
 
 def _tokens(exported: Exported) -> str:
-    from cytoclip.families import FAMILIES
-
     if FAMILIES[exported.family].pads == "context":
         return f"; captions are always padded to {exported.context} tokens"
     return f"; captions of any length up to {exported.context} tokens"
@@ -349,15 +364,4 @@ def _weights(new: Path, title: str) -> int:
 
 
 def _versioned(package: str) -> str:
-    import importlib.metadata
-
     return f"{package} {importlib.metadata.version(package)}"
-
-
-def _with(exported: Exported, **changes: Any) -> Exported:
-    from dataclasses import replace
-
-    return replace(exported, **changes)
-
-
-_ = (Mapping, math)

@@ -184,9 +184,7 @@ def _halved(proto: Any) -> Any:
     # Resize (of position embeddings) has no kernel for float16 on CPUs, and rows are made unit in float32
     kept = [*float16.DEFAULT_OP_BLOCK_LIST, "Resize", "LpNormalization"]
     with _quiet():  # the exporter has said every shape; inferring them again fails above 2 GiB
-        return float16.convert_float_to_float16(
-            proto, keep_io_types=True, op_block_list=kept, disable_shape_infer=True
-        )
+        return float16.convert_float_to_float16(proto, keep_io_types=True, op_block_list=kept, disable_shape_infer=True)
 
 
 def _quantize(folder: Path, side: str, large: bool) -> None:

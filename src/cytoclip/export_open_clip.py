@@ -5,6 +5,7 @@ Letters: N pairs, D embedding.
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +16,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import CLIPConfig, CLIPModel
 
-from cytoclip import adapters, files, openclip
+from cytoclip import adapters, files, from_open_clip, openclip, towers
 from cytoclip.checkpoint import CROP, Opened
 from cytoclip.errors import ExitCode, UserError, counted
 from cytoclip.families import FAMILIES
@@ -42,16 +42,14 @@ def write(opened: Opened, folder: Path, hub_id: str | None = None) -> list[str]:
     UserError
         Where open_clip has no class that computes the same.
     """
-    kind = opened.encoder.clip.config.model_type
-    if kind != "clip":
-        raise _refused(opened, f"open_clip has no class for {FAMILIES[kind].title}")
-    config = opened.encoder.clip.config
     try:
-        model_cfg = openclip.config_of(opened.encoder.clip, len(opened.tokenizer) - 1, _tokenizer_name(opened, hub_id))
-        rows = openclip.clip_rows(config.vision_config.num_hidden_layers, config.text_config.num_hidden_layers)
-        state = openclip.to_theirs(rows, adapters.merged_state(opened.encoder.clip))
+        model_cfg, state = _theirs(opened, hub_id)
     except Unmapped as reason:
-        raise _refused(opened, str(reason)) from None
+        raise UserError(
+            f"{opened.name} cannot be exported to open_clip: {reason}",
+            "export it as hf or onnx instead",
+            ExitCode.MODEL,
+        ) from None
     preprocess, notes = _preprocess(opened.pixels)
     files.write_json(folder / openclip.CONFIG, {"model_cfg": model_cfg, "preprocess_cfg": preprocess})
     save_file(state, folder / openclip.WEIGHTS, {"format": "pt"})
@@ -74,7 +72,7 @@ def embed(
         library = importlib.import_module("open_clip")
     except ImportError as error:
         images, texts, scale = _read_back(folder, held)
-        by = f"read back into transformers ({error.name} is not installed here, so open_clip could not be asked)"
+        by = f"our reader of open_clip's files ({error.name} is not installed here, so open_clip could not be asked)"
     else:
         images, texts, scale, otherwise = _by_open_clip(library, folder, held)
         by = f"open_clip {library.__version__}"
@@ -121,17 +119,36 @@ def _by_open_clip(library: Any, folder: Path, held: Yardstick) -> tuple[Step, St
 
 
 def _read_back(folder: Path, held: Yardstick) -> tuple[Step, Step, float]:
+    clip = held.opened.encoder.clip
+    text = clip.config.text_config
     model_cfg = files.read_json(folder / openclip.CONFIG)["model_cfg"]
-    end = held.opened.encoder.clip.config.text_config.eos_token_id
-    clip = CLIPModel(CLIPConfig(**openclip.clip_settings(model_cfg, end)))
-    rows = openclip.clip_rows(model_cfg["vision_cfg"]["layers"], model_cfg["text_cfg"]["layers"])
-    clip.load_state_dict(openclip.to_ours(rows, load_file(folder / openclip.WEIGHTS)))
-    encoder = DualEncoder(clip.eval(), lambda floats_B3HW: floats_B3HW)
+    back = from_open_clip.build(model_cfg, load_file(folder / openclip.WEIGHTS), text.eos_token_id, text)
+    encoder = DualEncoder(back, lambda floats_B3HW: floats_B3HW, held.tokens.pad)
     return (
         lambda some: encoder.images(held.floats(some)),
         lambda some: encoder.texts(held.ids(some)),
-        float(clip.logit_scale.detach().exp()),
+        float(encoder.logit_scale.detach().exp()),
     )
+
+
+def _theirs(opened: Opened, hub_id: str | None) -> tuple[dict[str, Any], openclip.State]:
+    """`model_cfg` and weights."""
+    clip, config = opened.encoder.clip, opened.encoder.clip.config
+    state = adapters.merged_state(clip)
+    if config.model_type == "clip":
+        layers = config.vision_config.num_hidden_layers, config.text_config.num_hidden_layers
+        model_cfg = openclip.config_of(clip, len(opened.tokenizer) - 1, _tokenizer_name(opened, hub_id))
+        return model_cfg, openclip.to_theirs(openclip.clip_rows(*layers), state)
+    if config.model_type == towers.KIND and config.open_clip:
+        model_cfg = copy.deepcopy(config.open_clip)
+        model_cfg["text_cfg"].setdefault("hf_tokenizer_name", model_cfg["text_cfg"]["hf_model_name"])
+        rows = openclip.two_tower_rows(openclip.without_scales(state), config.vision_config.num_hidden_layers)
+        return model_cfg, openclip.to_theirs(rows, openclip.without_scales(state))
+    if config.model_type == "siglip":
+        raise Unmapped(
+            "open_clip's SigLIP has an exact GELU in its towers, where transformers' has the tanh form: other logits"
+        )
+    raise Unmapped(f"open_clip has no class for {FAMILIES[config.model_type].title}")
 
 
 def _tokenizer_name(opened: Opened, hub_id: str | None) -> str:
@@ -162,9 +179,3 @@ def _preprocess(spec: PixelSpec) -> tuple[dict[str, Any], list[str]]:
     if spec.crop is not None and spec.resize not in (max(spec.crop), None):
         notes.append(f"open_clip resizes to {max(spec.crop)} pixels before the crop; in training it was {spec.resize}.")
     return said, notes
-
-
-def _refused(opened: Opened, reason: str) -> UserError:
-    return UserError(
-        f"{opened.name} cannot be exported to open_clip: {reason}", "export it as hf or onnx instead", ExitCode.MODEL
-    )

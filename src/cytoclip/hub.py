@@ -39,8 +39,7 @@ def upload(folder: Path, repository: str, console: Console) -> str:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{folder} is exported, but could not be uploaded to {repository}: {reason}",
-            "log in with `hf auth login` and a token that may write, then: hf upload "
-            f"{repository} {folder}",
+            f"log in with `hf auth login` and a token that may write, then: hf upload {repository} {folder}",
             ExitCode.SYSTEM,
         ) from error
     return str(made)

@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from cytoclip import towers
 from cytoclip.errors import ExitCode, UserError, first_few
 from cytoclip.families import FAMILIES, REFUSED, Family
 
@@ -119,6 +120,8 @@ class DualEncoder(nn.Module):
         """Token ids → pooled features before the projection (B, width of the tower)."""
         mask = {"attention_mask": (tokens_BL != self.pad).long()} if self.family.masks else {}
         output = self.text_tower(input_ids=tokens_BL, **mask)
+        if self.clip.config.model_type == towers.KIND:
+            return towers.pooled(self.clip.config, output.last_hidden_state, mask["attention_mask"])
         features: torch.Tensor = output.pooler_output
         if self.clip.config.model_type == "chinese_clip":  # the first token as it is, without BERT's pooler
             features = output.last_hidden_state[:, 0]

@@ -100,7 +100,7 @@ def base_id(wanted: Config | None, results: Mapping[str, Any]) -> str | None:
 
     Whether it did was known when the run ended: from elsewhere, `runs/first` looks like a hub id too.
     """
-    name = wanted.model.name if wanted is not None else ""
+    name = wanted.model.name.removeprefix("hf-hub:") if wanted is not None else ""
     return name if results.get("from_hub") and _HUB_ID.fullmatch(name) else None
 
 

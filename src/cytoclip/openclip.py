@@ -1,12 +1,14 @@
 """CLIP as open_clip writes it and as transformers does: names, shapes and settings of one in terms of the other. Pure.
 
-open_clip keeps q, k and v of a layer in one matrix and the two projections transposed; apart from that only names
-differ (compared with open_clip 3.3 and transformers 5.23; the logits, in tests/test_openclip.py).
+open_clip keeps q, k and v of a layer in one matrix and the two projections transposed; a ViT of timm has no layer
+scales, where DINOv2's class of transformers does. Apart from that only names differ (compared with open_clip 3.3, timm
+1.0 and transformers 5.23; the logits, in tests/test_openclip.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +65,20 @@ _TRAINING = {"patch_dropout", "output_tokens", "timm_model_pretrained", "hf_mode
 _VISION_SIZES = {"layers": 12, "width": 768, "head_width": 64, "mlp_ratio": 4.0, "patch_size": 16, "image_size": 224}
 _TEXT_SIZES = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12, "mlp_ratio": 4.0}
 _TEXT_READING = {"hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs", "pool_type", "pad_id", "eos_id"}
+
+# timm's ViTs with a class token, norms before, no others: width, layers, heads, of the name less its patch and size.
+_TIMM = {
+    "vit_tiny": (192, 12, 3),
+    "vit_small": (384, 12, 6),
+    "vit_base": (768, 12, 12),
+    "vit_large": (1024, 24, 16),
+}
+_TIMM_NAME = re.compile(r"(vit_(?:tiny|small|base|large))_patch(\d+)_(\d+)(\.[\w.]+)?")
+_TIMM_FREE = {"timm_model_name", "timm_drop", "timm_drop_path", "image_size", *_TRAINING}
+_HF_FREE = {"hf_model_name", "context_length", *_TEXT_READING, *_TRAINING}
+_SCALES = (".layer_scale1.lambda1", ".layer_scale2.lambda1")
+_OLD_OUTPUT = "attention.output.dense"
+_POOLERS = {"cls_last_hidden_state_pooler": "first", "mean_pooler": "mean"}
 
 
 def config_of(clip: Any, highest: int, tokenizer_name: str) -> dict[str, Any]:
@@ -189,6 +205,108 @@ def clip_rows(vision_layers: int, text_layers: int) -> list[Row]:
         *_blocks("visual.transformer.resblocks", "vision_model.encoder.layers", vision_layers),
         *_blocks("transformer.resblocks", "text_model.encoder.layers", text_layers),
     ]
+
+
+def vit_settings(model_cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of transformers' `Dinov2Config` for an image tower that is one of timm's plain ViTs.
+
+    DINOv2's class computes it where its layer scales are 1: unlike ViT's it has no pooler behind the last norm.
+    """
+    vision = dict(model_cfg["vision_cfg"])
+    name = str(vision["timm_model_name"])
+    match = _TIMM_NAME.fullmatch(name)
+    if not match:
+        raise Unmapped(f"its image tower is timm's {name}, and of those only plain ViTs are read, such as "
+                       "vit_base_patch16_224")  # fmt: skip
+    _refuse_unknown(vision, {"timm_pool": "", "timm_proj": "linear", "timm_proj_bias": False}, _TIMM_FREE, "vision_cfg")
+    if vision.get("timm_pool", "avg") != "":
+        raise Unmapped("its image tower averages its patches")
+    width, layers, heads = _TIMM[match[1]]
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "mlp_ratio": 4,
+        "patch_size": int(match[2]),
+        "image_size": int(match[3]),
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,
+        "layerscale_value": 1.0,
+        "use_mask_token": False,
+    }
+
+
+def text_settings(model_cfg: Mapping[str, Any], width: int) -> dict[str, Any]:
+    """How `towers.TwoTowersConfig` says what open_clip does with the `width` features of a Hugging Face text model."""
+    text, embed_dim = dict(model_cfg["text_cfg"]), int(model_cfg["embed_dim"])
+    pooler, projection = text.get("hf_pooler_type", "mean_pooler"), text.get("hf_proj_type", "mlp")
+    _refuse_unknown(text, {"hf_pooler_type": pooler, "hf_proj_type": projection}, _HF_FREE, "text_cfg")
+    if pooler not in _POOLERS:
+        raise Unmapped(f"its text tower pools by {pooler}; read are {_listed(_POOLERS)}")
+    if projection not in ("linear", "mlp"):
+        raise Unmapped(f"its text projection is {projection!r}; read are linear and mlp")
+    hidden = (width + embed_dim) // 2 if projection == "mlp" else 0  # as open_clip.hf_model.HFTextEncoder has it
+    return {"text_pooling": _POOLERS[pooler], "text_hidden": hidden, "projection_dim": embed_dim}
+
+
+def two_tower_rows(ours: Iterable[str], layers: int) -> list[Row]:
+    """Every tensor of a ViT of timm beside a text model of Hugging Face.
+
+    Parameters
+    ----------
+    ours
+        The names of `towers.TwoTowers`; those of the text model are the same on both sides.
+    layers
+        Of the image tower.
+    """
+    there = list(ours)
+    vit, trunk = "vision_model", "visual.trunk"
+    rows = [
+        Row("logit_scale", ("logit_scale",)),
+        Row(f"{trunk}.cls_token", (f"{vit}.embeddings.cls_token",)),
+        Row(f"{trunk}.pos_embed", (f"{vit}.embeddings.position_embeddings",)),
+        *_affine(f"{trunk}.patch_embed.proj", f"{vit}.embeddings.patch_embeddings.projection"),
+        *_affine(f"{trunk}.norm", f"{vit}.layernorm"),
+        Row("visual.head.proj.weight", ("visual_projection.weight",)),
+    ]
+    renamed = f"{vit}.encoder.layer.0.attention.q_proj.weight" in there  # transformers 5 took a level out
+    names = ("q_proj", "k_proj", "v_proj", "o_proj") if renamed else (
+        "attention.query", "attention.key", "attention.value", "output.dense")  # fmt: skip
+    for i in range(layers):
+        block, layer = f"{trunk}.blocks.{i}", f"{vit}.encoder.layer.{i}"
+        for part in ("weight", "bias"):
+            rows.append(Row(f"{block}.attn.qkv.{part}", tuple(f"{layer}.attention.{n}.{part}" for n in names[:3])))
+        rows += _affine(f"{block}.attn.proj", f"{layer}.attention.{names[3]}")
+        for one in ("norm1", "norm2", "mlp.fc1", "mlp.fc2"):
+            rows += _affine(f"{block}.{one}", f"{layer}.{one}")
+    for name in there:
+        if name.startswith("text_model."):
+            rows.append(Row(f"text.transformer.{name.removeprefix('text_model.')}", (name,)))
+        if name.startswith("text_projection."):
+            rows.append(Row(f"text.proj.{name.removeprefix('text_projection.')}", (name,)))
+    return rows
+
+
+def without_scales(ours: Mapping[str, torch.Tensor]) -> State:
+    """Layer scales multiplied into the layers before them: `s · (W x + b) = (s · W) x + s · b`."""
+    state = {name: tensor for name, tensor in ours.items() if not name.endswith(_SCALES)}
+    for name in ours.keys() - state.keys():
+        layer, _, which = name.partition(".layer_scale")
+        before = "mlp.fc2" if which.startswith("2") else _one_of(state, layer, ("attention.o_proj", _OLD_OUTPUT))
+        for part in ("weight", "bias"):
+            key = f"{layer}.{before}.{part}"
+            state[key] = state[key] * (ours[name][:, None] if part == "weight" else ours[name])
+    return state
+
+
+def with_scales(ours: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> State:
+    """The same weights with layer scales of 1 where `expected` has any."""
+    scales = {name: torch.ones_like(tensor) for name, tensor in expected.items() if name.endswith(_SCALES)}
+    return {**ours, **scales}
+
+
+def _one_of(state: Mapping[str, torch.Tensor], layer: str, names: tuple[str, ...]) -> str:
+    return next(name for name in names if f"{layer}.{name}.weight" in state)
 
 
 def to_theirs(rows: list[Row], ours: Mapping[str, torch.Tensor]) -> State:
