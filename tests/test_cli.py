@@ -83,7 +83,7 @@ def test_config_shows_every_option_with_type_default_and_doc(run: Run) -> None:
     outcome = run("config")
     assert (outcome.code, outcome.err) == (0, "")
     options = list(config.options())
-    assert len(options) == 84
+    assert len(options) == 87
     for option in options:
         assert option.doc in outcome.out
         line = (

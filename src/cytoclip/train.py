@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -81,8 +81,13 @@ class RunResult:
         return "\n\n".join(tables)
 
 
-def fit(wanted: Config, console: Console) -> RunResult:
+Watcher = Callable[[int, Scores], None]  # hears the step and the scores of a validation, in the first process
+
+
+def fit(wanted: Config, console: Console, watcher: Watcher | None = None) -> RunResult:
     """Train as `wanted` says, or go on where the same run stopped.
+
+    What `watcher` raises ends the run, which the same call goes on with from its last checkpoint.
 
     Raises
     ------
@@ -104,7 +109,7 @@ def fit(wanted: Config, console: Console) -> RunResult:
         world.once(lambda: plan.check_disk(job.plan, run.path))
         world.once(lambda: _begin(run, job.config))
         progress = _resume(job, *behind) if behind else validation.begin(job)
-        _train(job, progress)
+        _train(job, progress, watcher)
         return _finish(job, progress)
 
 
@@ -178,7 +183,7 @@ def _resume(job: Job, step: int, folder: Path) -> Progress:
     return progress
 
 
-def _train(job: Job, progress: Progress) -> None:
+def _train(job: Job, progress: Progress, watcher: Watcher | None = None) -> None:
     steps = job.plan.steps
     read = _read_so_far(job, progress)
     arrivals = job.feed.arrivals(progress.step, steps, job.world, read)
@@ -207,7 +212,8 @@ def _train(job: Job, progress: Progress) -> None:
             bar.advance(note=journal.note(row, curves, *chance))
             _ring(job, waiting.line(curves["waiting_for_data"]))
             save = _due(progress.step, job.config.checkpoint.every, steps)
-            if _due(progress.step, job.config.validation.every, steps):
+            validated = _due(progress.step, job.config.validation.every, steps)
+            if validated:
                 save |= validation.note(job, progress, book)  # best/ and the state that made it belong together
             over = validation.is_over(job, progress)
             progress.seconds = time.perf_counter() - began
@@ -217,6 +223,8 @@ def _train(job: Job, progress: Progress) -> None:
                 _save(job, progress, book)
             if stopped and not over:
                 raise Stopped(stopped, progress.step)
+            if validated and watcher and job.world.first:
+                watcher(progress.step, progress.last)
             watch.read(0)  # the next step's speed is its own
 
 
