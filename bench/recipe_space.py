@@ -33,7 +33,7 @@ TARGETS: dict[str, Any] = {  # of a DINOv2 and a BERT
     "mlp": ["fc1", "fc2", "intermediate.dense", "output.dense"],
 }
 RATE = FloatDistribution(1e-6, 3e-3, log=True)
-WARMUP = CategoricalDistribution((0.02, 0.05, 0.1, 0.2, 0.3676))  # shares of the steps; 0.3676 of 272: the original's 100
+WARMUP = CategoricalDistribution((0.02, 0.05, 0.1, 0.2, 0.3676))  # of the steps; 0.3676 of 272: the original's 100
 _COMMON: dict[str, BaseDistribution] = {
     "projection_rate": FloatDistribution(1e-4, 1e-2, log=True),
     "scale_rate": FloatDistribution(1e-5, 1e-2, log=True),

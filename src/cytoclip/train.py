@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from cytoclip.console import Console, duration
 from cytoclip.decoded import Decoded
 from cytoclip.errors import ExitCode, Stopped, UserError, counted, first_few
 from cytoclip.feed import Arrival, FromAfar, FromDisk, Read
-from cytoclip.jobs import Job
+from cytoclip.jobs import Job, Watcher
 from cytoclip.loss import Logits, contrastive_step
 from cytoclip.pictures import Pictures
 from cytoclip.plan import Plan
@@ -81,13 +81,10 @@ class RunResult:
         return "\n\n".join(tables)
 
 
-Watcher = Callable[[int, Scores], None]  # hears the step and the scores of a validation, in the first process
-
-
 def fit(wanted: Config, console: Console, watcher: Watcher | None = None) -> RunResult:
     """Train as `wanted` says, or go on where the same run stopped.
 
-    What `watcher` raises ends the run, which the same call goes on with from its last checkpoint.
+    `watcher` hears of each validation in the first process; what it raises ends the run, as if it were killed there.
 
     Raises
     ------
@@ -105,11 +102,11 @@ def fit(wanted: Config, console: Console, watcher: Watcher | None = None) -> Run
             return done
         console.say(jobs.first_line(wanted, world))
         behind = world.once(lambda: _behind(run, console))
-        job = jobs.prepare(wanted, run, world, console)
+        job = replace(jobs.prepare(wanted, run, world, console), watcher=watcher)
         world.once(lambda: plan.check_disk(job.plan, run.path))
         world.once(lambda: _begin(run, job.config))
         progress = _resume(job, *behind) if behind else validation.begin(job)
-        _train(job, progress, watcher)
+        _train(job, progress)
         return _finish(job, progress)
 
 
@@ -183,7 +180,7 @@ def _resume(job: Job, step: int, folder: Path) -> Progress:
     return progress
 
 
-def _train(job: Job, progress: Progress, watcher: Watcher | None = None) -> None:
+def _train(job: Job, progress: Progress) -> None:
     steps = job.plan.steps
     read = _read_so_far(job, progress)
     arrivals = job.feed.arrivals(progress.step, steps, job.world, read)
@@ -212,8 +209,7 @@ def _train(job: Job, progress: Progress, watcher: Watcher | None = None) -> None
             bar.advance(note=journal.note(row, curves, *chance))
             _ring(job, waiting.line(curves["waiting_for_data"]))
             save = _due(progress.step, job.config.checkpoint.every, steps)
-            validated = _due(progress.step, job.config.validation.every, steps)
-            if validated:
+            if _due(progress.step, job.config.validation.every, steps):
                 save |= validation.note(job, progress, book)  # best/ and the state that made it belong together
             over = validation.is_over(job, progress)
             progress.seconds = time.perf_counter() - began
@@ -223,8 +219,6 @@ def _train(job: Job, progress: Progress, watcher: Watcher | None = None) -> None
                 _save(job, progress, book)
             if stopped and not over:
                 raise Stopped(stopped, progress.step)
-            if validated and watcher and job.world.first:
-                watcher(progress.step, progress.last)
             watch.read(0)  # the next step's speed is its own
 
 
