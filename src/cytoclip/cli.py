@@ -54,14 +54,17 @@ for _command in (
     cli_data.check,
     cli_data.bring,
     cli_train.train,
+    cli_train.tune,
     cli_train.config,
     cli_score.evaluate,
     cli_score.classify,
     cli_train.report,
     cli_train.soup,
+    cli_use.export,
     cli_train.demo,
     cli_use.index,
     cli_use.search,
+    cli_use.serve,
 ):
     app.command()(_command)
 

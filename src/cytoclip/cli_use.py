@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,34 @@ import typer
 
 from cytoclip import arguments
 from cytoclip.errors import UserError
+
+
+class Format(StrEnum):
+    hf = "hf"
+    onnx = "onnx"
+    open_clip = "open_clip"
+    sentence_transformers = "sentence-transformers"
+
+
+def export(
+    model: Annotated[
+        str, typer.Argument(help="Run folder (its best weights), Hugging Face folder or hub id.", show_default=False)
+    ],
+    to: Annotated[Path, typer.Option(help="New folder.", show_default=False)],
+    form: Annotated[Format, typer.Option("--format", help="For which library.", show_default=False)],
+    adapter: Annotated[bool, typer.Option(help="With hf: keep a LoRA apart from its base.")] = False,
+    push: Annotated[
+        str | None,
+        typer.Option(metavar="ORG/NAME", help="Upload it, too; a new repository is private.", show_default=False),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Write a model for another library, and compare it with the one it was made from."""
+    from cytoclip import export as exporting
+
+    console = arguments.console()
+    done = exporting.export(model, to, form.value, console, adapter, push)
+    console.result(json.dumps(done.document(), ensure_ascii=False) if as_json else done.text())
 
 
 def index(  # noqa: PLR0913 - each is an option
@@ -58,6 +87,27 @@ def search(  # noqa: PLR0913 - each is an option
     console = arguments.console()
     asked = {"text": text, "image": None if image is None else str(image), "weight": weight, "where": wanted}
     console.result(json.dumps(document(hits, asked), ensure_ascii=False) if as_json else table(hits))
+
+
+def serve(
+    index: Annotated[Path, typer.Argument(help="Folder that cytoclip index made.", show_default=False)],
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is all of this machine's.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 7860,
+    password: Annotated[
+        str | None,
+        typer.Option(help="Asked of everybody, with any user name.", envvar="CYTOCLIP_PASSWORD", show_default=False),
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Let everybody in who can reach the address.")] = False,
+    root: Annotated[
+        list[Path] | None, typer.Option(help="Where the pictures are now, if they moved.", show_default=False)
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Where the model is now, if it moved.", show_default=False)] = None,
+) -> None:
+    """Open a page, and an HTTP API, that search an index; Ctrl-C ends it."""
+    from cytoclip import serve as serving
+
+    where = serving.Where(host, port, password, public)
+    raise SystemExit(128 + serving.serve(index, where, arguments.console(), model, root or ()))
 
 
 def _pairs(written: list[str] | tuple[()]) -> dict[str, str]:
