@@ -59,6 +59,7 @@ for _command in (
     cli_score.classify,
     cli_train.report,
     cli_train.soup,
+    cli_use.export,
     cli_train.demo,
     cli_use.index,
     cli_use.search,
