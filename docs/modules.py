@@ -21,8 +21,8 @@ def page() -> str:
         [
             "# Modules",
             "",
-            "Rendered from `pyproject.toml` and the modules' docstrings by `make docs`. A module imports only from lower",
-            "layers, and modules of one layer do not import each other; import-linter holds it.",
+            "Rendered from `pyproject.toml` and the modules' docstrings by `make docs`. A module imports only from",
+            "lower layers, and modules of one layer do not import each other; import-linter holds it.",
             "",
             "| layer | module | what for |",
             "| --- | --- | --- |",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,16 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     write_split(folder / "train", 48, seed=1)
     write_split(folder / "val", 20, seed=2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def loose(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same pairs with nothing in common but captions; by source and group all of `root` belongs together."""
+    folder = shutil.copytree(root, tmp_path_factory.mktemp("loose"), dirs_exist_ok=True)
+    listed = folder / "train" / "img_text_pair.json"
+    entries = [{"img": entry["img"], "caption": entry["caption"]} for entry in json.loads(listed.read_text())]
+    listed.write_text(json.dumps(entries))
     return folder
 
 

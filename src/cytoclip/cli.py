@@ -54,6 +54,7 @@ for _command in (
     cli_data.check,
     cli_data.bring,
     cli_train.train,
+    cli_train.tune,
     cli_train.config,
     cli_score.evaluate,
     cli_score.classify,
