@@ -41,7 +41,7 @@ def test_help_lists_every_command(run: Run, word: str) -> None:
     assert all(f" {name} " in outcome.out for name in commands)
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "classify", "soup", "config", "demo", "report"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "classify", "soup", "config", "demo", "report", "serve"])
 def test_every_command_has_help(run: Run, command: str) -> None:
     outcome = run(command, "--help")
     assert (outcome.code, outcome.err) == (0, "")

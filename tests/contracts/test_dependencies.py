@@ -19,7 +19,8 @@ OTHER_NAMES = {
     "yaml": "pyyaml",
     "sklearn": "scikit-learn",
 }
-USED_BY_OTHERS = {"tensorboard", "sentencepiece"}  # by accelerate's tracker, and by the tokenizer of SigLIP
+# by accelerate's tracker, by the tokenizer of SigLIP, and by FastAPI where it reads a form
+USED_BY_OTHERS = {"tensorboard", "sentencepiece", "python-multipart"}
 LAZY = {"api", "search_page"}  # modules that are imported inside a function, by serve
 BY_NAME = {"open-clip-torch"}  # importlib.import_module: the text of an import statement would end every type check
 PART_OF = {"pydantic_core": "pydantic", "starlette": "fastapi"}  # pydantic pins the one version that fits it
