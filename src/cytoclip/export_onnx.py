@@ -267,8 +267,8 @@ def _libraries() -> tuple[Any, Any]:
 
 @contextmanager
 def _torch_as_it_began() -> Iterator[None]:
-    """torch's exporter asks in the old way for TF32 in convolutions, and torch (2.13) raises where it was said in the new
-    way that there is none, as `device.start` does. What is traced here computes on the CPU.
+    """torch's exporter asks in the old way for TF32 in convolutions, and torch (2.13) raises where it was said in the
+    new way that there is none, as `device.start` does. What is traced here computes on the CPU.
     """
     if not hasattr(torch.backends, "fp32_precision"):
         yield
