@@ -61,7 +61,7 @@ class Hub:
                 self.files[value["path"]] = base64.b64decode(value["content"])
             if entry["key"] == "lfsFile":
                 self.files[value["path"]] = self.stored[value["oid"]]
-        return {"commitUrl": f"{self.address}/x/commit/{'f' * 40}", "commitOid": "f" * 40, "pullRequestUrl": None}
+        return {"commitUrl": f"{self.address}/lab/x/commit/{'f' * 40}", "commitOid": "f" * 40, "pullRequestUrl": None}
 
 
 @contextmanager
@@ -97,10 +97,8 @@ class _Answers(BaseHTTPRequestHandler):
             "/objects/batch": self.hub.batch,
             "/commit/main": self.hub.commit,
         }
-        given = self.body()
-        self.answer(
-            next((call(given) for end, call in calls.items() if self.path.partition("?")[0].endswith(end)), None)
-        )
+        given, path = self.body(), self.path.partition("?")[0]
+        self.answer(next((call(given) for end, call in calls.items() if path.endswith(end)), None))
 
     def body(self) -> bytes:
         self.hub.tokens.add(self.headers.get("Authorization", ""))
