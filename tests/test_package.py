@@ -75,5 +75,5 @@ def test_the_installed_command_works_in_an_environment_of_its_own(built: tuple[P
     said = call(home / "bin" / "cytoclip", "--help", cwd=tmp_path)
     assert all(command in said for command in ("train", "evaluate", "config", "demo"))
     assert "train.learning_rate" in call(python, "-m", "cytoclip", "config", cwd=tmp_path)
-    imported = call(python, "-c", "import cytoclip.train; print(cytoclip.train.__file__)", cwd=tmp_path)
-    assert imported.strip() == str(site / "cytoclip" / "train.py")
+    imported = call(python, "-c", "import cytoclip.training; print(cytoclip.training.__file__)", cwd=tmp_path)
+    assert imported.strip() == str(site / "cytoclip" / "training.py")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from cytoclip import (
     batches,
     checkpoint,
     config,
-    evaluate,
+    evaluation,
     families,
     intake,
     journal,
@@ -42,6 +43,9 @@ from cytoclip.objectives import Objective
 from cytoclip.pairs import Pairs, fingerprint, spread
 from cytoclip.plan import Plan
 from cytoclip.repeats import Repeats
+from cytoclip.report import Scores
+
+Watcher = Callable[[int, Scores], None]  # hears the step of a validation and its scores
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ class Job:
         Pairs of `validate.keep` and how they are read, where it is given.
     inputs
         Digests of all that the run was begun with.
+    watcher
+        Hears of each validation after the start, in the first process.
     """
 
     config: Config
@@ -85,6 +91,7 @@ class Job:
     test: Pairs | None
     keep: tuple[Pairs, Reading] | None
     inputs: dict[str, str]
+    watcher: Watcher | None = None
 
 
 def prepare(wanted: Config, run: RunFolder, world: World, console: Console, storing: bool = True) -> Job:
@@ -110,7 +117,7 @@ def prepare(wanted: Config, run: RunFolder, world: World, console: Console, stor
     wanted = _with_chunks(wanted, opened, planned, world, console)
     torch.manual_seed(wanted.train.seed + world.rank)  # dropout is not
     encoder, val = opened.encoder, spread(splits["val"])
-    reading = evaluate.reading(opened, val, plan.held(wanted, world.size), world.loaders(wanted.data.workers))
+    reading = evaluation.reading(opened, val, plan.held(wanted, world.size), world.loaders(wanted.data.workers))
     place = Place(run.path, world, console)
     ready = intake.open_up(wanted, opened, found, splits, steps, reading, place, storing)
     keep = _keep(wanted, opened, splits, reading, place, storing)
@@ -174,7 +181,7 @@ def _keep(
     if intake.KEEP not in splits:
         return None
     pairs = spread(splits[intake.KEEP])
-    own = evaluate.reading(opened, pairs, reading.batch_size, reading.workers)
+    own = evaluation.reading(opened, pairs, reading.batch_size, reading.workers)
     return pairs, intake.asked_once(wanted, opened, pairs, own, place) if storing else own
 
 

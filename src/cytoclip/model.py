@@ -393,9 +393,10 @@ def _stretched(old_Lh: torch.Tensor, length: int) -> torch.Tensor:
     return torch.cat([old_Lh[:KEPT_POSITIONS], rest_Lh[below] + part * (rest_Lh[below + 1] - rest_Lh[below])])
 
 
-def digest_of(clip: nn.Module, *reading: Any) -> str:
-    """SHA-256 of the weights and of whatever else decides an embedding: pixels, context, precision."""
-    return hashlib.sha256(repr((fingerprint(clip), *reading)).encode()).hexdigest()
+def digest_of(clip: nn.Module, tokenizer: Any, *reading: Any) -> str:
+    """SHA-256 of the weights and of whatever else decides an embedding: words, pixels, context, precision."""
+    words = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+    return hashlib.sha256(repr((fingerprint(clip), words, *reading)).encode()).hexdigest()
 
 
 def fingerprint(clip: nn.Module) -> str:

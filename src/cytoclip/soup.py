@@ -16,7 +16,7 @@ from cytoclip import (
     config,
     device,
     embeddings,
-    evaluate,
+    evaluation,
     files,
     intake,
     liveness,
@@ -25,6 +25,7 @@ from cytoclip import (
     selection,
     soup_curve,
     sources,
+    split_reader,
     state,
 )
 from cytoclip.checkpoint import Opened, RunFolder
@@ -32,7 +33,7 @@ from cytoclip.config import Config
 from cytoclip.console import Console
 from cytoclip.encode import Reading
 from cytoclip.errors import ExitCode, UserError, counted
-from cytoclip.evaluate import Question
+from cytoclip.evaluation import Question
 from cytoclip.features import Place
 from cytoclip.mixing import Weights
 from cytoclip.pairs import Pairs, fingerprint, spread
@@ -200,7 +201,7 @@ def soup(path: Path, asked: Asked, console: Console) -> Soup:
         tasted = []
         for recipe in _mixed(opened, recipes, wanted, run, members):
             scores = {
-                name: evaluate.rank(opened, pairs, readings[name], Question(wanted.validation.ks), world, console)
+                name: evaluation.rank(opened, pairs, readings[name], Question(wanted.validation.ks), world, console)
                 for name, pairs in splits.items()
             }
             tasted.append(Tasted(recipe, scores["val"], scores.get(intake.KEEP)))
@@ -253,13 +254,12 @@ def _alphas(given: Sequence[float]) -> list[float]:
 
 def _splits(wanted: Config, root: str | None, console: Console) -> dict[str, Pairs]:
     """val, and what is kept, each caption a pair of its own."""
-    folders = {"val": wanted.data.split("val"), intake.KEEP: intake.kept_split(Path(root)) if root else None}
-    columns = Columns(wanted.data.image_column, wanted.data.caption_column)
-    return {
-        name: spread(batches.scanned(sources.read(folder, columns, console), folder, console))
-        for name, folder in folders.items()
-        if folder
-    }
+    found = split_reader.read(wanted.data, ["val"], console)
+    if root:
+        folder = intake.kept_split(Path(root))
+        columns = Columns(wanted.data.image_column, wanted.data.caption_column)
+        found[intake.KEEP] = folder, sources.read(folder, columns, console)
+    return {name: spread(batches.scanned(pairs, folder, console)) for name, (folder, pairs) in found.items()}
 
 
 def _refuse_other_start(run: RunFolder, wanted: Config, opened: Opened, val: Pairs, console: Console) -> None:
@@ -275,7 +275,7 @@ def _refuse_other_start(run: RunFolder, wanted: Config, opened: Opened, val: Pai
 
 def _reading(wanted: Config, asked: Asked, opened: Opened, pairs: Pairs, place: Place) -> Reading:
     """A frozen tower's features are those that the run has stored: no mixture changes them."""
-    plain = evaluate.reading(opened, pairs, asked.batch_size, place.world.loaders(asked.workers))
+    plain = evaluation.reading(opened, pairs, asked.batch_size, place.world.loaders(asked.workers))
     return intake.asked_once(wanted, opened, pairs, plain, place)
 
 
