@@ -331,6 +331,7 @@ def _table(exported: Exported) -> list[str]:
     return [
         f"{exported.format}{opset}: compared on {exported.compared_on}, by {exported.compared_by}",
         *aligned(_rows(exported)),
+        *([f"uploaded to {exported.url}"] if exported.url else []),
     ]
 
 

@@ -9,6 +9,7 @@ import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -178,7 +179,10 @@ def _read(weights: Path) -> dict[str, torch.Tensor]:
     if weights.suffix == ".safetensors":
         tensors: dict[str, torch.Tensor] = load_file(weights)
         return tensors
-    found = torch.load(weights, map_location="cpu", weights_only=True)  # tensors and numbers; no code
+    try:
+        found = torch.load(weights, map_location="cpu", weights_only=True)  # tensors and numbers; no code
+    except UnpicklingError:  # whose text says how to run it all the same
+        raise ValueError(f"{weights.name} holds more than tensors, or is damaged") from None
     found = found.get("state_dict", found)
     return {name: tensor for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
 
