@@ -69,10 +69,10 @@ def test_rates_hold_the_one_given() -> None:
                 assert low < rate < high
 
 
-@pytest.mark.parametrize("model", [{}, {"image_tower": "lora"}])
-def test_the_default_is_read_again_from_its_text(model: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("model", "steps"), [({}, 1), ({}, 2), ({}, 200), ({"image_tower": "lora"}, 10**6)])
+def test_the_default_is_read_again_from_its_text(model: dict[str, Any], steps: int, tmp_path: Path) -> None:
     wanted = made(model=model)
-    found = space.default(wanted, ALL) | {"train.batch_size": Span(16, 64, log=True, whole=True)}
+    found = space.default(wanted, replace(ALL, steps=steps)) | {"train.batch_size": Span(16, 64, log=True, whole=True)}
     (tmp_path / "space.yaml").write_text(space.text(found))
     assert space.read(tmp_path / "space.yaml", wanted) == found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -25,7 +26,6 @@ from cytoclip.pairs import Pairs
 from cytoclip.trials import Ending, Heard, Trial
 from cytoclip.tune import Asked
 from tests import runs
-from tests.typed import Run
 
 QUIET = Console(quiet=True)
 Experiment = Callable[..., Config]
@@ -79,6 +79,7 @@ def test_the_trials_and_the_best_of_them(searched: tuple[Asked, tuned.Tuned], wa
     assert scores == sorted(scores, reverse=True)
     (given,) = [one for one in found.trials if not one.chosen]
     assert given.number == 0
+    assert len({json.dumps(one.chosen) for one in found.trials}) == 5
     for one in found.trials:
         run = asked.to / one.folder
         there = config.load(run / "config.yaml")
@@ -180,11 +181,11 @@ def test_trials_at_once_and_one_whose_process_dies(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Two at a time, with the values that one at a time would have had while none depends on another."""
-    asked = Asked(tmp_path / "search", trials=4, jobs=2, space=space_file, share=0.25)
+    asked = Asked(tmp_path / "search", trials=3, jobs=2, space=space_file, share=0.25)
     validated, killed = tune._Book.validated, []
 
     def killing(book: Any, number: int, step: int, score: float) -> bool:
-        if number == 2 and not killed:
+        if number == 1 and not killed:
             killed.extend(child.pid for child in multiprocessing.active_children())
             for pid in killed[:1]:
                 os.kill(pid, signal.SIGKILL)
@@ -195,10 +196,10 @@ def test_trials_at_once_and_one_whose_process_dies(
     assert len(killed) == 2
     states = [one.state for one in found.trials]
     assert states.count(tuned.FAILED) == 1
-    assert len(states) == 4
+    assert len(states) == 3
     (failed,) = [one for one in found.trials if one.state == tuned.FAILED]
     assert failed.error == "its process ended by signal 9"
-    assert f"trial {failed.number} failed: its process ended by signal 9" in capsys.readouterr().err
+    assert re.search(rf"trial {failed.number} failed( [.\d]+)?: its process ended by signal 9", capsys.readouterr().err)
     assert not multiprocessing.active_children()
 
 
@@ -354,27 +355,3 @@ def test_the_default_space_of_each_family(bases: dict[str, Path], experiment: Ex
         assert facts.repeats
     unlike = pairs.take(sorted({caption: row for row, caption in enumerate(pairs.captions)}.values()))
     assert not tune._facts(experiment(), unlike, 100).repeats
-
-
-def test_the_command(wanted: Config, space_file: Path, tmp_path: Path, run: Run) -> None:
-    recipe = tmp_path / "first.yaml"
-    recipe.write_text(config.dump(wanted))
-    typed = (
-        "tune",
-        str(recipe),
-        "--trials",
-        "2",
-        "--space",
-        str(space_file),
-        "--share",
-        "0.25",
-        "--to",
-        str(tmp_path / "s"),
-    )
-    said = run(*typed)
-    assert not said.code
-    assert f"cytoclip train {tmp_path / 's' / 'best.yaml'}" in said.out
-    assert "training pairs are held out" in said.err
-    document = json.loads(run(*typed, "--json").out)
-    assert document == json.loads((tmp_path / "s" / "tune.json").read_text())
-    assert document["held_out_pairs"] == len(json.loads((tmp_path / "s" / "held_out.json").read_text()))

@@ -92,7 +92,7 @@ def default(wanted: Config, facts: Facts) -> Space:
     found["train.weight_decay"] = Span(1e-4, 0.3, log=True)
     if facts.softmax:
         found["train.label_smoothing"] = Choice((0.0, 0.05, 0.1))
-    found["train.ema"] = Choice((None, *(_decay(share * facts.steps) for share in _HORIZONS)))
+    found["train.ema"] = Choice((None, *sorted({_decay(share * facts.steps) for share in _HORIZONS})))
     if facts.repeats:
         found["train.positives"] = Choice(("groups", "pairs", "ignore"))
     if "full" in moving.values() and facts.layers:
@@ -106,7 +106,7 @@ def default(wanted: Config, facts: Facts) -> Space:
         found["data.augment"] = Choice((None, *([own] if own else []), _VIEWS, {"preset": "microscopy"}))
         if facts.patches:
             found["train.patch_dropout"] = Choice((0.0, 0.25, 0.5))
-    return found
+    return {name: of for name, of in found.items() if isinstance(of, Span) or len(of.values) > 1}
 
 
 def read(path: Path, wanted: Config) -> Space:
@@ -209,8 +209,8 @@ def _rate(own: float, low: float, high: float) -> Span:
 
 
 def _decay(horizon: float) -> float:
-    """Of a moving average that goes back so many steps."""
-    return round(1 - 1 / max(horizon, 2.0), 4)
+    """Of a moving average that goes back so many steps, 10,000 at most."""
+    return round(1 - 1 / min(max(horizon, 2.0), 1e4), 4)
 
 
 def _refuse_fixed(name: str, known: Mapping[str, Any], place: Path) -> None:
