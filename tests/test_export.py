@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import cytoclip
-from cytoclip import checkpoint, export, export_hf, export_onnx, export_open_clip, export_sentence, train, yardstick
+from cytoclip import checkpoint, export, export_hf, export_onnx, export_open_clip, export_sentence, training, yardstick
 from cytoclip.config import Config
 from cytoclip.console import Console
 from cytoclip.errors import ExitCode, UserError
@@ -98,7 +98,7 @@ def adapted(root: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) ->
         "validate": {"every": 100, "ks": [1, 5]},
         "output": str(tmp_path_factory.mktemp("adapted") / "run"),
     }
-    return train.fit(parse(given, "the test"), QUIET).run
+    return training.fit(parse(given, "the test"), QUIET).run
 
 
 def test_lora_is_merged(adapted: Path, base: Path, tmp_path: Path, picture: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, BertConfig
 
-from cytoclip import checkpoint, export, files, from_open_clip, openclip, towers, train
+from cytoclip import checkpoint, export, files, from_open_clip, openclip, towers, training
 from cytoclip.captions import tokenise
 from cytoclip.config import Config
 from cytoclip.console import Console
@@ -166,7 +166,7 @@ def test_a_run_from_one_and_the_way_back(
     made(library, folder)
     lora = {"image_tower": "lora", "text_tower": "lora", "name": str(folder)}
     wanted = experiment(model=lora, train={"steps": 2, "batch_size": 4, "warmup_steps": 0, "learning_rate": 0.01})
-    train.fit(wanted, QUIET)
+    training.fit(wanted, QUIET)
     best = Path(wanted.output) / "best"
     assert json.loads((best / "config.json").read_text())["model_type"] == towers.KIND
     done = export.export(wanted.output, tmp_path / "back", "open_clip", QUIET)
