@@ -12,6 +12,7 @@ PROJECT = Path(__file__).parents[2]
 EXTRAS = ("hub", "export", "open-clip", "search", "serve", "tune")
 OTHER_NAMES = {
     "faiss": "faiss-cpu",
+    "huggingface_hub": "huggingface-hub",
     "open_clip": "open-clip-torch",
     "sentence_transformers": "sentence-transformers",
     "PIL": "pillow",
