@@ -34,13 +34,10 @@ def test_an_export_is_uploaded_whole_and_private(base: Path, tmp_path: Path) -> 
         words = (str(base), "--to", str(out), "--format", "hf")
         done = pushed(there.address, tmp_path, *words, "--push", "lab/pap-clip")
         assert not done.returncode, done.stderr
-        assert there.made
-        assert {key: there.made[0][key] for key in ("name", "organization", "private")} == {
-            "name": "pap-clip",
-            "organization": "lab",
-            "private": True,
-        }
-        assert there.tokens == {"Bearer hf_of_the_test"}
+        (made,) = there.made
+        assert (made["organization"], made["name"]) == ("lab", "pap-clip")
+        assert made.get("visibility") == "private" or made.get("private") is True  # by version of huggingface_hub
+        assert there.tokens == {"Bearer hf_of_the_test", ""}, "an address to put bytes at knows who may"
         assert f"{there.address}/lab/pap-clip" in done.stdout
         assert there.files == {path.name: path.read_bytes() for path in out.iterdir()}
         assert "model.safetensors" in there.files

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import importlib
 import importlib.util
 import json
 from collections.abc import Mapping
@@ -142,10 +141,10 @@ def _convert(name: str, source: Path, weights: Path, new: Path) -> None:
 def _compare(source: Path, clip: Any, tokenizer: Any) -> None:
     """Logits against open_clip's own class, where open_clip can be imported."""
     try:
-        library = importlib.import_module("open_clip")
+        import open_clip
     except ImportError:
         return
-    theirs = library.create_model(f"local-dir:{source}").eval()
+    theirs = open_clip.create_model(f"local-dir:{source}").eval()
     encoder = DualEncoder(clip, lambda pixels_B3HW: pixels_B3HW, tokenizer.pad_token_id or 0).eval()
     drawn = torch.Generator().manual_seed(0)
     pixels_B3HW = torch.randn(2, 3, *encoder.image_size, generator=drawn)
@@ -155,7 +154,7 @@ def _compare(source: Path, clip: Any, tokenizer: Any) -> None:
     apart = float((theirs.logit_scale.exp() * image_BD @ text_BD.T - ours_BB).abs().max())
     if not apart <= LOGITS:
         raise Unmapped(
-            f"what was made of it gives other logits than open_clip {library.__version__}, {apart:.2g} apart"
+            f"what was made of it gives other logits than open_clip {open_clip.__version__}, {apart:.2g} apart"
         )
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 PROJECT = Path(__file__).parents[2]
 EXTRAS = ("hub", "export", "open-clip", "search", "serve", "tune")
 OTHER_NAMES = {
-    "huggingface_hub": "huggingface-hub",
     "faiss": "faiss-cpu",
+    "huggingface_hub": "huggingface-hub",
     "open_clip": "open-clip-torch",
     "sentence_transformers": "sentence-transformers",
     "PIL": "pillow",
