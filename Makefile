@@ -26,14 +26,15 @@ check: $(READY)  ## lint, format, types, layers, generated docs
 	$(BIN)/lint-imports
 	$(BIN)/python -m docs.render --check
 
-docs: $(READY)  ## render the generated pages
+docs: $(READY)  ## render the generated pages, and build the site into site/
 	$(BIN)/python -m docs.render
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 build: $(READY)  ## wheel and sdist into dist/
 	$(BIN)/python -m build
 
 clean:  ## delete what make made
-	rm -rf .venv demo dist build src/*.egg-info
+	rm -rf .venv demo dist build site src/*.egg-info
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

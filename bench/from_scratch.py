@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from cytoclip import config, demo, sources, train
+from cytoclip import config, demo, sources, training
 from cytoclip.console import Console
 
 
@@ -26,7 +26,7 @@ def main(root: Path, overrides: list[str]) -> None:
         "train: {steps: 300, batch_size: 128, learning_rate: 1.0e-3, weight_decay: 0.05, schedule: cosine}\n"
         f"validate: {{every: 100, ks: [1, 10, 50]}}\noutput: {folder}/run\n"
     )
-    print(train.fit(config.load(recipe, overrides), Console()).table())
+    print(training.fit(config.load(recipe, overrides), Console()).table())
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from cytoclip import config, device, jobs, train
+from cytoclip import config, device, jobs, training
 from cytoclip.checkpoint import RunFolder
 from cytoclip.config import Config
 from cytoclip.console import Console
@@ -32,7 +32,7 @@ def measure(wanted: Config, storing: bool) -> tuple[float, float]:
     took = []
     began = time.perf_counter()
     for step, arrival in enumerate(job.feed.arrivals(0, STEPS, world, Read())):
-        train._step(job, step, arrival)
+        training._step(job, step, arrival)
         took.append(time.perf_counter() - began)
         began = time.perf_counter()
     return wanted.train.batch_size / statistics.median(took[1:]), before

@@ -18,7 +18,7 @@ import torch
 from gpu_cost import CLIP, REHEARSAL, Line, Scale, encoder_of, inputs, seconds_of, settings_of
 from PIL import Image
 
-from cytoclip import batches, cells, demo, journal, loss, train
+from cytoclip import batches, cells, demo, journal, loss, training
 from cytoclip.augment import Variation
 from cytoclip.config import parse
 from cytoclip.console import Console
@@ -133,18 +133,18 @@ def runs(scale: Scale) -> Iterator[Line]:
             wanted = make(name, {"train": {"device": kind}}, sections)
             try:
                 with _copied(0 if name == "copied in chunks" else batches._COPIED):
-                    train.fit(wanted, Console(quiet=True))
+                    training.fit(wanted, Console(quiet=True))
                 yield {"run": name, "losses": _losses(wanted.output)}
             except Exception as error:
                 yield {"run": name, "failed": f"{type(error).__name__}: {error}"}
         for name, sections in (("resumed", {}), ("resumed, lora in chunks", RUNS["lora"])):
             wanted = make(name, {"train": {"device": kind}, "checkpoint": {"every": 4, "keep_last": 9}}, sections)
-            train.fit(wanted, Console(quiet=True))
+            training.fit(wanted, Console(quiet=True))
             whole, run = _losses(wanted.output), Path(wanted.output)
             (run / "results.json").unlink()
             newest = max(p for p in (run / "checkpoints").iterdir() if p.is_dir())
             shutil.rmtree(newest)
-            train.fit(wanted, Console(quiet=True))
+            training.fit(wanted, Console(quiet=True))
             yield {"run": name, "bit for bit": _losses(wanted.output) == whole, "losses": whole,
                    "after": _losses(wanted.output)}  # fmt: skip
 
@@ -164,7 +164,7 @@ def repeats(scale: Scale) -> Iterator[Line]:
                 for again in range(2):
                     wanted = make(f"{switch}-{kind}-{again}", {"train": {"device": scale.device.type}}, sections)
                     began = time.perf_counter()
-                    train.fit(wanted, Console(quiet=True))
+                    training.fit(wanted, Console(quiet=True))
                     pair.append(_losses(wanted.output))
                 took = round(time.perf_counter() - began, 2)
                 yield {"run": kind, "torch": switch, "bit for bit": pair[0] == pair[1], "seconds": took}
@@ -182,7 +182,7 @@ def run(scale: Scale) -> Iterator[Line]:
             )  # fmt: skip
             began = time.perf_counter()
             with _noted() as curves:
-                train.fit(wanted, Console(quiet=True))
+                training.fit(wanted, Console(quiet=True))
             last = curves[-8:]
             yield {"run": name, "batch": batch, "seconds": round(time.perf_counter() - began, 1),
                    **{key: round(statistics.median(one[key] for one in last), 4)

@@ -126,7 +126,7 @@ def work(task: Task, model: str, root: str, home: Path, device: str) -> Line:
     """All that a worker does: the runs of a task, what they scored, and nothing left on disk but final embeddings."""
     import torch
 
-    from cytoclip import config, train
+    from cytoclip import config, training
     from cytoclip.console import Console
 
     torch.set_num_threads(1)
@@ -145,7 +145,7 @@ def work(task: Task, model: str, root: str, home: Path, device: str) -> Line:
                 if task.stage == "search" and step % every == 0 and _is_low(home, task.arm, step // every, at[-1]):
                     raise Ended
 
-            done = train.fit(wanted, Console(quiet=True), watch if last else None)
+            done = training.fit(wanted, Console(quiet=True), watch if last else None)
             model = str(output / "model")
         line |= {"score": score(done.last), "scores": _few(done.last)}
         if task.stage == "final":

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before anything imports torch; see cli._guarded
@@ -16,11 +16,14 @@ import numpy as np
 import pytest
 import torch
 
-from cytoclip import cells, cli, demo, train
+from cytoclip import cells, cli, demo, training
 from cytoclip.config import Config, parse
 from cytoclip.console import Console
 from tests import runs, tiny
 from tests.typed import Outcome, Run
+
+if TYPE_CHECKING:
+    from tests import served
 
 torch.set_num_threads(2)
 
@@ -94,7 +97,7 @@ def experiment(root: Path, base: Path, tmp_path: Path) -> Callable[..., Config]:
 
 
 @pytest.fixture(scope="session")
-def done(root: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, train.RunResult]:
+def done(root: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, training.RunResult]:
     """A finished run of four steps, tracked, that the tests below only look at."""
     wanted = parse(
         {
@@ -106,7 +109,7 @@ def done(root: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
         },
         "the test",
     )
-    return wanted, train.fit(wanted, Console())
+    return wanted, training.fit(wanted, Console())
 
 
 @pytest.fixture(scope="session")
@@ -115,6 +118,14 @@ def told(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("told") / "run"
     runs.write(folder, root, {"val": (runs.random_embeddings(20, 0.1), runs.random_embeddings(20, 1.5, seed=1))})
     return folder
+
+
+@pytest.fixture(scope="session")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> served.Sample:
+    """Drawn cells, a tiny model that knows them by heart, and their index: only looked at."""
+    from tests import served
+
+    return served.make(tmp_path_factory.mktemp("served"))
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from cytoclip import batches, classification, config, measure
 from cytoclip.classification import Truth
 from cytoclip.console import Console
-from cytoclip.evaluate import Compared
+from cytoclip.evaluation import Compared
 from cytoclip.pairs import Pairs, fingerprint, identities, right_answers, spread
 
 KS = (1, 10)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cytoclip import alarms, pictures, train
+from cytoclip import alarms, pictures, training
 from cytoclip.config import Config
 from cytoclip.console import Console
 from cytoclip.data_options import Augment, Data
@@ -56,14 +56,14 @@ def test_a_run_rings_once_each_and_only_where_it_should(
         (tmp_path / "grey" / split / "img_text_pair.json").write_text(listed)
     steps = {"steps": 12, "learning_rate": 1e-9, "warmup_steps": 0}
     grey = experiment(data={"root": str(tmp_path / "grey")}, train=steps, validate={"every": 6, "ks": [1]})
-    train.fit(grey, Console())
+    training.fit(grey, Console())
     said = (Path(grey.output) / "train.log").read_text()
     assert said.count("nearly no contrast") == 1
     assert said.count("no better than chance") == 2  # once a validation
     assert said.count("stays at ln(batch)") == 1
     monkeypatch.undo()
     well = experiment(train={"steps": 12, "learning_rate": 3e-3}, output=str(tmp_path / "well"))
-    train.fit(well, Console())
+    training.fit(well, Console())
     assert "contrast" not in (tmp_path / "well" / "train.log").read_text()
     assert "stays at" not in (tmp_path / "well" / "train.log").read_text()
 
@@ -113,7 +113,7 @@ def test_a_run_that_waits_says_so_unless_it_fills_its_cache(
         ("filling", {"cache": True}, 4, 0),
     ):
         output = tmp_path / name
-        train.fit(experiment(data=options, train={"steps": steps, "warmup_steps": 2}, output=str(output)), Console())
+        training.fit(experiment(data=options, train={"steps": steps, "warmup_steps": 2}, output=str(output)), Console())
         log = (output / "train.log").read_text()
         assert log.count("was spent waiting for pictures; set data.cache=true") == expected, name
         assert log.count("waiting for pictures") == expected, name

@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cytoclip import batches, cache, checkpoint, decoded, files, images, train
+from cytoclip import batches, cache, checkpoint, decoded, files, images, training
 from cytoclip.batches import Batch
 from cytoclip.config import Config
 from cytoclip.console import Bar, Console
@@ -88,7 +88,7 @@ def run(experiment: Experiment, root: Path, name: str, console: Console | None =
         given[key] = {**given.get(key, {}), **section} if isinstance(section, dict) else section
     given["data"] = {"root": str(root), **given["data"]}
     wanted = experiment(**given, output=str(root.parent / name))
-    result = train.fit(wanted, console or QUIET)
+    result = training.fit(wanted, console or QUIET)
     losses = [json.loads(line) for line in (root.parent / name / "losses.jsonl").read_text().splitlines()]
     return [losses, result.before, result.best, result.last]
 
@@ -185,7 +185,7 @@ def test_a_frozen_image_tower_needs_none(experiment: Experiment, own: Path) -> N
 
 def test_a_dry_run_says_the_size_and_writes_nothing(experiment: Experiment, own: Path) -> None:
     heard = Heard()
-    train.dry_run(experiment(data={"root": str(own), "cache": True}), heard)
+    training.dry_run(experiment(data={"root": str(own), "cache": True}), heard)
     assert "68 decoded pictures take 212 kB" in heard.of_cache()[0]
     assert tables(own) == {}
     assert not list(own.rglob(files.CACHE))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cytoclip import checkpoint, claim, config, train, validation
+from cytoclip import checkpoint, claim, config, training, validation
 from cytoclip.config import Config, parse
 from cytoclip.console import Console
 from cytoclip.errors import UserError
@@ -22,12 +22,12 @@ QUIET = Console(quiet=True)
 Experiment = Callable[..., Config]
 
 
-def test_a_run_that_was_moved_is_the_same_run(done: tuple[Config, train.RunResult], tmp_path: Path) -> None:
+def test_a_run_that_was_moved_is_the_same_run(done: tuple[Config, training.RunResult], tmp_path: Path) -> None:
     wanted, result = done
     shutil.copytree(result.run, tmp_path / "elsewhere")
     moved = wanted.model_copy(update={"output": str(tmp_path / "elsewhere")})
     assert config.differences(wanted, moved) == ["output"]
-    assert train.fit(moved, QUIET).last == result.last
+    assert training.fit(moved, QUIET).last == result.last
 
 
 @pytest.mark.parametrize(("dropout", "harmless"), [(0.0, True), (0.1, False)])
@@ -38,20 +38,20 @@ def test_other_chunks_are_harmless_without_dropout(
     model = {"image_tower": "lora", "lora": {"dropout": dropout}}
     stop_after(2, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
-        train.fit(experiment(model=model, checkpoint={"every": 2}), QUIET)
+        training.fit(experiment(model=model, checkpoint={"every": 2}), QUIET)
     monkeypatch.undo()
     again = experiment(model=model, checkpoint={"every": 2}, train={"micro_batch_size": 5})
     if harmless:
-        assert train.fit(again, QUIET).steps == 4
+        assert training.fit(again, QUIET).steps == 4
     else:
         with pytest.raises(UserError, match=r"different: train\.micro_batch_size"):
-            train.fit(again, QUIET)
+            training.fit(again, QUIET)
 
 
 @pytest.mark.parametrize("length", ["steps", "epochs"])
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
 def test_a_run_may_grow_where_the_steps_behind_stay_as_they_are(
-    length: str, schedule: str, done: tuple[Config, train.RunResult], tmp_path: Path
+    length: str, schedule: str, done: tuple[Config, training.RunResult], tmp_path: Path
 ) -> None:
     given = done[0].model_dump(mode="json", by_alias=True)
     given["train"] |= {"steps": None, "epochs": None, "schedule": schedule, length: 4}
@@ -78,7 +78,7 @@ def test_a_run_may_grow_where_the_steps_behind_stay_as_they_are(
 
 
 def test_a_finished_run_without_checkpoints_does_not_begin_anew(
-    done: tuple[Config, train.RunResult], tmp_path: Path
+    done: tuple[Config, training.RunResult], tmp_path: Path
 ) -> None:
     """It would throw the finished model away; the result stays, and so does the configuration."""
     wanted, result = done
@@ -87,8 +87,8 @@ def test_a_finished_run_without_checkpoints_does_not_begin_anew(
     given = wanted.model_dump(mode="json", by_alias=True) | {"output": str(tmp_path / "run")}
     longer = parse({**given, "train": {**given["train"], "steps": 6}}, "the test")
     with pytest.raises(UserError, match="no checkpoints left to go on from"):
-        train.fit(longer, QUIET)
-    again = train.fit(parse(given, "the test"), QUIET)
+        training.fit(longer, QUIET)
+    again = training.fit(parse(given, "the test"), QUIET)
     assert again.last == result.last
 
 
@@ -104,7 +104,7 @@ def test_a_run_does_not_go_on_with_other_inputs(
     )
     stop_after(2, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
-        train.fit(wanted, QUIET)
+        training.fit(wanted, QUIET)
     monkeypatch.undo()
     if what == "model":
         file = tmp_path / "base" / "model.safetensors"
@@ -114,7 +114,7 @@ def test_a_run_does_not_go_on_with_other_inputs(
         file = tmp_path / "data" / "train" / "img_text_pair.json"
         file.write_text(json.dumps(json.loads(file.read_text())[:-1]))
     with pytest.raises(UserError, match=f"was begun with another {what}"):
-        train.fit(wanted, QUIET)
+        training.fit(wanted, QUIET)
 
 
 def test_a_run_is_finished_only_when_its_model_is_saved(
@@ -131,10 +131,10 @@ def test_a_run_is_finished_only_when_its_model_is_saved(
 
     monkeypatch.setattr(checkpoint, "save_model", fail_at_the_end)
     with pytest.raises(OSError, match="went away"):
-        train.fit(wanted, QUIET)
+        training.fit(wanted, QUIET)
     assert not (Path(wanted.output) / "results.json").exists()
     monkeypatch.undo()
-    train.fit(wanted, QUIET)
+    training.fit(wanted, QUIET)
     assert (Path(wanted.output) / "results.json").exists()
 
 
@@ -142,28 +142,28 @@ def test_what_ended_a_run_stands_in_its_log(experiment: Experiment, monkeypatch:
     def gone(*_: Any) -> None:
         raise UserError("a picture went away", "put it back")
 
-    monkeypatch.setattr(train, "_step", gone)
+    monkeypatch.setattr(training, "_step", gone)
     wanted = experiment()
     with pytest.raises(UserError):
-        train.fit(wanted, Console())
+        training.fit(wanted, Console())
     assert "error: a picture went away" in (Path(wanted.output) / "train.log").read_text()
 
 
-def test_a_damaged_result_is_a_message(done: tuple[Config, train.RunResult], tmp_path: Path) -> None:
+def test_a_damaged_result_is_a_message(done: tuple[Config, training.RunResult], tmp_path: Path) -> None:
     wanted, result = done
     shutil.copytree(result.run, tmp_path / "run")
     (tmp_path / "run" / "results.json").write_text("{")
     with pytest.raises(UserError, match=r"results\.json is damaged"):
-        train.fit(wanted.model_copy(update={"output": str(tmp_path / "run")}), QUIET)
+        training.fit(wanted.model_copy(update={"output": str(tmp_path / "run")}), QUIET)
 
 
 def test_an_adapter_on_a_run_is_saved_whole(
-    done: tuple[Config, train.RunResult], experiment: Experiment, tmp_path: Path
+    done: tuple[Config, training.RunResult], experiment: Experiment, tmp_path: Path
 ) -> None:
     """A run's weights may change under its name, which would change the adapter's model without a word."""
     lora = {"image_tower": "lora", "text_tower": "lora"}
     for i, name in enumerate((done[1].run, done[1].run / "best")):
-        result = train.fit(experiment(model={"name": str(name), **lora}, output=str(tmp_path / f"{i}")), QUIET)
+        result = training.fit(experiment(model={"name": str(name), **lora}, output=str(tmp_path / f"{i}")), QUIET)
         assert (result.run / "model" / "model.safetensors").is_file()
         assert not (result.run / "model" / "adapter_config.json").exists()
 
@@ -171,7 +171,7 @@ def test_an_adapter_on_a_run_is_saved_whole(
 def test_speed_is_that_of_the_steps_alone(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
     """The time of a validation is not charged to the step after it."""
     speeds: list[float] = []
-    reads = train.journal.Stopwatch.read
+    reads = training.journal.Stopwatch.read
 
     def noted(watch: Any, pairs: int) -> dict[str, float]:
         reading = reads(watch, pairs)
@@ -186,9 +186,9 @@ def test_speed_is_that_of_the_steps_alone(experiment: Experiment, monkeypatch: p
         return looks(job)
 
     looks = validation.look
-    monkeypatch.setattr(train.journal.Stopwatch, "read", noted)
+    monkeypatch.setattr(training.journal.Stopwatch, "read", noted)
     monkeypatch.setattr(validation, "look", slow)
-    train.fit(experiment(validate={"every": 1, "ks": [1]}), QUIET)
+    training.fit(experiment(validate={"every": 1, "ks": [1]}), QUIET)
     assert len(speeds) == 4
     assert min(speeds) > 12 / 1.0
 
@@ -199,18 +199,18 @@ def test_harmless_options_exist() -> None:
 
 def test_fp16_that_never_takes_a_step_is_caught(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
     """The scale is halved at each gradient that is not finite; below 1 it was not the scale's fault."""
-    steps = train.contrastive_step
+    steps = training.contrastive_step
 
     def broken(encoder: Any, logits: Any, *rest: Any) -> Any:
         result = steps(encoder, logits, *rest)
         logits.scale.grad = torch.full_like(logits.scale, float("nan"))
         return result
 
-    monkeypatch.setattr(train, "contrastive_step", broken)
+    monkeypatch.setattr(training, "contrastive_step", broken)
     with pytest.raises(UserError, match="nothing was updated"):
-        train.fit(experiment(train={"precision": "fp16", "steps": 40}), QUIET)
+        training.fit(experiment(train={"precision": "fp16", "steps": 40}), QUIET)
 
 
-def test_the_parser_is_the_one_that_runs_use(done: tuple[Config, train.RunResult]) -> None:
+def test_the_parser_is_the_one_that_runs_use(done: tuple[Config, training.RunResult]) -> None:
     given = done[0].model_dump(mode="json", by_alias=True)
     assert parse(given, "the test") == done[0]

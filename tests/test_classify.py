@@ -194,11 +194,11 @@ def test_real_cells_are_told_apart_by_a_probe_of_a_small_model(tmp_path: Path) -
 
 
 def test_pictures_and_captions_alone_are_embedded_as_both_are(root: Path, base: Path) -> None:
-    from cytoclip import batches, evaluate
+    from cytoclip import batches, evaluation
     from cytoclip.device import World
 
     opened, pairs = checkpoint.open_model(str(base)), batches.open_split(root / "val", QUIET)
-    how, alone = evaluate.reading(opened, pairs, 7, 0), World(torch.device("cpu"))
+    how, alone = evaluation.reading(opened, pairs, 7, 0), World(torch.device("cpu"))
     opened.encoder.train()
     image, text = encode.encode(opened.encoder, pairs, how, alone, QUIET)
     assert opened.encoder.training

@@ -37,11 +37,11 @@ def test_help_lists_every_command(run: Run, word: str) -> None:
     outcome = run(word)
     assert (outcome.code, outcome.err) == (0, "")
     commands = {command.name or command.callback.__name__ for command in cli.app.registered_commands}  # type: ignore[union-attr]
-    assert len(commands) == 10
+    assert len(commands) == 14
     assert all(f" {name} " in outcome.out for name in commands)
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "classify", "soup", "config", "demo", "report"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "classify", "soup", "config", "demo", "report", "serve"])
 def test_every_command_has_help(run: Run, command: str) -> None:
     outcome = run(command, "--help")
     assert (outcome.code, outcome.err) == (0, "")
@@ -142,7 +142,7 @@ def test_missing_data_is_refused_with_its_own_exit_code(run: Run, tmp_path: Path
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Put a recorder in the place of the evaluation itself."""
-    from cytoclip import evaluate
+    from cytoclip import evaluation
     from cytoclip.measure import Measured
 
     calls: list[dict[str, Any]] = []
@@ -154,9 +154,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         rates = {f"{name}{end}": 0.5 for name in names for end in ("", "_groups")}
         scores = {"pairs": 9, **dict.fromkeys(question.directions, rates), "chance": rates}
         measured = {model: Measured(scores, {}, None) for model in models}  # type: ignore[arg-type]
-        return evaluate.Compared(None, dict(zip(models, models, strict=True)), measured, {}, {})  # type: ignore[arg-type]
+        return evaluation.Compared(None, dict(zip(models, models, strict=True)), measured, {}, {})  # type: ignore[arg-type]
 
-    monkeypatch.setattr(evaluate, "evaluate", record)
+    monkeypatch.setattr(evaluation, "evaluate", record)
     return calls
 
 
@@ -410,9 +410,9 @@ def test_the_version(run: Run) -> None:
 
 
 def test_a_soup_is_a_table_or_one_document(run: Run, experiment: Callable[..., Any], tmp_path: Path) -> None:
-    from cytoclip import train
+    from cytoclip import training
 
-    train.fit(experiment(validate={"every": 2}), Console(quiet=True))
+    training.fit(experiment(validate={"every": 2}), Console(quiet=True))
     outcome = run("soup", str(tmp_path / "run"), "--alphas", "0.5 1")
     assert outcome.code == 0, outcome.err
     assert [line.split("  ")[1] for line in outcome.out.splitlines()[1:4]] == ["alpha 0", "alpha 0.5", "alpha 1"]

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from cytoclip import config, evaluate
+from cytoclip import config, evaluation
 from cytoclip.config import Config
 from cytoclip.console import Console
 from cytoclip.errors import ExitCode
-from cytoclip.evaluate import How, Question
+from cytoclip.evaluation import How, Question
 from tests import group
 
 HERE = Path(__file__).parents[1]
@@ -248,7 +248,7 @@ def test_two_processes_evaluate_as_one(base: Path, root: Path, tmp_path: Path) -
     assert made.stderr.count("48 pairs of") == 1
     assert "2 processes" in made.stderr
     found = json.loads(made.stdout)["models"][0]
-    alone = evaluate.evaluate(
+    alone = evaluation.evaluate(
         [str(base)], root / "train", Question([1, 5, 10, 50]), QUIET, How(batch_size=4, workers=0)
     )
     expected = json.loads(json.dumps(alone.columns()[str(base)]))

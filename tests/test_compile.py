@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from cytoclip import captions, checkpoint, model, train
+from cytoclip import captions, checkpoint, model, training
 from cytoclip.config import Config
 from cytoclip.console import Console
 from cytoclip.errors import UserError
@@ -126,7 +126,7 @@ def test_a_compiled_run_has_the_losses_of_one_that_is_not(experiment: Callable[.
     for compiled in (False, True):
         torch.compiler.reset()
         wanted = experiment(model=lora, train={**how, "compile": compiled}, output=str(tmp_path / str(compiled)))
-        train.fit(wanted, Console())
+        training.fit(wanted, Console())
         found.append(
             [json.loads(line)["loss"] for line in Path(wanted.output, "losses.jsonl").read_text().splitlines()]
         )

@@ -14,7 +14,7 @@ import torch
 from safetensors.numpy import save_file
 from transformers import AutoTokenizer
 
-from cytoclip import checkpoint, config, optim, train
+from cytoclip import checkpoint, config, optim, training
 from cytoclip.device import World
 from cytoclip.diverged import refuse_non_finite
 from cytoclip.errors import ExitCode, UserError
@@ -108,10 +108,10 @@ def test_a_planted_picture_is_named_and_nothing_moves(experiment: Experiment, mo
 
     monkeypatch.setattr(checkpoint, "open_model", plant)
     monkeypatch.setattr(optim, "build", build)
-    monkeypatch.setattr(train.alarms, "no_contrast", lambda *_: None)
+    monkeypatch.setattr(training.alarms, "no_contrast", lambda *_: None)
     wanted = experiment(train={"micro_batch_size": 5})
     with pytest.raises(UserError, match=r"step 1: the loss is nan .*; 1 of 12 pairs .* not: (\d+)\.png;") as caught:
-        train.fit(wanted, QUIET)
+        training.fit(wanted, QUIET)
     row = Order(48, 12, 0).rows(0)[2]
     assert f"not: {row:03}.png;" in caught.value.message
     assert not moved

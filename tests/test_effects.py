@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cytoclip import checkpoint, config, features, jobs, outcome, train
+from cytoclip import checkpoint, config, features, jobs, outcome, training
 from cytoclip.checkpoint import RunFolder
 from cytoclip.config import Config
 from cytoclip.console import Console
@@ -37,7 +37,7 @@ def log(wanted: Config) -> str:
 
 def ran(experiment: Experiment, place: Path, name: str, **sections: Any) -> Config:
     wanted = experiment(output=str(place / name), **sections)
-    train.fit(wanted, Console())
+    training.fit(wanted, Console())
     return wanted
 
 
@@ -65,14 +65,14 @@ def test_averages_go_on_where_they_were(
     experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = ran(experiment, tmp_path, "whole", train={"ema": 0.9}, checkpoint={"every": 2})
-    steps = train._step
+    steps = training._step
 
     def die(job: Any, step: int, *rest: Any) -> Any:
         if step == 3:
             raise KeyboardInterrupt
         return steps(job, step, *rest)
 
-    monkeypatch.setattr(train, "_step", die)
+    monkeypatch.setattr(training, "_step", die)
     with pytest.raises(KeyboardInterrupt):
         ran(experiment, tmp_path, "cut", train={"ema": 0.9}, checkpoint={"every": 2})
     monkeypatch.undo()
@@ -210,7 +210,7 @@ def test_replayed_pairs_are_in_every_batch(experiment: Experiment, root: Path, t
 def test_a_replay_that_cannot_be_is_refused(weight: float, said: str, experiment: Experiment, root: Path) -> None:
     batch = {"batch_size": 40 if weight == 4.0 else 12}
     with pytest.raises(UserError, match=said):
-        train.fit(experiment(data={"replay": [{"root": str(root / "val"), "weight": weight}]}, train=batch), QUIET)
+        training.fit(experiment(data={"replay": [{"root": str(root / "val"), "weight": weight}]}, train=batch), QUIET)
 
 
 # train.patch_dropout, label_smoothing, objective
@@ -231,7 +231,7 @@ def test_label_smoothing_and_the_sigmoid_s_refusals(experiment: Experiment, tmp_
     floors = [float(re.search(r"below (\S+) ", log(wanted))[1]) for wanted in (smoothed, plain)]  # type: ignore[index]
     assert floors[0] > floors[1] > 0
     with pytest.raises(UserError, match="needs a logit bias"):
-        train.fit(experiment(output=str(tmp_path / "x"), train={"objective": "sigmoid"}), QUIET)
+        training.fit(experiment(output=str(tmp_path / "x"), train={"objective": "sigmoid"}), QUIET)
 
 
 # micro_batch_size: auto, gradient_checkpointing, context_length
@@ -246,7 +246,7 @@ def test_auto_chunks_are_said_and_kept(experiment: Experiment, tmp_path: Path, m
     assert config.load(run.config).train.micro_batch_size == 4
     monkeypatch.setattr("cytoclip.plan.fitting", lambda *_: 2)
     assert jobs.settled(wanted, World(torch.device("cpu")), run).train.micro_batch_size == 4, "a run keeps its chunks"
-    train.fit(wanted, QUIET)
+    training.fit(wanted, QUIET)
 
 
 def test_checkpointing_and_a_longer_context_train(experiment: Experiment, tmp_path: Path) -> None:
@@ -306,10 +306,10 @@ def test_every_family_trains_learns_and_opens_again(
 def test_a_tower_with_dropout_keeps_its_chunks(others: dict[str, Path], experiment: Experiment, tmp_path: Path) -> None:
     """BERT drops out by default: with other chunks a run that goes on would draw other masks."""
     one = {"model": {"name": str(others["two towers"])}, "output": str(tmp_path / "run")}
-    train.fit(experiment(**one, train={"steps": 2}), QUIET)
+    training.fit(experiment(**one, train={"steps": 2}), QUIET)
     with pytest.raises(UserError, match=r"begun with another train\.micro_batch_size"):
-        train.fit(experiment(**one, train={"steps": 4, "micro_batch_size": 5}), QUIET)
-    train.fit(experiment(**one, train={"steps": 4}), QUIET)
+        training.fit(experiment(**one, train={"steps": 4, "micro_batch_size": 5}), QUIET)
+    training.fit(experiment(**one, train={"steps": 4}), QUIET)
 
 
 # data.crop

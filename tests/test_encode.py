@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from cytoclip import batches, checkpoint, encode, evaluate, images
+from cytoclip import batches, checkpoint, encode, evaluation, images
 from cytoclip.checkpoint import Opened
 from cytoclip.console import Console
 from cytoclip.device import World
@@ -35,14 +35,14 @@ def first(pairs: Pairs, count: int) -> Pairs:
 
 
 def embedded(opened: Opened, pairs: Pairs, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return encode.encode(opened.encoder, pairs, evaluate.reading(opened, pairs, batch_size, 0), ALONE, QUIET)
+    return encode.encode(opened.encoder, pairs, evaluation.reading(opened, pairs, batch_size, 0), ALONE, QUIET)
 
 
 @torch.no_grad()
 def one_by_one(opened: Opened, pairs: Pairs) -> tuple[torch.Tensor, torch.Tensor]:
     """The slow twin: each pair on its own, without batches, sorting or sharing."""
     opened.encoder.eval()
-    tokens = evaluate.reading(opened, pairs, 1, 0).tokens
+    tokens = evaluation.reading(opened, pairs, 1, 0).tokens
     pictures, texts = [], []
     for i in range(len(pairs)):
         pixels = torch.from_numpy(prepare(images.decode(pairs.images[i]), opened.pixels))
@@ -110,7 +110,7 @@ def test_the_mode_of_the_model_is_put_back_and_dropout_is_off(training: bool, op
     assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
     with torch.no_grad():
         opened.encoder.train()
-        tokens = evaluate.reading(opened, pairs, 5, 0).tokens.batch(range(5))
+        tokens = evaluation.reading(opened, pairs, 5, 0).tokens.batch(range(5))
         assert not torch.equal(opened.encoder.texts(tokens), opened.encoder.texts(tokens)), "there was no dropout"
     for layer in opened.encoder.clip.text_model.encoder.layers:
         layer.self_attn.dropout = 0.0

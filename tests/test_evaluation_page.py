@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from cytoclip import conclusion, evaluation_page, measure
-from cytoclip.evaluate import Compared
+from cytoclip.evaluation import Compared
 from tests import runs
 from tests.test_check_page import Reader
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cytoclip import train
+from cytoclip import training
 from cytoclip.config import Config
 from cytoclip.console import Console
 from cytoclip.errors import ExitCode, UserError
@@ -63,13 +63,13 @@ def test_a_run_goes_on_exactly_where_it_stopped(
     workers: int, afar: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = afar(data={"workers": workers})
-    train.fit(whole, QUIET)
+    training.fit(whole, QUIET)
     stopped = afar(data={"workers": workers}, checkpoint={"every": 3}, output=str(tmp_path / "stopped"))
     with monkeypatch.context() as patch:
         stop_after(3, patch)
         with pytest.raises(KeyboardInterrupt):
-            train.fit(stopped, QUIET)
-    train.fit(stopped, QUIET)
+            training.fit(stopped, QUIET)
+    training.fit(stopped, QUIET)
     assert losses(stopped) == losses(whole)
     assert len(set(losses(whole))) == 7
     found = weights(Path(stopped.output) / "model")
@@ -80,16 +80,16 @@ def test_other_readers_cannot_go_on(afar: Experiment, monkeypatch: pytest.Monkey
     with monkeypatch.context() as patch:
         stop_after(3, patch)
         with pytest.raises(KeyboardInterrupt):
-            train.fit(afar(checkpoint={"every": 3}), QUIET)
+            training.fit(afar(checkpoint={"every": 3}), QUIET)
     with pytest.raises(UserError, match="begun with 1 × 1 readers, and there are 1 × 2 now") as caught:
-        train.fit(afar(checkpoint={"every": 3}, data={"workers": 2}), QUIET)
+        training.fit(afar(checkpoint={"every": 3}, data={"workers": 2}), QUIET)
     assert caught.value.code == ExitCode.RUN
-    train.fit(afar(checkpoint={"every": 3}, data={"workers": 1}), QUIET)
+    training.fit(afar(checkpoint={"every": 3}, data={"workers": 1}), QUIET)
 
 
 def test_a_frozen_tower_reads_what_comes(afar: Experiment) -> None:
     wanted = afar(model={"name": afar().model.name, "image_tower": "frozen"})
-    train.fit(wanted, QUIET)
+    training.fit(wanted, QUIET)
     assert all(math.isfinite(loss) for loss in losses(wanted))
 
 
@@ -129,11 +129,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("sections", "said"), REFUSED)
 def test_what_needs_pairs_that_are_here_is_refused(sections: Any, said: str, afar: Experiment) -> None:
     with pytest.raises(UserError, match=said):
-        train.fit(afar(**sections), QUIET)
+        training.fit(afar(**sections), QUIET)
 
 
 def test_a_dry_run_says_what_it_knows(afar: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
-    planned = train.dry_run(afar(), Console())
+    planned = training.dry_run(afar(), Console())
     assert (planned.steps, planned.steps_per_epoch, planned.times_seen) == (7, None, None)
     assert "each pair" not in planned.text()
     assert "6 shards" in capsys.readouterr().err

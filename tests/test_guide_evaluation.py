@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cytoclip import train
+from cytoclip import training
 from cytoclip.config import Config
 from cytoclip.console import Console
 from tests.typed import Run
@@ -32,7 +32,7 @@ def test_the_commands_in_order(
     shutil.copytree(root, tmp_path / "path" / "to" / "data_root")
     shutil.copytree(root / "val", tmp_path / "path" / "to" / "data_root" / "test")
     for name in ("first", "second"):
-        train.fit(experiment(train={"steps": 2}, output=str(tmp_path / "runs" / name)), Console(quiet=True))
+        training.fit(experiment(train={"steps": 2}, output=str(tmp_path / "runs" / name)), Console(quiet=True))
     assert COMMANDS
     said = []
     for command in COMMANDS.group(1).splitlines():

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from cytoclip import cli, config, selection, soup, train
+from cytoclip import cli, config, selection, soup, training
 from cytoclip.console import Console
 from tests.conftest import write_split
 
@@ -33,7 +33,7 @@ def made(root: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     (folder / "my.yaml").write_text(block)
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(folder)
-        train.fit(config.load(folder / "my.yaml"), Console(quiet=True))
+        training.fit(config.load(folder / "my.yaml"), Console(quiet=True))
     return folder
 
 

@@ -14,7 +14,7 @@ import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
-from cytoclip import checkpoint, model_card, record, report_page, train
+from cytoclip import checkpoint, model_card, record, report_page, training
 from cytoclip.config import Config, parse
 from cytoclip.console import Console
 
@@ -97,7 +97,7 @@ def test_a_run_without_a_readable_configuration_has_a_card(results: dict[str, An
 def test_the_code_in_it_opens_the_model(experiment: Callable[..., Config], tower: str) -> None:
     """What runs is what the card says, with the base's id replaced, as there is no hub here."""
     wanted = experiment(model={"image_tower": tower, "text_tower": tower}, train={"steps": 1, "warmup_steps": 1})
-    train.fit(wanted, QUIET)
+    training.fit(wanted, QUIET)
     folder = Path(wanted.output) / "model"
     text = (folder / "README.md").read_text()
     assert ("library_name: peft" in text) == (tower == "lora")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cytoclip import sources, train
+from cytoclip import sources, training
 from cytoclip.config import Config
 from cytoclip.console import Console
 from cytoclip.errors import UserError
@@ -80,10 +80,10 @@ def test_another_pair_stands_in_for_a_bad_picture(
     twin = experiment(
         data={"root": str(as_if(root, tmp_path / "twin", replaced))}, model=tower, output=str(tmp_path / "twin run")
     )
-    train.fit(twin, QUIET)
+    training.fit(twin, QUIET)
     wanted = experiment(data={"root": str(folder), "on_bad_image": "skip"}, model=tower)
     capsys.readouterr()
-    train.fit(wanted, Console())
+    training.fit(wanted, Console())
     assert losses(wanted) == losses(twin)
     assert all(np.array_equal(mine, weights(tmp_path / "twin run" / "model")[name]) for name, mine in weights(
         Path(wanted.output) / "model").items())  # fmt: skip
@@ -116,8 +116,8 @@ def test_what_is_skipped_is_remembered_over_a_stop(experiment: Experiment, damag
     with monkeypatch.context() as patch:
         stop_after(3, patch)
         with pytest.raises(KeyboardInterrupt):
-            train.fit(wanted, QUIET)
-    train.fit(wanted, QUIET)
+            training.fit(wanted, QUIET)
+    training.fit(wanted, QUIET)
     skipped = json.loads((Path(wanted.output) / "results.json").read_text())["skipped"]
     assert skipped == {f"{row:03}.png": 2 for row in bad}
 
@@ -125,14 +125,14 @@ def test_what_is_skipped_is_remembered_over_a_stop(experiment: Experiment, damag
 def test_by_default_a_bad_picture_ends_the_run(experiment: Experiment, damaged: Any) -> None:
     folder, _, _ = damaged
     with pytest.raises(UserError, match="1 of 48"):
-        train.fit(experiment(data={"root": str(folder)}), QUIET)
+        training.fit(experiment(data={"root": str(folder)}), QUIET)
 
 
 def test_a_bad_picture_of_validation_ends_the_run_always(experiment: Experiment, root: Path, tmp_path: Path) -> None:
     shutil.copytree(root, tmp_path / "damaged")
     (tmp_path / "damaged" / "val" / "imgs" / "003.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"003\.png"):
-        train.fit(experiment(data={"root": str(tmp_path / "damaged"), "on_bad_image": "skip"}), QUIET)
+        training.fit(experiment(data={"root": str(tmp_path / "damaged"), "on_bad_image": "skip"}), QUIET)
 
 
 @pytest.mark.parametrize("text_tower", ["full", "frozen"])
@@ -160,13 +160,13 @@ def test_each_epoch_reads_the_caption_that_is_drawn_for_it(
     twin = experiment(
         data={"root": str(as_if(root, tmp_path / "twin", written))}, model=tower, output=str(tmp_path / "twin run")
     )
-    train.fit(twin, QUIET)
+    training.fit(twin, QUIET)
     monkeypatch.setattr(sources, "read", read)
     wanted = experiment(model=tower, train={"steps": 8})
-    train.fit(wanted, QUIET)
+    training.fit(wanted, QUIET)
     # features of a frozen tower are computed in other batches there, which differ in their last bits
     assert losses(wanted)[:4] == pytest.approx(losses(twin), rel=0 if text_tower == "full" else 1e-5)
     monkeypatch.undo()
     plain = experiment(model=tower, train={"steps": 8}, output=str(tmp_path / "plain run"))
-    train.fit(plain, QUIET)
+    training.fit(plain, QUIET)
     assert losses(plain)[4:] != losses(wanted)[4:]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from cytoclip import checkpoint, classify, embeddings, encode, outcome, train
+from cytoclip import checkpoint, classify, embeddings, encode, outcome, training
 from cytoclip.config import Config
 from cytoclip.console import Console
 from cytoclip.errors import ExitCode, UserError
@@ -44,7 +44,7 @@ def test_the_test_split_is_scored_with_the_start_and_with_best(
     towers: dict[str, str], experiment: Experiment, tested: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As `evaluate` scores them; embedded twice, after the last step, and what validation embedded is not again."""
-    encodes, steps = encode.encode, train._step
+    encodes, steps = encode.encode, training._step
     asked: list[int] = []
 
     def counting(encoder: Any, pairs: Pairs, *rest: Any) -> Any:
@@ -56,9 +56,9 @@ def test_the_test_split_is_scored_with_the_start_and_with_best(
         return steps(*given)
 
     monkeypatch.setattr(encode, "encode", counting)
-    monkeypatch.setattr(train, "_step", marking)
+    monkeypatch.setattr(training, "_step", marking)
     wanted = experiment(data={"root": str(tested)}, model=towers, validate={"every": 2, "ks": [1, 5]})
-    result = train.fit(wanted, Console())
+    result = training.fit(wanted, Console())
     assert asked == [20, 0, 0, 20, 0, 0, 20, 14, 14]
     monkeypatch.undo()
     found = results(wanted)["test"]
@@ -68,7 +68,7 @@ def test_the_test_split_is_scored_with_the_start_and_with_best(
             assert {key: found[side][direction][key] for key in again[direction]} == again[direction]
     assert result.test == found
     assert "the test split, asked once, at the end:" in result.table()
-    assert train.fit(wanted, QUIET) == result
+    assert training.fit(wanted, QUIET) == result
     assert sorted(path.name for path in (Path(wanted.output) / "embeddings").iterdir()) == [
         "before.safetensors", "best.safetensors", "test-before.safetensors", "test-best.safetensors",
     ]  # fmt: skip
@@ -82,7 +82,7 @@ def test_another_test_split_changes_nothing_but_its_own_scores(
     runs = []
     for name, data in (("none", root), ("one", tested), ("other", other)):
         runs.append(experiment(data={"root": str(data)}, validate={"every": 1}, output=str(tmp_path / name)))
-        train.fit(runs[-1], QUIET)
+        training.fit(runs[-1], QUIET)
     none, one, two = (results(wanted) for wanted in runs)
     assert "test" not in none
     assert one["test"] != two["test"]
@@ -96,7 +96,7 @@ def test_another_test_split_changes_nothing_but_its_own_scores(
 def test_training_warns_of_what_leaks_into_the_test_split(experiment: Experiment, root: Path, tmp_path: Path) -> None:
     data = shutil.copytree(root, tmp_path / "data")
     shutil.copytree(root / "train", data / "test")
-    train.fit(experiment(data={"root": str(data)}), Console())
+    training.fit(experiment(data={"root": str(data)}), Console())
     log = (tmp_path / "run" / "train.log").read_text()
     assert "48 of 48 pairs in test and train: test/000.png = train/000.png" in log
 
@@ -105,7 +105,7 @@ def test_results_have_the_keys_of_the_schema(experiment: Experiment, tested: Pat
     wanted = experiment(
         data={"root": str(tested)}, validate={"every": 2, "ks": [1, 5], "keep": str(root), "select_by": "hit@5"}
     )
-    train.fit(wanted, QUIET)
+    training.fit(wanted, QUIET)
     found = results(wanted)
     assert found["from_hub"] is False
     assert set(found) == {
@@ -130,14 +130,14 @@ def test_embeddings_that_are_not_there_or_others_are_made_again(
 ) -> None:
     """A user may have deleted them, or copied those of another run; then the models are asked again."""
     wanted = experiment(data={"root": str(tested)}, validate={"every": 2, "ks": [1, 5]})
-    train.fit(wanted, QUIET)
+    training.fit(wanted, QUIET)
     whole, folder = results(wanted), Path(wanted.output) / "embeddings"
     kept = {path.name: [rows.clone() for rows in embeddings.read(path)] for path in folder.iterdir()}
     (Path(wanted.output) / "results.json").unlink()
     shutil.copy(folder / "test-best.safetensors", folder / "best.safetensors")
     (folder / "before.safetensors").unlink()
-    monkeypatch.setattr(train, "_step", lambda *_: pytest.fail("a step was taken"))
-    train.fit(wanted, QUIET)
+    monkeypatch.setattr(training, "_step", lambda *_: pytest.fail("a step was taken"))
+    training.fit(wanted, QUIET)
     assert {**results(wanted), "seconds": 0} == {**whole, "seconds": 0}
     for name, both in kept.items():
         for one, other in zip(both, embeddings.read(folder / name), strict=True):
@@ -159,13 +159,13 @@ def test_a_starting_model_that_changed_meanwhile_is_said_and_nothing_is_lost(
 
     monkeypatch.setattr(outcome, "_held_out", change)
     with pytest.raises(UserError, match=f"{own} holds other weights than when") as caught:
-        train.fit(wanted, QUIET)
+        training.fit(wanted, QUIET)
     assert caught.value.code is ExitCode.RUN
     assert not (tmp_path / "run" / "results.json").exists()
     monkeypatch.undo()
     shutil.copytree(base, own, dirs_exist_ok=True)
-    monkeypatch.setattr(train, "_step", lambda *_: pytest.fail("a step was taken"))
-    assert train.fit(wanted, QUIET).steps == 4
+    monkeypatch.setattr(training, "_step", lambda *_: pytest.fail("a step was taken"))
+    assert training.fit(wanted, QUIET).steps == 4
 
 
 @pytest.mark.slow  # a group of two processes, 8 s
@@ -195,7 +195,7 @@ def test_labels_are_told_apart_before_and_after(
     """As `cytoclip classify` does with the two models: on test where there is one, else on val."""
     for place, split in ((tested, "test"), (root, "val")):
         wanted = experiment(data={"root": str(place)}, validate={"every": 2}, output=str(tmp_path / split))
-        train.fit(wanted, QUIET)
+        training.fit(wanted, QUIET)
         found = results(wanted)["classification"]
         assert found["split"] == split
         for side, model in (("before", wanted.model.name), ("best", f"{wanted.output}/best")):
@@ -212,5 +212,5 @@ def test_without_labels_nothing_is_told_apart(experiment: Experiment, root: Path
         entries = [{**entry, "label": "one"} for entry in json.loads(place.read_text())]
         place.write_text(json.dumps(entries))
     wanted = experiment(data={"root": str(tmp_path / "plain")}, train={"steps": 2})
-    train.fit(wanted, QUIET)
+    training.fit(wanted, QUIET)
     assert "classification" not in results(wanted)

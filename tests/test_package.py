@@ -43,8 +43,10 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: tuple[Path, Path]) 
     modules = {f"cytoclip/{p.name}" for p in (HERE / "src" / "cytoclip").glob("*.py")}
     assert len(modules) > 20
     inside = {name for name in names if ".dist-info/" not in name}
-    pages = {f"cytoclip/{p.name}" for p in (HERE / "src" / "cytoclip").glob("*.html")}
-    assert len(pages) == 5
+    pages = {
+        f"cytoclip/{p.name}" for p in (HERE / "src" / "cytoclip").iterdir() if p.suffix in (".html", ".css", ".js")
+    }
+    assert len(pages) == 15
     assert inside == {*modules, *pages, "cytoclip/py.typed", "cytoclip/templates.yaml"}, (
         "without py.typed nobody's mypy reads our types, without a page no --html and no report"
     )
@@ -75,5 +77,5 @@ def test_the_installed_command_works_in_an_environment_of_its_own(built: tuple[P
     said = call(home / "bin" / "cytoclip", "--help", cwd=tmp_path)
     assert all(command in said for command in ("train", "evaluate", "config", "demo"))
     assert "train.learning_rate" in call(python, "-m", "cytoclip", "config", cwd=tmp_path)
-    imported = call(python, "-c", "import cytoclip.train; print(cytoclip.train.__file__)", cwd=tmp_path)
-    assert imported.strip() == str(site / "cytoclip" / "train.py")
+    imported = call(python, "-c", "import cytoclip.training; print(cytoclip.training.__file__)", cwd=tmp_path)
+    assert imported.strip() == str(site / "cytoclip" / "training.py")

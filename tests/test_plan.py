@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from cytoclip import adapters, checkpoint, files, plan, selection, train
+from cytoclip import adapters, checkpoint, files, plan, selection, training
 from cytoclip.checkpoint import RunFolder
 from cytoclip.config import Config
 from cytoclip.console import Console
@@ -160,8 +160,8 @@ def test_the_disk_estimate_holds_the_run_folder_at_its_largest(
 
     monkeypatch.setattr(files, "_sync_tree", sync_and_measure)
     monkeypatch.setattr(selection, "score", _growing())  # each validation is the best, so each is saved
-    expected = train.dry_run(wanted, Console(quiet=True)).disk
-    train.fit(wanted, Console(quiet=True))
+    expected = training.dry_run(wanted, Console(quiet=True)).disk
+    training.fit(wanted, Console(quiet=True))
     states = [p.stat().st_size for p in RunFolder(Path(wanted.output)).checkpoints.rglob("state.safetensors")]
     assert len(states) == keep
     assert len(sizes) == 4 + 4 + 1  # best and state of each step, and the last model
@@ -176,10 +176,10 @@ def test_embeddings_of_what_is_ranked_are_counted(experiment: Experiment, root: 
     data = shutil.copytree(root, tmp_path / "data")
     write_split(data / "test", 30, seed=3)
     without, found = (
-        train.dry_run(experiment(data={"root": str(place)}), Console(quiet=True)).disk for place in (root, data)
+        training.dry_run(experiment(data={"root": str(place)}), Console(quiet=True)).disk for place in (root, data)
     )
     wanted = experiment(data={"root": str(data)})
-    train.fit(wanted, Console(quiet=True))
+    training.fit(wanted, Console(quiet=True))
     sizes = {path.name: path.stat().st_size for path in RunFolder(Path(wanted.output)).embeddings.iterdir()}
     bare = {name: 2 * 16 * 4 * (30 if name.startswith("test") else 20) for name in sizes}
     assert all(0 < sizes[name] - bare[name] < 1000 for name in sizes), "no more than a header beside the rows"

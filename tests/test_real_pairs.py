@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cytoclip import batches, train
+from cytoclip import batches, training
 from cytoclip.config import Config
 from cytoclip.console import Console
 
@@ -30,7 +30,7 @@ def test_a_small_model_learns_from_real_pairs(experiment: Callable[..., Config])
         train={"steps": 150, "batch_size": 32, "learning_rate": 3e-3, "schedule": "cosine"},
         validate={"every": 150, "ks": [1, 10]},
     )
-    result = train.fit(wanted, QUIET)
+    result = training.fit(wanted, QUIET)
     losses = [float(line.split('"loss": ')[1].split(",")[0]) for line in (result.run / "losses.jsonl").open()]
     assert abs(losses[0] - math.log(32)) < 1
     assert sum(losses[-5:]) / 5 < math.log(32) - 0.5

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cytoclip import cli, config, signals, train
+from cytoclip import cli, config, signals, training
 from cytoclip.config import Config
 from cytoclip.console import Console
 from cytoclip.errors import Stopped
@@ -27,7 +27,7 @@ Experiment = Callable[..., Config]
 def test_the_step_in_hand_is_finished_and_saved(
     name: str,
     code: int,
-    done: tuple[Config, train.RunResult],
+    done: tuple[Config, training.RunResult],
     experiment: Experiment,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -45,14 +45,14 @@ def test_the_step_in_hand_is_finished_and_saved(
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-2"]
     assert "stopped by signal" in (run / "train.log").read_text()
     monkeypatch.undo()
-    train.fit(wanted, QUIET)
+    training.fit(wanted, QUIET)
     one, two = (weights(folder / "model") for folder in (run, done[1].run))
     assert all(np.array_equal(one[tensor], two[tensor]) for tensor in one)
 
 
 def test_a_signal_in_the_last_step_stops_nothing(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
     send_in_step(3, signal.SIGTERM, monkeypatch)
-    assert train.fit(experiment(), QUIET).steps == 4
+    assert training.fit(experiment(), QUIET).steps == 4
 
 
 def test_the_second_signal_acts_at_once() -> None:
@@ -103,11 +103,11 @@ def test_it_says_what_happened() -> None:
 
 
 def send_in_step(index: int, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = train._step
+    steps = training._step
 
     def step(job: Any, at: int, *rest: Any) -> Any:
         if at == index:
             os.kill(os.getpid(), number)
         return steps(job, at, *rest)
 
-    monkeypatch.setattr(train, "_step", step)
+    monkeypatch.setattr(training, "_step", step)

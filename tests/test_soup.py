@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from cytoclip import checkpoint, encode, evaluate, files, soup, train
+from cytoclip import checkpoint, encode, evaluation, files, soup, training
 from cytoclip.checkpoint import RunFolder
 from cytoclip.config import Config, parse
 from cytoclip.console import Console
@@ -44,7 +44,7 @@ def made(root: Path, base: Path, output: Path, **sections: dict[str, Any]) -> Co
         "output": str(output),
     }
     wanted = parse({**given, **{name: {**given[name], **section} for name, section in sections.items()}}, "the test")
-    train.fit(wanted, QUIET)
+    training.fit(wanted, QUIET)
     return wanted
 
 
@@ -151,7 +151,7 @@ def test_which_means_there_are(runs: dict[str, Config], tmp_path: Path) -> None:
 
 
 def test_no_more_than_three_models_are_held(runs: dict[str, Config], monkeypatch: pytest.MonkeyPatch) -> None:
-    ranks, held = evaluate.rank, []
+    ranks, held = evaluation.rank, []
     gc.collect()
     before = sum(type(one) is DualEncoder for one in gc.get_objects())
 
@@ -159,7 +159,7 @@ def test_no_more_than_three_models_are_held(runs: dict[str, Config], monkeypatch
         held.append(sum(type(one) is DualEncoder for one in gc.get_objects()) - before)
         return ranks(*given)
 
-    monkeypatch.setattr(evaluate, "rank", count)
+    monkeypatch.setattr(evaluation, "rank", count)
     opens = checkpoint.open_model
 
     def opening(*given: Any) -> Any:

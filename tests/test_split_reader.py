@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cytoclip import apart, report_page, soup, split_reader, train
+from cytoclip import apart, report_page, soup, split_reader, training
 from cytoclip.config import Config
 from cytoclip.console import Console
 from cytoclip.data_options import Data, HoldOut
@@ -126,11 +126,11 @@ def test_a_run_on_what_is_held_out_never_looks_at_val(experiment: Experiment, lo
     (data / "val").mkdir()
     (data / "test").mkdir()
     wanted = experiment(data={"root": str(data), "hold_out": {"share": 0.25}}, validate={"every": 2})
-    result = train.fit(wanted, QUIET)
+    result = training.fit(wanted, QUIET)
     held = split_reader.read(wanted.data, ("val",), QUIET)["val"][1]
     assert result.best["pairs"] == len(held)
     assert not result.test
-    assert train.fit(wanted, QUIET) == result
+    assert training.fit(wanted, QUIET) == result
     page = report_page.rebuild(result.run, QUIET)
     assert held.names[0] in page.read_text()  # the pairs were found again for the gallery
     made = soup.soup(result.run, soup.Asked((0.0, 1.0), None, 0.95, 16), QUIET)
@@ -138,9 +138,9 @@ def test_a_run_on_what_is_held_out_never_looks_at_val(experiment: Experiment, lo
 
 
 def test_what_is_held_out_is_another_run(experiment: Experiment, loose: Path) -> None:
-    train.fit(experiment(train={"steps": 2}, data={"root": str(loose), "hold_out": {"share": 0.25}}), QUIET)
+    training.fit(experiment(train={"steps": 2}, data={"root": str(loose), "hold_out": {"share": 0.25}}), QUIET)
     with pytest.raises(UserError, match=r"different: data\.hold_out\.share"):
-        train.fit(experiment(train={"steps": 2}, data={"root": str(loose), "hold_out": {"share": 0.3}}), QUIET)
+        training.fit(experiment(train={"steps": 2}, data={"root": str(loose), "hold_out": {"share": 0.3}}), QUIET)
 
 
 def test_a_watcher_hears_of_validations_and_may_end_the_run(experiment: Experiment) -> None:
@@ -153,7 +153,7 @@ def test_a_watcher_hears_of_validations_and_may_end_the_run(experiment: Experime
 
     wanted = experiment(train={"steps": 8}, validate={"every": 2}, checkpoint={"every": 2})
     with pytest.raises(KeyError, match="enough"):
-        train.fit(wanted, QUIET, watch)
+        training.fit(wanted, QUIET, watch)
     assert heard == [(2, 20), (4, 20)]
-    assert train.fit(wanted, QUIET, watch).steps == 8
+    assert training.fit(wanted, QUIET, watch).steps == 8
     assert [step for step, _ in heard[2:]] == [4, 6, 8]

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
 
-from cytoclip import files, state, train
+from cytoclip import files, state, training
 from cytoclip.console import Console
 from cytoclip.device import World
 from cytoclip.errors import ExitCode, UserError
@@ -218,10 +218,10 @@ def test_a_run_does_not_begin_anew_by_itself(experiment: Experiment, monkeypatch
     with monkeypatch.context() as no:
         no_step(no)
         with pytest.raises(UserError, match="none can be used"):
-            train.fit(wanted, QUIET)
+            training.fit(wanted, QUIET)
     assert losses(run) == before
     shutil.rmtree(run / "checkpoints")
-    assert train.fit(wanted, QUIET).steps == 4
+    assert training.fit(wanted, QUIET).steps == 4
 
 
 def test_the_log_names_what_was_skipped(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,7 +229,7 @@ def test_the_log_names_what_was_skipped(experiment: Experiment, monkeypatch: pyt
     stopped(wanted, 3, monkeypatch)
     run = Path(wanted.output)
     flip(run / "checkpoints" / "step-3" / TENSORS)
-    train.fit(wanted, Console())
+    training.fit(wanted, Console())
     log = (run / "train.log").read_text()
     assert f"warning: the checkpoint {run / 'checkpoints' / 'step-3'} is skipped" in log
     assert f"resuming {run} after step 2" in log
@@ -244,18 +244,18 @@ def test_a_full_disk_costs_one_checkpoint(
 ) -> None:
     """Two lines, the checkpoint before it as it was, and the same end once there is room again."""
     whole = experiment(checkpoint={"every": 1}, output=str(tmp_path / "whole"))
-    train.fit(whole, QUIET)
+    training.fit(whole, QUIET)
     wanted = experiment(checkpoint={"every": 1})
     run = Path(wanted.output)
     with monkeypatch.context() as full:
         fill_the_disk(by, full)
         with pytest.raises(UserError, match="no space left on the disk while writing") as caught:
-            train.fit(wanted, QUIET)
+            training.fit(wanted, QUIET)
     assert caught.value.code is ExitCode.SYSTEM
     assert len(caught.value.lines().splitlines()) == 2
     assert names(run / "checkpoints") == ["step-1"]
     assert state.newest(run / "checkpoints", pytest.fail) == (1, run / "checkpoints" / "step-1")
-    train.fit(wanted, QUIET)
+    training.fit(wanted, QUIET)
     assert losses(run) == losses(whole.output)
     one, two = weights(run / "model"), weights(Path(whole.output) / "model")
     assert all(np.array_equal(one[name], two[name]) for name in one)
@@ -288,4 +288,4 @@ def stopped(wanted: Any, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         stop_after(step, patched)
         with pytest.raises(KeyboardInterrupt):
-            train.fit(wanted, QUIET)
+            training.fit(wanted, QUIET)

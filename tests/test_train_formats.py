@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cytoclip import evaluate, train
+from cytoclip import evaluation, training
 from cytoclip.config import Config
 from cytoclip.console import Console
 from cytoclip.errors import UserError
@@ -52,11 +52,11 @@ def losses(run: Path) -> list[float]:
 def test_losses_and_scores_are_those_of_the_folder(
     experiment: Callable[..., Config], shards: Path, root: Path, tmp_path: Path, apart: bool
 ) -> None:
-    twin = train.fit(experiment(output=str(tmp_path / "twin")), QUIET)
+    twin = training.fit(experiment(output=str(tmp_path / "twin")), QUIET)
     data: dict[str, Any] = {"root": str(shards)}
     if apart:
         data = {"root": None, "train": str(shards / "train-{000..002}.tar"), "val": str(root / "val")}
-    found = train.fit(experiment(data=data), QUIET)
+    found = training.fit(experiment(data=data), QUIET)
     assert losses(found.run) == losses(twin.run)
     assert len(losses(found.run)) == 4
     assert (
@@ -67,12 +67,12 @@ def test_losses_and_scores_are_those_of_the_folder(
 
 def test_replayed_pairs_come_from_any_place(experiment: Callable[..., Config], shards: Path, root: Path) -> None:
     replay = [{"root": str(shards / "train-00*.tar"), "weight": 1.0}, {"root": str(shards), "weight": 1.0}]
-    result = train.fit(experiment(data={"replay": replay}), QUIET)
+    result = training.fit(experiment(data={"replay": replay}), QUIET)
     assert len(losses(result.run)) == 4
 
 
 def test_evaluation_of_a_table(shards: Path, root: Path, base: Path) -> None:
-    places = [evaluate.split_folder(folder, "val") for folder in (shards, root)]
+    places = [evaluation.split_folder(folder, "val") for folder in (shards, root)]
     assert places[0].name == "val.jsonl"
     scores = [tiny.scores_of(base, place, [1, 5]) for place in places]
     assert scores[0] == scores[1]
@@ -84,7 +84,7 @@ def test_a_wrong_column_is_said_before_the_first_step(
     place = formats.table("csv")(tmp_path / "data", formats.drawn(12))
     data = {"root": None, "train": str(place), "val": str(root / "val"), "caption_column": "captoin"}
     with pytest.raises(UserError, match="no column 'captoin'") as caught:
-        train.fit(experiment(data=data), QUIET)
+        training.fit(experiment(data=data), QUIET)
     assert caught.value.hint == "did you mean caption?"
 
 

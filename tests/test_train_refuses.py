@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock
 from transformers import BertConfig
 
-from cytoclip import claim, config, files, optim, train, validation
+from cytoclip import claim, config, files, optim, training, validation
 from cytoclip.config import Config, parse
 from cytoclip.console import Console
 from cytoclip.errors import ExitCode, UserError
@@ -27,14 +27,14 @@ from tests.test_train import QUIET, Experiment, listing, losses, no_step, stop_a
 
 
 def test_another_configuration_is_refused_and_names_the_options(
-    done: tuple[Config, train.RunResult], monkeypatch: pytest.MonkeyPatch
+    done: tuple[Config, training.RunResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     no_step(monkeypatch)
     wanted, _ = done
     before = listing(Path(wanted.output))
     given = wanted.model_dump(mode="json", by_alias=True)
     given["train"] |= {"learning_rate": 5e-4, "seed": 3}
-    for ask in (train.fit, train.dry_run):
+    for ask in (training.fit, training.dry_run):
         with pytest.raises(UserError, match="another configuration") as caught:
             ask(parse(given, "the test"), QUIET)
         assert "train.learning_rate, train.seed" in caught.value.message
@@ -44,13 +44,13 @@ def test_another_configuration_is_refused_and_names_the_options(
 
 
 def test_what_may_differ_between_two_starts_does_and_the_log_says_resuming(
-    experiment: Experiment, monkeypatch: pytest.MonkeyPatch, done: tuple[Config, train.RunResult]
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch, done: tuple[Config, training.RunResult]
 ) -> None:
     """More workers, other checkpoints, another tracker: the weights are those of the run that was never stopped."""
     first = experiment(checkpoint={"every": 2})
     stop_after(2, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
-        train.fit(first, QUIET)
+        training.fit(first, QUIET)
     monkeypatch.undo()
     run = Path(first.output)
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-2"]
@@ -63,7 +63,7 @@ def test_what_may_differ_between_two_starts_does_and_the_log_says_resuming(
         report={"images": False},
     )
     assert config.differences(first, second) == sorted(claim.HARMLESS - {"output"})
-    train.fit(second, Console())
+    training.fit(second, Console())
     assert f"resuming {run} after step 2" in (run / "train.log").read_text()
     assert [row["step"] for row in losses(run)] == [1, 2, 3, 4]
     assert config.load(run / "config.yaml") == second
@@ -78,7 +78,7 @@ def test_a_run_killed_while_it_read_its_data_starts_again(experiment: Experiment
     run.mkdir()
     for name in ("train.log", ".lock", ".config.yaml.new"):
         (run / name).write_text("")
-    assert train.fit(wanted, QUIET).steps == 1
+    assert training.fit(wanted, QUIET).steps == 1
 
 
 def test_a_folder_with_other_files_is_refused_and_left_alone(
@@ -89,7 +89,7 @@ def test_a_folder_with_other_files_is_refused_and_left_alone(
     run = Path(wanted.output)
     run.mkdir()
     (run / "thesis.tex").write_text("years of work")
-    for ask in (train.fit, train.dry_run):
+    for ask in (training.fit, training.dry_run):
         with pytest.raises(UserError, match="no run of ours") as caught:
             ask(wanted, QUIET)
         assert caught.value.code is ExitCode.RUN
@@ -102,7 +102,7 @@ def test_an_output_that_cannot_be_a_folder_is_refused(
 ) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match=said) as caught:
-        train.fit(experiment(output=str(tmp_path / place)), QUIET)
+        training.fit(experiment(output=str(tmp_path / place)), QUIET)
     assert caught.value.code in (ExitCode.RUN, ExitCode.SYSTEM)
     assert listing(tmp_path) == {"file": b"mine"}
 
@@ -115,7 +115,7 @@ def test_a_run_folder_in_use_is_refused(experiment: Experiment, monkeypatch: pyt
     run.mkdir()
     with FileLock(run / ".lock"):
         with pytest.raises(UserError, match="in use by another process") as caught:
-            train.fit(wanted, QUIET)
+            training.fit(wanted, QUIET)
         assert (run / ".lock").exists()
     assert caught.value.code is ExitCode.RUN
 
@@ -126,7 +126,7 @@ def test_no_space_on_the_disk_is_said_before_any_work(
     no_step(monkeypatch)
     monkeypatch.setattr(files, "free_bytes", lambda _: 10)
     wanted = experiment(output=str(tmp_path / "runs" / "x"))
-    for ask in (train.fit, train.dry_run):
+    for ask in (training.fit, training.dry_run):
         with pytest.raises(UserError, match=r"disk has 10 B free") as caught:
             ask(wanted, QUIET)
         assert caught.value.code is ExitCode.SYSTEM
@@ -138,7 +138,7 @@ def test_a_refused_run_takes_no_folder_away_that_was_there(experiment: Experimen
     (tmp_path / "mine" / "run").mkdir(parents=True)
     for place in ("mine/run", "mine/new/er"):
         with pytest.raises(UserError):
-            train.fit(experiment(train={"batch_size": 49}, output=str(tmp_path / place)), QUIET)
+            training.fit(experiment(train={"batch_size": 49}, output=str(tmp_path / place)), QUIET)
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["mine", "run"]
 
 
@@ -147,15 +147,15 @@ def test_what_a_stopped_run_has_written_need_not_be_free_again(
 ) -> None:
     """Else a run that stopped on a nearly full disk could not go on."""
     wanted = experiment(checkpoint={"every": 2})
-    whole = train.dry_run(wanted, QUIET).disk
+    whole = training.dry_run(wanted, QUIET).disk
     stop_after(2, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
-        train.fit(wanted, QUIET)
+        training.fit(wanted, QUIET)
     monkeypatch.undo()
     written = sum(map(len, listing(Path(wanted.output)).values()))
     assert written > 1_000_000
     monkeypatch.setattr(files, "free_bytes", lambda _: whole - written + 100)
-    assert train.fit(wanted, QUIET).steps == 4
+    assert training.fit(wanted, QUIET).steps == 4
 
 
 def test_a_dry_run_writes_nothing_and_takes_no_step(
@@ -163,7 +163,7 @@ def test_a_dry_run_writes_nothing_and_takes_no_step(
 ) -> None:
     no_step(monkeypatch)
     before = listing(root), listing(base)
-    planned = train.dry_run(experiment(output=str(tmp_path / "runs" / "x")), Console())
+    planned = training.dry_run(experiment(output=str(tmp_path / "runs" / "x")), Console())
     assert (planned.steps, planned.steps_per_epoch) == (4, 4)
     assert list(tmp_path.iterdir()) == []
     assert (listing(root), listing(base)) == before
@@ -176,7 +176,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_moves(
     experiment: Experiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One bad step would make every weight NaN; the checkpoint before it is whole, and the run goes on from there."""
-    contrast, builds = train.contrastive_step, optim.build
+    contrast, builds = training.contrastive_step, optim.build
     calls, moved = [0], [0]
     held: list[torch.nn.Parameter] = []
     values: list[torch.Tensor] = []
@@ -195,11 +195,11 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_moves(
         made.register_step_post_hook(lambda *_: moved.__setitem__(0, moved[0] + 1))
         return made
 
-    monkeypatch.setattr(train, "contrastive_step", poisoned)
+    monkeypatch.setattr(training, "contrastive_step", poisoned)
     monkeypatch.setattr(optim, "build", build)
     wanted = experiment(checkpoint={"every": 1})
     with pytest.raises(UserError, match="step 3: the loss is nan") as caught:
-        train.fit(wanted, QUIET)
+        training.fit(wanted, QUIET)
     assert caught.value.code is ExitCode.DIVERGED
     assert "learning_rate" in caught.value.hint
     assert moved == [2]
@@ -209,12 +209,12 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_moves(
     assert [row["step"] for row in losses(run)] == [1, 2]
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-1", "step-2"]
     monkeypatch.undo()
-    assert train.fit(wanted, QUIET).steps == 4
+    assert training.fit(wanted, QUIET).steps == 4
 
 
 def test_a_learning_rate_that_diverges_is_caught(experiment: Experiment) -> None:
     with pytest.raises(UserError) as caught:
-        train.fit(experiment(train={"learning_rate": 1e30, "steps": 6, "max_grad_norm": None}), QUIET)
+        training.fit(experiment(train={"learning_rate": 1e30, "steps": 6, "max_grad_norm": None}), QUIET)
     assert caught.value.code in (ExitCode.DIVERGED, ExitCode.MODEL)
     assert "finite" in caught.value.message or "nan" in caught.value.message
 
@@ -222,7 +222,7 @@ def test_a_learning_rate_that_diverges_is_caught(experiment: Experiment) -> None
 def test_an_infinite_gradient_stops_too(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optim, "clip", lambda *_: torch.tensor(math.inf))
     with pytest.raises(UserError, match=r"step 1: .* norm inf") as caught:
-        train.fit(experiment(), QUIET)
+        training.fit(experiment(), QUIET)
     assert caught.value.code is ExitCode.DIVERGED
 
 
@@ -283,7 +283,7 @@ def test_bad_data_is_refused_before_any_step_and_leaves_no_folder(
 
 def refused(wanted: Config, said: str, code: ExitCode) -> None:
     with pytest.raises(UserError) as caught:
-        train.fit(wanted, QUIET)
+        training.fit(wanted, QUIET)
     assert re.search(said, caught.value.message), caught.value.message
     assert caught.value.hint
     assert "\n" not in caught.value.lines().partition("\n")[2]
@@ -321,7 +321,7 @@ def test_odd_things_are_said_but_not_refused(
         data={"root": str(data)}, train={"warmup_steps": 9}, validate={"ks": [1, 30]},
         model={"image_tower": "lora", "lora": {"rank": 4, "alpha": 1.0}},
     )  # fmt: skip
-    train.dry_run(wanted, Console())
+    training.dry_run(wanted, Console())
     said = capsys.readouterr().err
     assert "warning: 2.1% of the training captions are longer than 77 tokens" in said
     assert "warning: k = 30 is more than the 20 validation pairs" in said

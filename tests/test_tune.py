@@ -21,7 +21,7 @@ import torch
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from cytoclip import config, selection, train, trials, tune, tuned
+from cytoclip import config, selection, training, trials, tune, tuned
 from cytoclip.config import Config
 from cytoclip.console import Console
 from cytoclip.errors import ExitCode, UserError
@@ -122,14 +122,16 @@ def test_the_best_configuration_is_one_to_train(
     expected = {name.partition(".")[2] for name in searched[1].best.chosen}
     assert set(config.differences(found, wanted)) <= {"output", *(f"train.{name}" for name in expected)}
     assert found.output == f"{wanted.output}-tuned"
-    assert train.dry_run(found.model_copy(update={"data": found.data.model_copy(update={"root": str(loose)})}), QUIET)
+    assert training.dry_run(
+        found.model_copy(update={"data": found.data.model_copy(update={"root": str(loose)})}), QUIET
+    )
 
 
 def test_a_finished_search_is_not_done_again(
     searched: tuple[Asked, tuned.Tuned], wanted: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, found = searched
-    monkeypatch.setattr(train, "fit", None)
+    monkeypatch.setattr(training, "fit", None)
     assert tune.tune(wanted, asked, QUIET) == found
     assert tune.tune(wanted, replace(asked, space=None), QUIET) == found
 
@@ -142,7 +144,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked, begun = replace(searched[0], to=tmp_path / "search"), 0
-    validated, fit = tune._Book.validated, train.fit
+    validated, fit = tune._Book.validated, training.fit
     deaths = {"first": (0, 4), "later": (2, 2), "at its end": (3, 8)}
 
     def counting(*given: Any) -> Any:
@@ -150,7 +152,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_end(
         begun += 1
         return fit(*given)
 
-    monkeypatch.setattr(train, "fit", counting)
+    monkeypatch.setattr(training, "fit", counting)
     for number, step in deaths.values():
 
         def dying(book: Any, of: int, at: int, score: float, when: tuple[int, int] = (number, step)) -> bool:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from cytoclip import checkpoint, embeddings, evaluate, outcome, train, validation
+from cytoclip import checkpoint, embeddings, evaluation, outcome, training, validation
 from cytoclip.config import Config
 from cytoclip.console import Console
 from cytoclip.embeddings import Owner
@@ -67,7 +67,7 @@ def lines(wanted: Config, name: str) -> list[dict[str, Any]]:
 
 
 def killed(wanted: Config, in_step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = train._step
+    steps = training._step
 
     def die(job: Any, step: int, *rest: Any) -> Any:
         if step + 1 == in_step:
@@ -75,9 +75,9 @@ def killed(wanted: Config, in_step: int, monkeypatch: pytest.MonkeyPatch) -> Non
         return steps(job, step, *rest)
 
     with monkeypatch.context() as patched:
-        patched.setattr(train, "_step", die)
+        patched.setattr(training, "_step", die)
         with pytest.raises(KeyboardInterrupt):
-            train.fit(wanted, QUIET)
+            training.fit(wanted, QUIET)
 
 
 def assert_same_run(one: Config, other: Config) -> None:
@@ -98,7 +98,7 @@ def assert_same_run(one: Config, other: Config) -> None:
 def test_a_run_ends_when_patience_has_run_out(experiment: Experiment, scripted: Any) -> None:
     scripted(SCORES)
     wanted = experiment(**LONG)
-    result = train.fit(wanted, Console())
+    result = training.fit(wanted, Console())
     found = results(wanted)
     assert (result.steps, result.best_step) == (found["steps"], found["best_step"]) == (10, 4)
     assert (found["stopped_early"], found["pairs_seen"]) == (True, 120)
@@ -107,7 +107,7 @@ def test_a_run_ends_when_patience_has_run_out(experiment: Experiment, scripted: 
     assert (Path(wanted.output) / "checkpoints" / "step-10").is_dir()
     log = (Path(wanted.output) / "train.log").read_text()
     assert "stopped early after step 10 of 20: validate.patience is 3, and the best validation is that of step 4" in log
-    assert train.fit(wanted, Console()) == result
+    assert training.fit(wanted, Console()) == result
     assert "is finished: 10 steps" in (Path(wanted.output) / "train.log").read_text()
 
 
@@ -117,10 +117,10 @@ def test_more_steps_for_a_run_that_ended_early_are_the_same_run(
     """It would have ended at the same validation, however many steps had been asked for."""
     scripted(SCORES)
     grown, whole = ({**LONG, "output": str(tmp_path / name)} for name in ("grown", "whole"))
-    train.fit(experiment(**grown), QUIET)
+    training.fit(experiment(**grown), QUIET)
     longer = {"train": {"steps": 30}}
-    train.fit(experiment(**grown | longer), QUIET)
-    train.fit(experiment(**whole | longer), QUIET)
+    training.fit(experiment(**grown | longer), QUIET)
+    training.fit(experiment(**whole | longer), QUIET)
     assert_same_run(experiment(**grown), experiment(**whole))
     assert results(experiment(**grown))["stopped_early"] is True
 
@@ -131,9 +131,9 @@ def test_killed_and_resumed_it_ends_at_the_same_step(
 ) -> None:
     scripted(SCORES)
     whole, cut = (experiment(**LONG, output=str(tmp_path / name)) for name in ("whole", "cut"))
-    train.fit(whole, QUIET)
+    training.fit(whole, QUIET)
     killed(cut, in_step, monkeypatch)
-    train.fit(cut, QUIET)
+    training.fit(cut, QUIET)
     assert_same_run(whole, cut)
 
 
@@ -142,16 +142,16 @@ def test_from_before_the_best_one_and_from_just_before_its_end_it_ends_at_the_sa
 ) -> None:
     scripted(SCORES)
     whole, cut = (experiment(**LONG, output=str(tmp_path / name)) for name in ("whole", "cut"))
-    train.fit(whole, QUIET)
+    training.fit(whole, QUIET)
     killed(cut, 6, monkeypatch)
     shutil.rmtree(Path(cut.output) / "checkpoints" / "step-4")  # best/ is of step 4, and the run is sent back to 3
     with monkeypatch.context() as patched:
         patched.setattr(outcome, "results", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            train.fit(cut, QUIET)
+            training.fit(cut, QUIET)
     assert not (Path(cut.output) / "results.json").exists()
-    monkeypatch.setattr(train, "_step", lambda *_: pytest.fail("a step was taken"))
-    train.fit(cut, QUIET)
+    monkeypatch.setattr(training, "_step", lambda *_: pytest.fail("a step was taken"))
+    training.fit(cut, QUIET)
     assert_same_run(whole, cut)
 
 
@@ -159,7 +159,7 @@ def test_a_validation_that_is_not_due_costs_no_patience(experiment: Experiment, 
     """That of the last step: a longer run would not have had it."""
     scripted({**SCORES, 11: 0.0})
     wanted = experiment(**{**LONG, "train": {"steps": 11}, "validate": {"every": 2, "ks": [1], "patience": 4}})
-    train.fit(wanted, QUIET)
+    training.fit(wanted, QUIET)
     found = results(wanted)
     assert (found["steps"], found["stopped_early"]) == (11, False)
     state = json.loads((Path(wanted.output) / "checkpoints" / "step-11" / "state.json").read_text())
@@ -179,7 +179,7 @@ def test_the_best_is_the_best_by_the_number_that_is_asked_for(
     by_step = {0: (0, 0, 0), 1: (0.1, 0.1, 0.1), 2: (0.5, 0.3, 0.1), 3: (0.2, 0.3, 0.4), 4: (0.4, 0.9, 0.3)}
     scripted({step: hits(*numbers) for step, numbers in by_step.items()})
     wanted = experiment(validate={"every": 1, "select_by": by})
-    assert train.fit(wanted, QUIET).best_step == best
+    assert training.fit(wanted, QUIET).best_step == best
     assert results(wanted)["select_by"] == by
 
 
@@ -201,12 +201,12 @@ def test_what_is_kept_is_scored_at_the_start_and_at_each_validation(
     """As `evaluate` scores it; a split itself may be named; nothing else of the run changes."""
     sections: dict[str, Any] = {"model": towers, "validate": {"every": 2, "ks": [1, 5]}}
     plain = experiment(**sections, output=str(tmp_path / "plain"))
-    train.fit(plain, QUIET)
+    training.fit(plain, QUIET)
     made = []
     for name, place in (("root", kept), ("split", kept / "val")):
         asked = {**sections, "validate": {**sections["validate"], "keep": str(place)}}
         made.append(experiment(**asked, output=str(tmp_path / name)))
-        train.fit(made[-1], Console())
+        training.fit(made[-1], Console())
         assert lines(made[-1], "losses.jsonl") == lines(plain, "losses.jsonl")
         assert results(made[-1])["best"] == results(plain)["best"]
     one, other = (lines(wanted, "validations.jsonl") for wanted in made)
@@ -231,23 +231,23 @@ def test_a_run_does_not_go_on_with_another_kept_root(
     shutil.rmtree(own / "val")
     write_split(own / "val", 16, seed=78)
     with pytest.raises(UserError, match="begun with another keep split"):
-        train.fit(wanted, QUIET)
+        training.fit(wanted, QUIET)
 
 
 def test_a_kept_root_without_a_val_split_is_refused(experiment: Experiment, kept: Path, tmp_path: Path) -> None:
     (tmp_path / "other" / "train").mkdir(parents=True)
     shutil.copytree(kept / "val", tmp_path / "other" / "train", dirs_exist_ok=True)
     with pytest.raises(UserError, match="no split 'val' in") as caught:
-        train.fit(experiment(validate={"keep": str(tmp_path / "other")}), QUIET)
+        training.fit(experiment(validate={"keep": str(tmp_path / "other")}), QUIET)
     assert caught.value.code is ExitCode.DATA
     with pytest.raises(UserError, match="no such folder"):
-        train.fit(experiment(validate={"keep": str(tmp_path / "nowhere")}), QUIET)
+        training.fit(experiment(validate={"keep": str(tmp_path / "nowhere")}), QUIET)
 
 
 # embeddings/
 
 
-def test_embeddings_are_those_of_the_start_and_of_best(done: tuple[Config, train.RunResult]) -> None:
+def test_embeddings_are_those_of_the_start_and_of_best(done: tuple[Config, training.RunResult]) -> None:
     from cytoclip import batches, encode, pairs
     from cytoclip.device import World
 
@@ -255,7 +255,7 @@ def test_embeddings_are_those_of_the_start_and_of_best(done: tuple[Config, train
     val = pairs.spread(batches.open_split(Path(str(done[0].data.root)) / "val", QUIET))
     for name, model in (("before", done[0].model.name), ("best", str(run.best))):
         opened = checkpoint.open_model(model)
-        reading = evaluate.reading(opened, val, 12, 0)
+        reading = evaluation.reading(opened, val, 12, 0)
         expected = encode.encode(opened.encoder, val, reading, World(torch.device("cpu")), QUIET)
         path = run.embeddings / f"{name}.safetensors"
         found = embeddings.read(path)

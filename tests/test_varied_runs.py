@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cytoclip import augment, batches, checkpoint, images, loss, sources, train
+from cytoclip import augment, batches, checkpoint, images, loss, sources, training
 from cytoclip.augment import Variation
 from cytoclip.config import Config
 from cytoclip.console import Console
@@ -177,7 +177,7 @@ def test_reduced_pictures_are_kept_apart(base: Path) -> None:
 
 def test_a_dry_run_draws_nothing(experiment: Experiment, tmp_path: Path) -> None:
     wanted = experiment(output=str(tmp_path / "run"), data={"augment": PRESET})
-    train.dry_run(wanted, QUIET)
+    training.dry_run(wanted, QUIET)
     assert not (tmp_path / "run").exists()
 
 

@@ -26,9 +26,9 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from cytoclip import evaluate
+from cytoclip import evaluation
 from cytoclip.console import Console
-from cytoclip.evaluate import How, Question
+from cytoclip.evaluation import How, Question
 from cytoclip.report import Scores
 
 CAPTIONS = [
@@ -135,5 +135,5 @@ def _clip_processor() -> CLIPImageProcessorPil:
 def scores_of(model: Path | str, split: Path, ks: list[int], batch_size: int = 12, console: Console = QUIET) -> Scores:
     """What `cytoclip evaluate` measures of one model, less what a validation in training has not."""
     how = How(batch_size=batch_size, workers=0)
-    found = evaluate.evaluate([str(model)], split, Question(ks), console, how).columns()[str(model)]
+    found = evaluation.evaluate([str(model)], split, Question(ks), console, how).columns()[str(model)]
     return {key: found[key] for key in ("pairs", "image_to_text", "text_to_image", "chance")}

@@ -18,7 +18,7 @@ from cytoclip import (
     classification,
     device,
     encode,
-    evaluate,
+    evaluation,
     intervals,
     labels,
     leaks,
@@ -78,7 +78,7 @@ def classify(
         For a model, split, table or YAML that cannot be used, or pictures without at least two classes.
     """
     templates, table = prompts.read(asked.templates), labels.read(asked.label_files, console)
-    precision, said_by = evaluate.precision_of([name])
+    precision, said_by = evaluation.precision_of([name])
     world = device.start(precision=precision, said_by=said_by)
     with liveness.watched(world):
         splits = world.once(lambda: _labelled(data_root, asked, table, console))
@@ -87,7 +87,7 @@ def classify(
         tried = splits[asked.split]
         console.say(f"{opened.name}: {counted(len(tried), 'picture')} of {asked.split} on {world.device.type}, "
                     f"precision {world.precision} (from {world.precision_from})")  # fmt: skip
-        how = evaluate.reading(opened, tried, batch_size, world.loaders(workers))
+        how = evaluation.reading(opened, tried, batch_size, world.loaders(workers))
         embedded = {
             split: encode.encode_pictures(opened.encoder, pairs, how, world, console) for split, pairs in splits.items()
         }
@@ -180,7 +180,7 @@ def _labelled(data_root: Path, asked: Asked, table: Mapping[str, str], console: 
         console.say(f"no probe, neighbours or few labels: {data_root} has no {LEARNED_FROM} to learn from")
     elif asked.probe:
         names.append(LEARNED_FROM)
-    splits = {name: batches.open_split(evaluate.split_folder(data_root, name), console) for name in names}
+    splits = {name: batches.open_split(evaluation.split_folder(data_root, name), console) for name in names}
     if table:
         splits = labels.given(splits, table, console)
     splits = {name: labels.pictures(name, pairs, console) for name, pairs in splits.items()}

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cytoclip import __version__, arguments, cli_data, cli_score, cli_train, slurm
+from cytoclip import __version__, arguments, cli_data, cli_score, cli_train, cli_use, slurm
 from cytoclip.console import fail
 from cytoclip.errors import ExitCode, Stopped, UserError
 
@@ -60,7 +60,11 @@ for _command in (
     cli_score.classify,
     cli_train.report,
     cli_train.soup,
+    cli_use.export,
     cli_train.demo,
+    cli_use.index,
+    cli_use.search,
+    cli_use.serve,
 ):
     app.command()(_command)
 
@@ -99,7 +103,7 @@ def _original_train(given: argparse.Namespace) -> None:
 
 def _original_evaluation(given: argparse.Namespace) -> None:
     from cytoclip import report
-    from cytoclip.evaluate import How, Question, evaluate, save_as_original, split_folder
+    from cytoclip.evaluation import How, Question, evaluate, save_as_original, split_folder
 
     if given.batch_size < 1 or min(given.ks) < 1:
         raise UserError("--batch_size and every --ks must be at least 1", "such as --batch_size 64 --ks 1 10 50")

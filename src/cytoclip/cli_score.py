@@ -39,8 +39,8 @@ def evaluate(  # noqa: PLR0913 - each is an option
     ] = None,
 ) -> None:
     """Rank a split with one or several models, in both directions, with chance and intervals."""
-    from cytoclip.evaluate import How, Question, split_folder
-    from cytoclip.evaluate import evaluate as measure
+    from cytoclip.evaluation import How, Question, split_folder
+    from cytoclip.evaluation import evaluate as measure
 
     console, asked = arguments.console(), arguments.numbers(ks)
     *models, data_root = places

@@ -30,12 +30,12 @@ def train(
     wanted = configs.load(config, overrides or ())
     console = arguments.console()
     if dry_run:
-        from cytoclip.train import dry_run as dry
+        from cytoclip.training import dry_run as dry
 
         planned = dry(wanted, console)
         console.result(f"{configs.dump(wanted)}\n{planned.text()}\nnothing was written")
         return
-    from cytoclip.train import fit
+    from cytoclip.training import fit
 
     result = fit(wanted, console)
     console.result(f"\n{result.table()}\n\nrun folder: {result.run}")
@@ -101,7 +101,7 @@ def demo(
     """Draw a small sample set, train a small CLIP on it, and show before and after."""
     from cytoclip import config as configs
     from cytoclip import demo as demonstration
-    from cytoclip.train import fit
+    from cytoclip.training import fit
 
     console = arguments.console()
     recipe = demonstration.prepare(to, seed, console)

@@ -43,7 +43,8 @@ class Lora(Section):
 class Model(Section):
     name: NonEmpty = Field(
         "openai/clip-vit-base-patch16",
-        description="CLIP to start from: a hub id, a Hugging Face folder, or a run folder of ours.",
+        description="CLIP to start from: a hub id, a Hugging Face folder, a run folder of ours, or a checkpoint of "
+        "open_clip (a folder, or `hf-hub:` before the id).",
     )
     context_length: int | None = Field(
         None,
@@ -301,6 +302,22 @@ def parse(given: Mapping[str, Any], place: str) -> Config:
         raise options_.explained(error, place, Config) from None
 
 
+def made(given: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """A `Config` from nested mappings with `section.key=value` on top, for a caller in Python.
+
+    Raises
+    ------
+    UserError
+        As `load` does.
+    """
+    try:
+        merged = _merged(OmegaConf.create(dict(given)), [_override(override) for override in overrides])
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"the experiment cannot be read: {reason}", "give mappings of plain values") from None
+    return parse(merged, f"the call with {' '.join(overrides)}" if overrides else "the call")
+
+
 def dump(config: Config) -> str:
     """The complete configuration as YAML that `load` reads back to an equal one."""
     return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json", by_alias=True)))
@@ -334,10 +351,14 @@ def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
         written = OmegaConf.load(path)
         if not isinstance(written, DictConfig):
             raise UserError(f"{path} is not a mapping of sections", "begin with `data: {root: path/to/data_root}`")
-        given = OmegaConf.to_container(OmegaConf.merge(written, *on_top), resolve=True)
+        return _merged(written, on_top)
     except (YAMLError, OmegaConfBaseException, ValueError, TypeError, OSError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} cannot be read: {reason}", "mend that line; YAML wants `key: value`") from None
+
+
+def _merged(written: DictConfig, on_top: Sequence[DictConfig]) -> dict[str, Any]:
+    given = OmegaConf.to_container(OmegaConf.merge(written, *on_top), resolve=True)
     assert isinstance(given, dict)  # noqa: S101 - what a DictConfig becomes; for mypy
     return {str(key): value for key, value in given.items()}
 

@@ -19,9 +19,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from cytoclip import captions, checkpoint, device, images, model, pixels
+from cytoclip import captions, checkpoint, images, model, pixels
 from cytoclip.checkpoint import Opened
-from cytoclip.device import World
+from cytoclip.device import World, start
 from cytoclip.errors import ExitCode, UserError
 from cytoclip.files import Piece
 
@@ -70,7 +70,7 @@ class Encoder:
     def digest(self) -> str:
         """SHA-256 of what decides an embedding: the weights, how pictures and texts are read, and the precision."""
         read = self.opened
-        return model.digest_of(read.encoder.clip, read.pixels, read.context, self.world.precision)
+        return model.digest_of(read.encoder.clip, read.tokenizer, read.pixels, read.context, self.world.precision)
 
     def embed_images(self, pictures: Picture | Sequence[Picture], batch_size: int = 64) -> NDArray[np.float32]:
         """Unit embeddings (N, D) of pictures: files, their bytes, PIL, or uint8 arrays (H, W), (H, W, 3), (H, W, 4).
@@ -83,13 +83,17 @@ class Encoder:
             For a picture that cannot be read, with its place; nothing is returned then.
         """
         some = list(pictures) if isinstance(pictures, list | tuple) else [pictures]
-        encoder, parts = self.opened.encoder, [np.empty((0, self.width), np.float32)]
+        parts = [np.empty((0, self.width), np.float32)]
         for batch in _cut(some, batch_size):
-            ready_B3HW = np.stack(list(self._pool.map(self._pixels, batch)))
-            with torch.no_grad(), self.world.autocast():
-                embedded = encoder.images(torch.from_numpy(ready_B3HW).to(self.world.device))
-            parts.append(embedded.float().cpu().numpy())
+            parts.append(self.embed_pixels(np.stack(list(self._pool.map(self._pixels, batch)))))
         return np.concatenate(parts)
+
+    def embed_pixels(self, ready_B3HW: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Unit embeddings (B, D) of one batch of pictures that `pixels.prepare` has made ready."""
+        with torch.no_grad(), self.world.autocast():
+            embedded = self.opened.encoder.images(torch.from_numpy(ready_B3HW).to(self.world.device))
+        found: NDArray[np.float32] = embedded.float().cpu().numpy()
+        return found
 
     def embed_texts(self, texts: str | Sequence[str], batch_size: int = 256) -> NDArray[np.float32]:
         """Unit embeddings (M, D) of texts, cut to the model's context; one text gives M = 1.
@@ -129,12 +133,14 @@ class Encoder:
         return pixels.prepare(_plain(picture), self.opened.pixels)
 
 
-def load(path: str | Path, device_name: str = "auto", precision: str = "no") -> Encoder:
+def load(path: str | Path, device: str = "auto", precision: str = "no") -> Encoder:
     """Open a run folder (its best weights), a Hugging Face folder, an adapter of ours, or a hub id.
 
     Parameters
     ----------
-    device_name
+    path
+        Its name: a folder, or `ORG/NAME` at the hub.
+    device
         `auto`, `cpu`, `cuda` or `mps`.
     precision
         `no` (float32), `bf16`, `fp16`, or `auto`: the best that the device has.
@@ -143,8 +149,17 @@ def load(path: str | Path, device_name: str = "auto", precision: str = "no") -> 
     ------
     UserError
         Where nothing there can be opened, or the device is not there.
+
+    Examples
+    --------
+    >>> import cytoclip
+    >>> encoder = cytoclip.load("runs/first")
+    >>> encoder.embed_texts(["one round cell", "a sheet of cells"]).shape == (2, encoder.width)
+    True
+    >>> encoder.similarity("picture.png", ["one round cell", "a sheet of cells"]).shape
+    (1, 2)
     """
-    world = device.start(device_name, precision, "the call")
+    world = start(device, precision, "the call")
     opened = checkpoint.open_model(str(path))
     opened.encoder.to(world.device).eval()
     return Encoder(opened, world)
@@ -154,14 +169,18 @@ def _plain(picture: Picture) -> Image.Image:
     if isinstance(picture, Image.Image):
         return images.normalise(picture)
     if isinstance(picture, np.ndarray):
-        try:
-            return images.normalise(Image.fromarray(picture))
-        except (TypeError, ValueError) as error:
+        if (
+            picture.dtype != np.uint8
+            or not picture.size
+            or picture.ndim < 2
+            or picture.shape[2:] not in ((), (3,), (4,))
+        ):
             raise UserError(
-                f"an array of {picture.dtype} {picture.shape} is no picture: {error}",
+                f"an array of {picture.dtype} {picture.shape} is no picture",
                 "pass uint8 of shape (H, W), (H, W, 3) or (H, W, 4)",
                 ExitCode.DATA,
-            ) from None
+            )
+        return images.normalise(Image.fromarray(picture))
     return images.decode(Path(picture) if isinstance(picture, str) else picture)
 
 

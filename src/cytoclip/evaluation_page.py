@@ -10,7 +10,7 @@ from cytoclip.comparison import Column
 from cytoclip.conclusion import Judged
 from cytoclip.console import Console
 from cytoclip.errors import counted
-from cytoclip.evaluate import BASE, Compared
+from cytoclip.evaluation import BASE, Compared
 from cytoclip.exhibits import Split
 from cytoclip.intervals import Interval
 from cytoclip.pairs import fingerprint

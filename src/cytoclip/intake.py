@@ -14,7 +14,7 @@ from cytoclip import (
     cache,
     captions,
     decoded,
-    evaluate,
+    evaluation,
     features,
     leaks,
     order,
@@ -68,7 +68,7 @@ def find(wanted: Config, console: Console) -> Found:
 
 def kept_split(root: Path) -> Path:
     """What `validate.keep` names: the val split of a data root, or a split itself."""
-    return root if sources.is_split(root) else evaluate.split_folder(root, "val")
+    return root if sources.is_split(root) else evaluation.split_folder(root, "val")
 
 
 def scanned(wanted: Config, found: Found, console: Console) -> dict[str, Pairs]:

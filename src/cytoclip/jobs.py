@@ -16,7 +16,7 @@ from cytoclip import (
     batches,
     checkpoint,
     config,
-    evaluate,
+    evaluation,
     families,
     intake,
     journal,
@@ -117,7 +117,7 @@ def prepare(wanted: Config, run: RunFolder, world: World, console: Console, stor
     wanted = _with_chunks(wanted, opened, planned, world, console)
     torch.manual_seed(wanted.train.seed + world.rank)  # dropout is not
     encoder, val = opened.encoder, spread(splits["val"])
-    reading = evaluate.reading(opened, val, plan.held(wanted, world.size), world.loaders(wanted.data.workers))
+    reading = evaluation.reading(opened, val, plan.held(wanted, world.size), world.loaders(wanted.data.workers))
     place = Place(run.path, world, console)
     ready = intake.open_up(wanted, opened, found, splits, steps, reading, place, storing)
     keep = _keep(wanted, opened, splits, reading, place, storing)
@@ -181,7 +181,7 @@ def _keep(
     if intake.KEEP not in splits:
         return None
     pairs = spread(splits[intake.KEEP])
-    own = evaluate.reading(opened, pairs, reading.batch_size, reading.workers)
+    own = evaluation.reading(opened, pairs, reading.batch_size, reading.workers)
     return pairs, intake.asked_once(wanted, opened, pairs, own, place) if storing else own
 
 

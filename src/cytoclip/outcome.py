@@ -14,7 +14,7 @@ from cytoclip import (
     device,
     embeddings,
     encode,
-    evaluate,
+    evaluation,
     jobs,
     labels,
     measure,
@@ -118,7 +118,7 @@ def _by_class(job: Job) -> dict[str, Any]:
     for side in SIDES:
         opened = _opened(job, side)
         image_ND = embeddings.read(_path(job, split, side))[0][rows]
-        reading = evaluate.reading(opened, pictures, plan.held(job.config, job.world.size), job.reading.workers)
+        reading = evaluation.reading(opened, pictures, plan.held(job.config, job.world.size), job.reading.workers)
         found[side] = classify.zero_shot(
             opened, pictures, image_ND, prompts.read(None), reading, job.world, job.console
         )
@@ -161,6 +161,6 @@ def _opened(job: Job, side: str) -> Opened:
 
 
 def _embed(job: Job, opened: Opened, pairs: Pairs, path: Path, owner: Owner) -> None:
-    reading = evaluate.reading(opened, pairs, plan.held(job.config, job.world.size), job.reading.workers)
+    reading = evaluation.reading(opened, pairs, plan.held(job.config, job.world.size), job.reading.workers)
     embedded = encode.encode(opened.encoder, pairs, reading, job.world, job.console)
     job.world.once(lambda: embeddings.write(path, *embedded, owner))

@@ -16,7 +16,7 @@ from cytoclip import (
     config,
     device,
     embeddings,
-    evaluate,
+    evaluation,
     files,
     intake,
     liveness,
@@ -33,7 +33,7 @@ from cytoclip.config import Config
 from cytoclip.console import Console
 from cytoclip.encode import Reading
 from cytoclip.errors import ExitCode, UserError, counted
-from cytoclip.evaluate import Question
+from cytoclip.evaluation import Question
 from cytoclip.features import Place
 from cytoclip.mixing import Weights
 from cytoclip.pairs import Pairs, fingerprint, spread
@@ -201,7 +201,7 @@ def soup(path: Path, asked: Asked, console: Console) -> Soup:
         tasted = []
         for recipe in _mixed(opened, recipes, wanted, run, members):
             scores = {
-                name: evaluate.rank(opened, pairs, readings[name], Question(wanted.validation.ks), world, console)
+                name: evaluation.rank(opened, pairs, readings[name], Question(wanted.validation.ks), world, console)
                 for name, pairs in splits.items()
             }
             tasted.append(Tasted(recipe, scores["val"], scores.get(intake.KEEP)))
@@ -275,7 +275,7 @@ def _refuse_other_start(run: RunFolder, wanted: Config, opened: Opened, val: Pai
 
 def _reading(wanted: Config, asked: Asked, opened: Opened, pairs: Pairs, place: Place) -> Reading:
     """A frozen tower's features are those that the run has stored: no mixture changes them."""
-    plain = evaluate.reading(opened, pairs, asked.batch_size, place.world.loaders(asked.workers))
+    plain = evaluation.reading(opened, pairs, asked.batch_size, place.world.loaders(asked.workers))
     return intake.asked_once(wanted, opened, pairs, plain, place)
 
 

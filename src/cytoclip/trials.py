@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cytoclip import selection, signals, train
+from cytoclip import selection, signals, training
 from cytoclip.config import Config
 from cytoclip.console import Console
 from cytoclip.errors import ExitCode, Stopped, UserError
@@ -213,7 +213,7 @@ def _run(trial: Trial, validated: Callable[[int, int, float], bool]) -> Ending:
             raise Ended
 
     try:
-        return Ending(selection.score(train.fit(trial.wanted, Console(shown=False), watch).best, by))
+        return Ending(selection.score(training.fit(trial.wanted, Console(shown=False), watch).best, by))
     except Ended:
         return Ending()
     except UserError as error:

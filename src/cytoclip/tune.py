@@ -24,7 +24,7 @@ from cytoclip.families import PATCH_TOWERS
 from cytoclip.model import layers
 from cytoclip.pairs import Pairs, fingerprint, identities, spread
 from cytoclip.space import Choice, Facts, Space, Span
-from cytoclip.train import dry_run
+from cytoclip.training import dry_run
 from cytoclip.trials import Ending, Heard, Trial
 from cytoclip.tuned import ENDED, FAILED, FINISHED, Tried, Tuned
 

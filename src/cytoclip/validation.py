@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from cytoclip import alarms, checkpoint, embeddings, encode, evaluate, files, report, selection, shard
+from cytoclip import alarms, checkpoint, embeddings, encode, evaluation, files, report, selection, shard
 from cytoclip.checkpoint import RunFolder
 from cytoclip.embeddings import Owner
-from cytoclip.evaluate import Question
+from cytoclip.evaluation import Question
 from cytoclip.jobs import Job
 from cytoclip.journal import Journal
 from cytoclip.pairs import fingerprint
@@ -104,8 +104,8 @@ def look(job: Job) -> Seen:
     question = Question(job.config.validation.ks)
     with averaged(job):
         embedded = encode.encode(job.opened.encoder, job.val, job.reading, job.world, job.console)
-        keep = evaluate.rank(job.opened, *job.keep, question, job.world, job.console) if job.keep else None
-    return Seen(evaluate.rank_embedded(*embedded, job.val, question, job.world), keep, *embedded)
+        keep = evaluation.rank(job.opened, *job.keep, question, job.world, job.console) if job.keep else None
+    return Seen(evaluation.rank_embedded(*embedded, job.val, question, job.world), keep, *embedded)
 
 
 def forget_other_best(job: Job, progress: Progress) -> None:

@@ -27,7 +27,7 @@ import transformers.models.clip.image_processing_pil_clip
 import transformers.models.clip.modeling_clip  # noqa: F401
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 
-from cytoclip import checkpoint, files, optim, selection, state, train, validation
+from cytoclip import checkpoint, files, optim, selection, state, training, validation
 from cytoclip.config import parse
 from cytoclip.console import Console
 from cytoclip.journal import Journal
@@ -124,7 +124,7 @@ def _child(run: dict[str, Any], rank: int, port: int, kill: dict[str, Any] | Non
         _better_at_each_third_validation()
         if kill and kill["rank"] == rank:
             _arm(kill["moment"], kill["after"], hit)
-        train.fit(parse(run["config"], "the run"), Console(quiet=True))
+        training.fit(parse(run["config"], "the run"), Console(quiet=True))
         code = 0
     except BaseException:
         if kill is None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from cytoclip import demo, files, train
+from cytoclip import demo, files, training
 from cytoclip.config import parse
 from cytoclip.console import Console
 from tests.conftest import write_split
@@ -52,7 +52,7 @@ def trained(folder: Path, chunk: int | None) -> list[float]:
         "track": {"to": []},
         "output": str(folder / "run"),
     }  # fmt: skip
-    train.fit(parse(given, "the golden run"), Console(quiet=True))
+    training.fit(parse(given, "the golden run"), Console(quiet=True))
     return [json.loads(line)["loss"] for line in (folder / "run" / "losses.jsonl").read_text().splitlines()]
 
 

@@ -17,15 +17,15 @@ from typing import Any
 
 import torch
 
-from cytoclip import checkpoint, train
+from cytoclip import checkpoint, training
 from cytoclip.config import parse
 from cytoclip.console import Console
 from cytoclip.errors import Stopped
 
 
-def run(case: dict[str, Any]) -> train.RunResult:
+def run(case: dict[str, Any]) -> training.RunResult:
     """`train.fit` of one case in this process."""
-    opens, steps = checkpoint.open_model, train._step
+    opens, steps = checkpoint.open_model, training._step
 
     def open_double(*asked: Any) -> checkpoint.Opened:
         opened = opens(*asked)
@@ -38,11 +38,11 @@ def run(case: dict[str, Any]) -> train.RunResult:
         return steps(job, step, *rest)
 
     checkpoint.open_model = open_double if case["float64"] else opens
-    train._step = step_or_die
+    training._step = step_or_die
     try:
-        return train.fit(parse(case["config"], "the case"), Console(quiet=True))
+        return training.fit(parse(case["config"], "the case"), Console(quiet=True))
     finally:
-        checkpoint.open_model, train._step = opens, steps
+        checkpoint.open_model, training._step = opens, steps
 
 
 if __name__ == "__main__":

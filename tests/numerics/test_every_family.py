@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from cytoclip import adapters, checkpoint, optim, train
+from cytoclip import adapters, checkpoint, optim, training
 from cytoclip.checkpoint import Opened
 from cytoclip.config import Config, Model, Train
 from cytoclip.console import Console
@@ -127,7 +127,7 @@ def test_a_run_with_averages_and_adapters_that_grows_ends_as_the_long_one(
             checkpoint={"every": 2},
             output=str(tmp_path / folder),
         )
-        train.fit(given, Console())
+        training.fit(given, Console())
         return everything(checkpoint.open_model(str(tmp_path / folder / "model")))
 
     long, short = run("long", 4, 0.5), run("grown", 2, 0.5)

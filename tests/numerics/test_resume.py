@@ -18,7 +18,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cytoclip import selection, state, train, validation
+from cytoclip import selection, state, training, validation
 from cytoclip.config import parse
 from cytoclip.console import Console
 from tests.conftest import weights
@@ -190,7 +190,7 @@ class _Stop(Exception):  # noqa: N818 - it is no error
 
 def run_until(step: int, case: dict[str, Any]) -> None:
     """Stop as a kill in step `step` + 1 would, without a process of its own."""
-    steps = train._step
+    steps = training._step
 
     def stop(job: Any, at: int, *rest: Any) -> Any:
         if at == step:
@@ -198,8 +198,8 @@ def run_until(step: int, case: dict[str, Any]) -> None:
         return steps(job, at, *rest)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(train, "_step", stop)
-        train.fit(parse(case["config"], "the case"), Console(quiet=True))
+        patched.setattr(training, "_step", stop)
+        training.fit(parse(case["config"], "the case"), Console(quiet=True))
 
 
 @contextmanager

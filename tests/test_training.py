@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from cytoclip import config, train, validation
+from cytoclip import config, training, validation
 from cytoclip.config import Config
 from cytoclip.console import Console
 from cytoclip.state import MANIFEST, MORE, TENSORS
@@ -42,27 +42,27 @@ def losses(run: str | Path) -> list[dict[str, float]]:
 
 def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As Ctrl-C does, just after the checkpoint of `step`."""
-    saves = train._save
+    saves = training._save
 
     def save_and_stop(job: Any, progress: Any, book: Any) -> None:
         saves(job, progress, book)
         if progress.step == step:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "_save", save_and_stop)
+    monkeypatch.setattr(training, "_save", save_and_stop)
 
 
 def no_step(monkeypatch: pytest.MonkeyPatch) -> None:
     def step(*given: Any) -> None:
         raise AssertionError("a step was taken")
 
-    monkeypatch.setattr(train, "_step", step)
+    monkeypatch.setattr(training, "_step", step)
 
 
 # What a run leaves
 
 
-def test_the_run_folder_holds_what_is_documented(done: tuple[Config, train.RunResult]) -> None:
+def test_the_run_folder_holds_what_is_documented(done: tuple[Config, training.RunResult]) -> None:
     run = Path(done[0].output)
     names = {re.sub(r"tfevents.*", "tfevents", name) for name in listing(run)}
     model = {"config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"}
@@ -75,7 +75,7 @@ def test_the_run_folder_holds_what_is_documented(done: tuple[Config, train.RunRe
     }  # fmt: skip
 
 
-def test_results_say_what_was_measured(done: tuple[Config, train.RunResult]) -> None:
+def test_results_say_what_was_measured(done: tuple[Config, training.RunResult]) -> None:
     wanted, result = done
     written = json.loads((Path(wanted.output) / "results.json").read_text())
     assert (written["steps"], written["pairs_seen"], written["processes"], written["ks"]) == (4, 48, 1, [1, 5])
@@ -90,7 +90,7 @@ def test_results_say_what_was_measured(done: tuple[Config, train.RunResult]) -> 
     assert "step 4" in result.table()
 
 
-def test_losses_have_a_line_a_step_and_the_log_says_how_it_went(done: tuple[Config, train.RunResult]) -> None:
+def test_losses_have_a_line_a_step_and_the_log_says_how_it_went(done: tuple[Config, training.RunResult]) -> None:
     wanted, _ = done
     rows = losses(wanted.output)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
@@ -103,7 +103,7 @@ def test_losses_have_a_line_a_step_and_the_log_says_how_it_went(done: tuple[Conf
         assert log.count(said) == 1
 
 
-def test_tensorboard_has_the_curves(done: tuple[Config, train.RunResult]) -> None:
+def test_tensorboard_has_the_curves(done: tuple[Config, training.RunResult]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(Path(done[0].output) / "tensorboard"))
@@ -117,7 +117,7 @@ def test_tensorboard_has_the_curves(done: tuple[Config, train.RunResult]) -> Non
 
 
 def test_the_saved_configuration_is_complete_and_repeats_the_run(
-    done: tuple[Config, train.RunResult], tmp_path: Path
+    done: tuple[Config, training.RunResult], tmp_path: Path
 ) -> None:
     wanted, result = done
     place = Path(wanted.output) / "config.yaml"
@@ -126,7 +126,7 @@ def test_the_saved_configuration_is_complete_and_repeats_the_run(
         r"# cytoclip \S+, torch \S+, transformers \S+, accelerate \S+, peft \S+, python \S+\n", place.read_text()
     )
     again = config.load(place, [f"output={tmp_path / 'again'}", "track.to=[]"])
-    repeated = train.fit(again, QUIET)
+    repeated = training.fit(again, QUIET)
     assert (repeated.before, repeated.last) == (result.before, result.last)
     one, two = (weights(Path(where) / "model") for where in (wanted.output, again.output))
     assert one.keys() == two.keys()
@@ -134,12 +134,12 @@ def test_the_saved_configuration_is_complete_and_repeats_the_run(
 
 
 def test_a_finished_run_says_so_and_changes_nothing(
-    done: tuple[Config, train.RunResult], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    done: tuple[Config, training.RunResult], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     no_step(monkeypatch)
     wanted, result = done
     before = listing(Path(wanted.output))
-    assert train.fit(wanted, Console()) == result
+    assert training.fit(wanted, Console()) == result
     after = listing(Path(wanted.output))
     assert after.pop("train.log").startswith(before.pop("train.log"))
     assert after == before
@@ -148,10 +148,10 @@ def test_a_finished_run_says_so_and_changes_nothing(
     assert "delete it or name another output" in said
 
 
-def test_the_seed_decides(done: tuple[Config, train.RunResult], experiment: Experiment) -> None:
+def test_the_seed_decides(done: tuple[Config, training.RunResult], experiment: Experiment) -> None:
     """Of the data order for a whole model, and of the new weights for adapters."""
     other = experiment(train={"seed": 1})
-    train.fit(other, QUIET)
+    training.fit(other, QUIET)
     one, two = (weights(Path(where) / "model") for where in (done[0].output, other.output))
     assert not np.array_equal(one["text_projection.weight"], two["text_projection.weight"])
     assert [r["loss"] for r in losses(other.output)] != [r["loss"] for r in losses(done[0].output)]
@@ -165,7 +165,7 @@ def test_frozen_parts_are_byte_identical(experiment: Experiment, base: Path) -> 
     wanted = experiment(
         model={"image_tower": "frozen", "projections": "frozen"}, train={"weight_decay": 0.9, "learning_rate": 0.01}
     )
-    train.fit(wanted, QUIET)
+    training.fit(wanted, QUIET)
     before, after = weights(base), weights(Path(wanted.output) / "model")
     assert before.keys() == after.keys()
     same = {name for name in before if before[name].tobytes() == after[name].tobytes()}
@@ -181,7 +181,7 @@ def test_what_trains_is_float32_under_every_precision(precision: str, experiment
     wanted = experiment(
         model={"image_tower": "lora"}, train={"precision": precision, "steps": 3}, validate={"every": 100, "ks": [1]}
     )
-    train.fit(wanted, QUIET)
+    training.fit(wanted, QUIET)
     state = load_file(Path(wanted.output) / "checkpoints" / "step-3" / "state.safetensors")
     kept = {name: tensor.dtype for name, tensor in state.items() if not name.startswith("random.")}
     assert len([name for name in kept if "lora" in name]) == 2 * 3 * 2 * 4  # layers × leaves × A and B × 4 tensors
@@ -193,10 +193,12 @@ def test_what_trains_is_float32_under_every_precision(precision: str, experiment
     assert config.load(Path(wanted.output) / "config.yaml").train.precision == precision
 
 
-def test_precision_reaches_the_towers(done: tuple[Config, train.RunResult], experiment: Experiment, base: Path) -> None:
+def test_precision_reaches_the_towers(
+    done: tuple[Config, training.RunResult], experiment: Experiment, base: Path
+) -> None:
     """Else the test above would pass in float32."""
     wanted = experiment(train={"precision": "bf16", "steps": 1})
-    train.fit(wanted, QUIET)
+    training.fit(wanted, QUIET)
     one, two = losses(wanted.output)[0]["loss"], losses(done[0].output)[0]["loss"]
     assert one != two
     assert one == pytest.approx(two, rel=0.02)
@@ -209,7 +211,7 @@ def test_the_logit_scale_is_clamped_after_each_step(
     """Traps 10 and 34: at ln 100, or at the loaded value where that is above; here the gradient pushes it up."""
     raised = shutil.copytree(base, tmp_path / "raised")
     save_file({**weights(base), "logit_scale": np.array(start, np.float32)}, raised / "model.safetensors", _FORMAT)
-    contrast, steps = train.contrastive_step, train._step
+    contrast, steps = training.contrastive_step, training._step
     seen: list[float] = []
 
     def push_up(encoder: Any, logits: Any, *rest: Any) -> Any:
@@ -222,16 +224,16 @@ def test_the_logit_scale_is_clamped_after_each_step(
         seen.append(job.opened.encoder.logit_scale.item())
         return made
 
-    monkeypatch.setattr(train, "contrastive_step", push_up)
-    monkeypatch.setattr(train, "_step", step_and_look)
-    train.fit(experiment(model={"name": str(raised)}, train={"learning_rate": 0.1}), QUIET)
+    monkeypatch.setattr(training, "contrastive_step", push_up)
+    monkeypatch.setattr(training, "_step", step_and_look)
+    training.fit(experiment(model={"name": str(raised)}, train={"learning_rate": 0.1}), QUIET)
     assert seen == [pytest.approx(start, abs=1e-6)] * 4
 
 
 def test_the_logit_scale_trains_under_lora_and_is_saved_beside_the_adapter(experiment: Experiment, base: Path) -> None:
     """Trap 11."""
     wanted = experiment(model={"image_tower": "lora", "text_tower": "lora", "projections": "frozen"})
-    train.fit(wanted, Console())
+    training.fit(wanted, Console())
     run = Path(wanted.output)
     before, beside = weights(base), load_file(run / "model" / "cytoclip.safetensors")
     assert set(beside) == {"logit_scale", "text_projection.weight", "visual_projection.weight"}
@@ -243,7 +245,7 @@ def test_the_logit_scale_trains_under_lora_and_is_saved_beside_the_adapter(exper
 
 def test_epochs_are_counted_in_full_batches(experiment: Experiment) -> None:
     wanted = experiment(train={"steps": None, "epochs": 2, "batch_size": 20})
-    assert train.fit(wanted, QUIET).steps == 4
+    assert training.fit(wanted, QUIET).steps == 4
     assert [row["step"] for row in losses(wanted.output)] == [1, 2, 3, 4]
 
 
@@ -254,7 +256,7 @@ def test_it_learns(root: Path, experiment: Experiment) -> None:
         data={"root": None, "train": split, "val": split},
         train={"steps": 30, "batch_size": 24, "learning_rate": 3e-3, "warmup_steps": 3},
     )
-    result = train.fit(wanted, QUIET)
+    result = training.fit(wanted, QUIET)
     rows = [row["loss"] for row in losses(wanted.output)]
     assert np.mean(rows[-3:]) < np.mean(rows[:3]) - 0.5
     for direction in ("image_to_text", "text_to_image"):
@@ -279,7 +281,7 @@ def test_best_is_the_best_validation_and_of_equal_ones_the_first(
 
     monkeypatch.setattr(validation, "look", look)
     wanted = experiment(validate={"every": 1, "ks": [1]})
-    result = train.fit(wanted, QUIET)
+    result = training.fit(wanted, QUIET)
     assert result.best_step == 2
     assert result.best["image_to_text"]["hit@1_groups"] == 0.5
     assert result.before["image_to_text"]["hit@1_groups"] == 0.9

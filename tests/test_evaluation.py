@@ -15,12 +15,12 @@ from safetensors import safe_open
 from transformers import AutoTokenizer, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from cytoclip import batches, checkpoint, evaluate, train
+from cytoclip import batches, checkpoint, evaluation, training
 from cytoclip.config import Config
 from cytoclip.console import Console
 from cytoclip.device import World
 from cytoclip.errors import ExitCode, UserError
-from cytoclip.evaluate import How, Question
+from cytoclip.evaluation import How, Question
 from cytoclip.pairs import Pairs
 from cytoclip.report import Scores
 from tests import tiny
@@ -56,7 +56,7 @@ def brute(queries: torch.Tensor, answers: torch.Tensor, right: list[set[int]], k
 def rank(model: Path, split: Path, ks: list[int], directions: tuple[str, ...] | None = None) -> Scores:
     pairs, opened = batches.open_split(split, QUIET), checkpoint.open_model(str(model))
     question = Question(ks, directions) if directions else Question(ks)
-    return evaluate.rank(opened, pairs, evaluate.reading(opened, pairs, 7, 0), question, ALONE, QUIET)
+    return evaluation.rank(opened, pairs, evaluation.reading(opened, pairs, 7, 0), question, ALONE, QUIET)
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +166,7 @@ def test_a_run_folder_scores_what_its_results_say(
 ) -> None:
     """What is saved is what was measured; the run folder means its best, and `model/` its last."""
     wanted = experiment(model=model, train={"steps": 6, "learning_rate": 3e-3}, validate={"every": 2, "ks": [1, 5]})
-    train.fit(wanted, QUIET)
+    training.fit(wanted, QUIET)
     run = Path(wanted.output)
     written = json.loads((run / "results.json").read_text())
     for place, key in ((run, "best"), (run / "best", "best"), (run / "model", "last")):
@@ -185,7 +185,7 @@ SCORES: Scores = {
 @pytest.mark.parametrize(("direction", "flat"), [("image_to_text", 0.5), ("text_to_image", 0.25), ("both", 0.5)])
 def test_eval_result_has_the_originals_keys(direction: str, flat: float, tmp_path: Path) -> None:
     """Scripts that read the original project's file go on working."""
-    saved = evaluate.save_as_original(SCORES, str(tmp_path), direction)
+    saved = evaluation.save_as_original(SCORES, str(tmp_path), direction)
     assert saved == tmp_path / "eval_result.json"
     written: dict[str, Any] = json.loads(saved.read_text())
     assert written["hit@1"] == flat
@@ -202,26 +202,26 @@ def test_eval_result_has_the_originals_keys(direction: str, flat: float, tmp_pat
 def test_eval_result_of_a_hub_id_lands_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """There is no folder of the model to write into. (A folder without permission is another such; root has all.)"""
     monkeypatch.chdir(tmp_path)
-    saved = evaluate.save_as_original(SCORES, "openai/clip-vit-base-patch16", "both")
+    saved = evaluation.save_as_original(SCORES, "openai/clip-vit-base-patch16", "both")
     assert saved.resolve() == (tmp_path / "eval_result.json").resolve()
     assert saved.is_file()
     assert [p.name for p in tmp_path.iterdir()] == ["eval_result.json"]
 
 
 def test_a_missing_split_lists_those_there(root: Path, tmp_path: Path) -> None:
-    assert evaluate.split_folder(root, "val") == root / "val"
+    assert evaluation.split_folder(root, "val") == root / "val"
     with pytest.raises(UserError, match="no split 'test'") as caught:
-        evaluate.split_folder(root, "test")
+        evaluation.split_folder(root, "test")
     assert "train, val" in caught.value.hint
     assert caught.value.code is ExitCode.DATA
     with pytest.raises(UserError, match="no split 'val'") as caught:
-        evaluate.split_folder(tmp_path, "val")
+        evaluation.split_folder(tmp_path, "val")
     assert "train/ and val/" in caught.value.hint
 
 
 def test_a_missing_data_root_and_a_missing_model_are_named(base: Path, tmp_path: Path, root: Path) -> None:
     with pytest.raises(UserError, match="no such folder") as caught:
-        tiny.scores_of(base, evaluate.split_folder(tmp_path / "nowhere", "val"), [1])
+        tiny.scores_of(base, evaluation.split_folder(tmp_path / "nowhere", "val"), [1])
     assert caught.value.code is ExitCode.DATA
     with pytest.raises(UserError, match="holds no model") as caught:
         tiny.scores_of(tmp_path, root / "val", [1])
@@ -233,7 +233,7 @@ def test_order_of_the_split_changes_no_number(base: Path, distinct: Path) -> Non
     pairs, opened = batches.open_split(distinct, QUIET), checkpoint.open_model(str(base))
     turned = Pairs(**{name: column[::-1] for name, column in vars(pairs).items()})
     one, two = (
-        evaluate.rank(opened, some, evaluate.reading(opened, some, 7, 0), Question(KS), ALONE, QUIET)
+        evaluation.rank(opened, some, evaluation.reading(opened, some, 7, 0), Question(KS), ALONE, QUIET)
         for some in (pairs, turned)
     )
     assert one == two
@@ -241,7 +241,7 @@ def test_order_of_the_split_changes_no_number(base: Path, distinct: Path) -> Non
 
 def trained(experiment: Callable[..., Config], **more: Any) -> Path:
     wanted = experiment(train={"steps": 4, "learning_rate": 3e-3}, validate={"every": 2, "ks": [1, 5]}, **more)
-    train.fit(wanted, QUIET)
+    training.fit(wanted, QUIET)
     return Path(wanted.output)
 
 
@@ -249,7 +249,7 @@ def test_a_run_stands_beside_its_own_starting_point(
     experiment: Callable[..., Config], base: Path, root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = trained(experiment)
-    found = evaluate.evaluate([str(run)], root / "val", Question([1, 5]), QUIET, How(base=None, workers=0))
+    found = evaluation.evaluate([str(run)], root / "val", Question([1, 5]), QUIET, How(base=None, workers=0))
     written = json.loads((run / "results.json").read_text())
     assert found.names == {"base": str(base), str(run): str(run)}
     columns = found.columns()
@@ -273,13 +273,13 @@ def test_several_models_and_a_named_base(
 ) -> None:
     run = trained(experiment)
     asked = [str(run), str(run / "model"), str(run)]  # named twice is one column
-    found = evaluate.evaluate(asked, root / "val", Question([1]), QUIET, How(base=str(run / "best"), workers=0))
+    found = evaluation.evaluate(asked, root / "val", Question([1]), QUIET, How(base=str(run / "best"), workers=0))
     assert list(found.names) == ["base", str(run), str(run / "model")]
     assert all(one["by"] == 0 for part in found.differences[str(run)].values() for one in part.values())
-    alone = evaluate.evaluate([str(base)], root / "val", Question([1]), QUIET, How(base=None, workers=0))
+    alone = evaluation.evaluate([str(base)], root / "val", Question([1]), QUIET, How(base=None, workers=0))
     assert list(alone.names) == [str(base)], "a plain model has no starting point"
     with pytest.raises(UserError, match="holds no model"):
-        evaluate.evaluate([str(run)], root / "val", Question([1]), QUIET, How(base=str(tmp_path), workers=0))
+        evaluation.evaluate([str(run)], root / "val", Question([1]), QUIET, How(base=str(tmp_path), workers=0))
 
 
 def test_a_model_called_base_is_not_the_base(
@@ -287,9 +287,9 @@ def test_a_model_called_base_is_not_the_base(
 ) -> None:
     shutil.copytree(base, tmp_path / "base")
     monkeypatch.chdir(tmp_path)
-    found = evaluate.evaluate(["base"], root / "val", Question([1]), QUIET, How(base=None, workers=0))
+    found = evaluation.evaluate(["base"], root / "val", Question([1]), QUIET, How(base=None, workers=0))
     assert (found.names, found.document("val")["base"]) == ({"./base": "base"}, None)
-    found = evaluate.evaluate(["base"], root / "val", Question([1]), QUIET, How(base=str(base), workers=0))
+    found = evaluation.evaluate(["base"], root / "val", Question([1]), QUIET, How(base=str(base), workers=0))
     assert found.names == {"base": str(base), "./base": "base"}
     assert list(found.differences) == ["./base"]
 
@@ -301,7 +301,7 @@ def test_without_its_starting_point_a_run_stands_alone(
     shutil.copytree(base, moved)
     run = trained(experiment, model={"name": str(moved)})
     shutil.rmtree(moved)
-    found = evaluate.evaluate([str(run)], root / "val", Question([1]), Console(), How(base=None, workers=0))
+    found = evaluation.evaluate([str(run)], root / "val", Question([1]), Console(), How(base=None, workers=0))
     assert list(found.names) == [str(run)]
     assert "without the run's starting point" in capsys.readouterr().err
 
@@ -312,20 +312,20 @@ def test_embeddings_are_kept_and_used_again(
     run, kept = trained(experiment), tmp_path / "kept.safetensors"
     how = How(base=None, embeddings=kept, workers=0)
     asked = [str(run), str(run / "model")]
-    first = evaluate.evaluate(asked, root / "val", Question([1, 5]), QUIET, how)
+    first = evaluation.evaluate(asked, root / "val", Question([1, 5]), QUIET, how)
     names = {path.name for path in tmp_path.glob("kept*")}
     assert names == {"kept.safetensors", "kept-base.safetensors", "kept-2.safetensors"}
     with safe_open(kept, "pt") as file:
         assert file.get_tensor("image").shape == file.get_tensor("text").shape == (20, 16)
         assert (file.get_tensor("image").norm(dim=1) - 1).abs().max() < 1e-5
-    encode, made = evaluate.encode.encode, []
-    monkeypatch.setattr(evaluate.encode, "encode", lambda *given: made.append(1) or encode(*given))
-    again = evaluate.evaluate(asked, root / "val", Question([1, 5]), QUIET, how)
+    encode, made = evaluation.encode.encode, []
+    monkeypatch.setattr(evaluation.encode, "encode", lambda *given: made.append(1) or encode(*given))
+    again = evaluation.evaluate(asked, root / "val", Question([1, 5]), QUIET, how)
     assert made == []
     assert again.columns() == first.columns()
-    evaluate.evaluate([first.names["base"]], root / "val", Question([1]), QUIET, how)  # of another model: made anew
+    evaluation.evaluate([first.names["base"]], root / "val", Question([1]), QUIET, how)  # of another model: made anew
     assert len(made) == 1
-    evaluate.evaluate(asked[:1], root / "train", Question([1]), QUIET, how)  # of other pairs, the base too
+    evaluation.evaluate(asked[:1], root / "train", Question([1]), QUIET, how)  # of other pairs, the base too
     assert len(made) == 3
 
 
@@ -335,7 +335,7 @@ def test_a_file_that_holds_something_else_is_never_replaced(base: Path, root: Pa
     folder.mkdir()
     for place in (weights, folder):
         with pytest.raises(UserError, match="holds no embeddings of ours"):
-            evaluate.evaluate([str(base)], root / "val", Question([1]), QUIET, How(embeddings=place, workers=0))
+            evaluation.evaluate([str(base)], root / "val", Question([1]), QUIET, How(embeddings=place, workers=0))
     assert weights.read_bytes() == (base / "model.safetensors").read_bytes()
 
 
@@ -354,9 +354,9 @@ def test_few_clusters_are_said(base: Path, root: Path, tmp_path: Path, capsys: p
 def test_embeddings_go_into_safetensors(base: Path, root: Path, tmp_path: Path) -> None:
     nowhere = How(embeddings=tmp_path / "gone" / "kept.safetensors", workers=0)
     with pytest.raises(UserError, match=r"nothing can be written into .*gone"):
-        evaluate.evaluate([str(base)], root / "val", Question([1]), QUIET, nowhere)
+        evaluation.evaluate([str(base)], root / "val", Question([1]), QUIET, nowhere)
     with pytest.raises(UserError, match=r"notes.txt does not end in .safetensors"):
-        evaluate.evaluate(
+        evaluation.evaluate(
             [str(base)], root / "val", Question([1]), QUIET, How(embeddings=tmp_path / "notes.txt", workers=0)
         )
 
@@ -366,6 +366,6 @@ def test_a_model_in_a_folder_called_base_is_no_base(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(base, "base")
-    found = evaluate.evaluate(["base"], root / "val", Question([1]), QUIET, How(base=None, workers=0))
+    found = evaluation.evaluate(["base"], root / "val", Question([1]), QUIET, How(base=None, workers=0))
     assert (found.names, found.differences) == ({"./base": "base"}, {})
     assert found.document("val")["base"] is None
