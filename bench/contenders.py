@@ -1,96 +1,27 @@
 """One process that trains in one of the ways that `bench/peers.py` compares, and stops where it is told to.
 
 Each way is a whole training run from JPEG files to optimizer steps, with the loader and loop that its users have; the
-only thing put in is a `Gate` after each optimizer step, which times segments of steps and waits in between. The driver
-stops the process group while others run, so nobody reads ahead meanwhile.
+only thing put in is a gate (`bench/peer_gate.py`) after each optimizer step.
 """
 
 from __future__ import annotations
 
-import gc
-import json
 import os
-import shutil
 import sys
 import tempfile
-import time
-import traceback
-import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}  # before anything imports huggingface_hub
 
-import psutil
 import torch
-from peer_data import Place
+from peer_gate import Gate, Task, serve
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 RATE, WARM_UP = 1e-5, 100  # learning rate and warm-up steps, of all
 LONG = 200  # times that the list of pairs is repeated for those who start a loader anew in each epoch
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is trained, and how much at once; the same for all."""
-
-    place: str
-    model: str
-    batch: int
-    chunk: int  # pairs that are held at once, by those who can
-    workers: int
-    device: str
-    warm: int  # steps before anything is timed
-
-    @property
-    def here(self) -> Place:
-        return Place(Path(self.place))
-
-
-class Stop(BaseException):
-    """The driver has seen enough of this run."""
-
-
-class Gate:
-    """Called after each optimizer step: ends a segment where it is full, and waits until the next one is asked for."""
-
-    def __init__(self, task: Task, ask: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-        self.task, self.ask = task, ask
-        self.left, self.steps, self.began = task.warm, task.warm, time.perf_counter()
-
-    def __call__(self, *_: Any) -> None:
-        self.left -= 1
-        if self.left > 0:
-            return
-        if self.task.device == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - self.began
-        said = {"pairs": self.steps * self.task.batch, "seconds": seconds, **self.memory()}
-        order = self.ask(said)
-        if "go" not in order:
-            raise Stop
-        self.left = self.steps = order["go"]
-        if order.get("forget"):
-            self.forget()
-        self.began = time.perf_counter()
-
-    def memory(self) -> dict[str, float]:
-        """Peak of what the device holds, in GB: resident memory with the loader's own, or the allocator's on a GPU."""
-        if self.task.device == "cuda":
-            return {"GB": torch.cuda.max_memory_allocated() / 1e9}
-        peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
-        own = sum(child.memory_full_info().uss for child in psutil.Process().children(recursive=True))
-        return {"GB": int(peak.split()[1]) / 1e6 + own / 1e9}
-
-    def forget(self) -> None:
-        if self.task.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins here
 
 
 def ours(task: Task, gate: Gate, cache: bool = False, **options: Any) -> None:
@@ -120,10 +51,26 @@ def ours(task: Task, gate: Gate, cache: bool = False, **options: Any) -> None:
             "output": str(_fresh(task, "ours")),
         }
     )  # fmt: skip
+    if cache:
+        _fill_cache(task)
     try:
         training.fit(wanted, Console(quiet=True))
     finally:
         training._step = step
+
+
+def _fill_cache(task: Task) -> None:
+    """What `cytoclip check --cache` does, so that no segment is of the first epoch."""
+    from cytoclip import batches, cache, checkpoint
+    from cytoclip.console import Console
+    from cytoclip.pictures import Pictures
+
+    quiet, spec = Console(quiet=True), checkpoint.open_model(str(task.here.model(task.model))).pixels
+    for split in ("train", "val"):
+        pairs = batches.open_split(task.here.data / split, quiet)
+        bad = cache.fill(cache.Part(task.here.data / split, pairs.contents, Pictures(pairs.images, spec)),
+                         max(1, task.workers), quiet)  # fmt: skip
+        assert not bad
 
 
 def original(task: Task, gate: Gate) -> None:
@@ -220,7 +167,11 @@ def sentence_transformers(task: Task, gate: Gate, cached: bool = False) -> None:
     """sentence-transformers' trainer on the same CLIP, (image, caption) pairs; its loss, or the one in chunks."""
     from datasets import Dataset as Table
     from datasets import Image as Picture
-    from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    from sentence_transformers import (
+        SentenceTransformer,
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+    )
     from sentence_transformers.losses import CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss
 
     files, captions = task.here.pairs()
@@ -382,8 +333,7 @@ WAYS: dict[str, Callable[[Task, Gate], None]] = {
     "ours": ours,
     "ours, cached pictures": lambda task, gate: ours(task, gate, cache=True),
     "ours, compiled": lambda task, gate: ours(task, gate, compile=True),
-    "ours, compiled, cached pictures": lambda task, gate: ours(task, gate, cache=True, compile=True),
-    "ours, not compiled, cached pictures": lambda task, gate: ours(task, gate, cache=True, compile=False),
+    "ours, not compiled": lambda task, gate: ours(task, gate, cache=True, compile=False),
     "the original's way": original,
     "transformers Trainer": trainer,
     "transformers Trainer, compiled": lambda task, gate: trainer(task, gate, torch_compile=True),
@@ -394,40 +344,5 @@ WAYS: dict[str, Callable[[Task, Gate], None]] = {
 }
 
 
-@contextmanager
-def _talking() -> Any:
-    """A line to the driver on what was stdout; whatever libraries print goes to stderr."""
-    with os.fdopen(os.dup(1), "w") as out:
-        os.dup2(2, 1)
-        yield lambda line: print(json.dumps(line), file=out, flush=True)
-
-
-def main() -> None:
-    """Reads `{"build": Task}` and `{"go": steps}` as JSON lines; any other order ends a run, end of input the process."""
-    warnings.filterwarnings("ignore")
-    way = WAYS[sys.argv[1]]
-    with _talking() as tell:
-
-        def ask(said: dict[str, Any]) -> dict[str, Any]:
-            tell(said)
-            order: dict[str, Any] = json.loads(sys.stdin.readline() or "{}")
-            return order
-
-        order = ask({"started": True})
-        while "build" in order:
-            task = Task(**order["build"])
-            try:
-                way(task, Gate(task, ask))
-            except Stop:
-                said: dict[str, Any] = {"ended": True}
-            except Exception as error:
-                traceback.print_exc()
-                said = {"failed": f"{type(error).__name__}: {error}"[:300]}
-            gc.collect()
-            if task.device == "cuda":
-                torch.cuda.empty_cache()
-            order = ask(said)
-
-
 if __name__ == "__main__":
-    main()
+    serve(WAYS[sys.argv[1]])

@@ -91,7 +91,7 @@ def _captions(said: list[str], count: int) -> tuple[list[str], Any]:
 
 def _draw(file: Path, number: int) -> None:
     """A field of drawn cells, out of focus and with a sensor's noise: a JPEG as large as one of a photograph."""
-    global _DRAWN  # noqa: PLW0603 - drawn once in each process
+    global _DRAWN
     _DRAWN = _DRAWN or [one.image.convert("RGB") for one in cells.sample(16, 0, range(4))]
     field = Image.new("RGB", (384, 384))
     for k in range(9):

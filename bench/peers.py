@@ -6,15 +6,15 @@
 Every way is a process of its own that trains for the whole time (`bench/contenders.py` says each): the original's way
 written anew from its description, transformers' Trainer in the way of its contrastive example, sentence-transformers'
 trainer with its loss and with the cached one, open_clip's loop where torchvision is there, and ours: as it is, with
-`data.cache`, with `train.compile`. All have the same pictures (drawn cells, JPEGs of 360×363), captions of 40 to 48 tokens,
-starting weights, batch, precision (bf16), threads and loader processes.
+`data.cache`, with `train.compile`. All have the same pictures (drawn cells, JPEGs of 360×363), captions of 40 to 48
+tokens, starting weights, batch, precision (bf16), threads and loader processes.
 
 The ways take turns, a segment of steps each, and are stopped by a signal with all their loader processes while it is
 another's turn: nobody works ahead, and whatever else the machine does falls on all alike. Medians over the rounds, and
 of the ratios to the best peer of the same round. Memory is the highest in the segments: resident memory of the process
 and what its loader processes have for themselves, or what torch allocated on the GPU.
 
-On a GPU a way holds it alone: L/14 of all at once would not fit. Each trains for its share of `--seconds`.
+On a GPU a way holds it alone, one after the other: all at once would not fit. Each has its share of `--seconds`.
 
 A card for people, and one JSON line last; what is known so far is printed as it comes.
 """
@@ -33,20 +33,37 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from contenders import WAYS, Task
+from contenders import WAYS
 from peer_data import SHAPES, Place, write
+from peer_gate import Task
 
 CPU_WAYS = ("ours", "ours, cached pictures", "ours, compiled", "the original's way", "transformers Trainer",
             "sentence-transformers", "sentence-transformers, cached loss", "open_clip")  # fmt: skip
-GPU_WAYS = ("ours", "ours, cached pictures", "the original's way", "transformers Trainer", "sentence-transformers",
-            "sentence-transformers, cached loss", "open_clip", "open_clip, compiled")  # fmt: skip
-GPU_BATCH = {"B/32": 1024, "B/16": 512, "L/14": 128, "rehearsal": 16}
-STEPS = {"23M": 3, "B/32": 2, "rehearsal": 2}  # of a segment on a CPU
+FEW = (
+    "ours, cached pictures",
+    "ours",
+    "the original's way",
+    "transformers Trainer",
+    "sentence-transformers",
+    "open_clip",
+)
+GPU_WAYS = (*FEW, "sentence-transformers, cached loss", "ours, not compiled", "open_clip, compiled")
+STEPS = {"23M": 3, "B/32": 2}  # of a segment on a CPU
+BATCH = {"cpu": {"23M": 32}, "cuda": {"B/16": 512, "B/32": 1024, "L/14": 128}}  # where not 16: all stay in memory
 LIMIT = {"cpu": 1.25, "cuda": 1.3}  # times the best peer
+
+
+def asked_for(device: str, model: str) -> tuple[str, ...]:
+    """All ways of one model, and the main ones of the others: those of a CPU are all in its memory at once."""
+    if device == "cuda":
+        return GPU_WAYS if model == "B/16" else FEW
+    return FEW if model == "B/32" else CPU_WAYS
 
 
 @dataclass
@@ -58,6 +75,7 @@ class Way:
     speeds: list[float] = field(default_factory=list)
     memory: list[float] = field(default_factory=list)
     failed: str = ""
+    built: float = 0.0  # seconds to the first segment
 
     @classmethod
     def started(cls, name: str, log: Path) -> Way:
@@ -133,40 +151,37 @@ def _turn(ways: list[Way], number: int) -> list[Way]:
     return running[first:] + running[:first]
 
 
-def on_gpu(tasks: list[Task], names: list[str], seconds: float, log: Path) -> dict[str, list[Way]]:
+def on_gpu(tasks: list[Task], names: dict[str, list[str]], until: float, log: Path) -> dict[str, list[Way]]:
     """One way at a time on the device; its processes are started together, since that takes longest."""
-    began = time.perf_counter()
-    ways = [Way.started(name, log) for name in names]
-    print(f"  {len(ways)} processes started in {time.perf_counter() - began:.0f} s", flush=True)
-    found: dict[str, list[Way]] = {}
-    turns = [(task, way) for task in tasks for way in ways]
+    with ThreadPoolExecutor() as pool:
+        every = dict.fromkeys(name for some in names.values() for name in some)
+        ways = dict(zip(every, pool.map(lambda name: Way.started(name, log), every), strict=True))
+    found: dict[str, list[Way]] = {task.model: [] for task in tasks}
+    turns = [(task, ways[name]) for task in tasks for name in names[task.model]]
     try:
         for number, (task, way) in enumerate(turns):
-            share = (seconds - (time.perf_counter() - began)) / (len(turns) - number)
             result = Way(way.name, way.process)
-            found.setdefault(task.model, []).append(result)
-            _alone(task, result, share)
-            line = {"model": task.model, "batch": task.batch, **_row(result)}
-            print(json.dumps(line), flush=True)
+            found[task.model].append(result)
+            _alone(task, result, (until - time.perf_counter()) / (len(turns) - number))
+            print(json.dumps({"model": task.model, "batch": task.batch, **_row(result)}), flush=True)
     finally:
-        for way in ways:
+        for way in ways.values():
             way.end()
     return found
 
 
 def _alone(task: Task, way: Way, share: float) -> None:
-    """Build, warm up, then at least five segments of a step or more within `share` seconds, the build included."""
+    """Build, warm up, then five segments within `share` seconds, the build included; or three, if that is late."""
     began = time.perf_counter()
-    if way.process.poll() is not None:
-        way.failed = "its process ended before"
+    if share < 1 or way.process.poll() is not None:
+        way.failed = "no time was left" if share < 1 else "its process ended before"
         return
-    said = way.order(build=asdict(task))
-    if "failed" in said:
+    if "failed" in way.order(build=asdict(task)):
         return
     said = way.order(go=2, forget=True)
-    left = share - (time.perf_counter() - began)
-    steps = max(1, int(left / 6 / max(said.get("seconds", 1.0) / 2, 1e-3)))
-    while not way.failed and (len(way.speeds) < 5 and (len(way.speeds) < 3 or time.perf_counter() - began < share)):
+    way.built = time.perf_counter() - began
+    steps = max(1, int((share - way.built) / 5 / max(said.get("seconds", 1.0) / 2, 1e-3)))
+    while not way.failed and len(way.speeds) < (5 if time.perf_counter() - began < share else 3):
         way.segment(steps)
     if not way.failed:
         way.order(stop=True)
@@ -182,14 +197,15 @@ def _row(way: Way) -> dict[str, Any]:
         "to": round(max(way.speeds), 2),
         "peak GB": round(max(way.memory), 2),
         "segments": len(way.speeds),
+        **({"seconds before": round(way.built, 1)} if way.built else {}),
         **({"failed": way.failed} if way.failed else {}),
     }
 
 
-def card(model: str, task: Task, ways: list[Way], limit: float) -> dict[str, Any]:
+def card(task: Task, ways: list[Way], limit: float) -> dict[str, Any]:
     """A line a way, with its median ratio to the best peer in the same round."""
     peers = [way for way in ways if way.speeds and not way.name.startswith("ours")]
-    print(f"\n{model}, batch {task.batch}, {task.workers} loader processes")
+    print(f"\n{task.model}, batch {task.batch}, {task.workers} loader processes")
     best = max(peers, key=lambda way: statistics.median(way.speeds), default=None)
     rows = []
     for way in ways:
@@ -201,15 +217,18 @@ def card(model: str, task: Task, ways: list[Way], limit: float) -> dict[str, Any
         said = f"{row['pairs/s']:>9} pairs/s, {row['peak GB']:>6} GB" if "pairs/s" in row else row["failed"]
         print(f"  {way.name:<38} {said}  {row.get('times the best peer', ''):>5}", flush=True)
     won = max((row.get("times the best peer", 0) for row in rows if row["way"].startswith("ours")), default=0)
-    return {"model": model, "batch": task.batch, "ways": rows, "best peer": best.name if best else None,
+    return {"model": task.model, "batch": task.batch, "ways": rows, "best peer": best.name if best else None,
             "ours at best": won, "limit": limit}  # fmt: skip
 
 
-def missing(names: list[str]) -> dict[str, str]:
+def missing(names: Iterable[str]) -> dict[str, str]:
     """Ways that cannot run here, and why."""
     found = {}
     for name in names:
-        needs = {"open_clip": ("open_clip", "open_clip_train", "torchvision"), "sentence": ("sentence_transformers", "datasets")}
+        needs = {
+            "open_clip": ("open_clip", "open_clip_train", "torchvision"),
+            "sentence": ("sentence_transformers", "datasets"),
+        }
         for start, packages in needs.items():
             absent = [package for package in packages if not importlib.util.find_spec(package)]
             if name.startswith(start) and absent:
@@ -236,47 +255,48 @@ def facts(gpu: bool) -> dict[str, Any]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", action="store_true")
-    parser.add_argument("--seconds", type=float, default=240, help="for the training of all on a GPU")
+    parser.add_argument("--seconds", type=float, default=240, help="for all of it on a GPU")
     parser.add_argument("--models", nargs="+", choices=SHAPES)
     parser.add_argument("--ways", nargs="+", choices=WAYS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, help="of a segment on a CPU")
     parser.add_argument("--batch", type=int)
-    parser.add_argument("--chunk", type=int, help="pairs held at once by the cached ways; default: a quarter")
-    parser.add_argument("--workers", type=int, help="loader processes of each; default: 1, on a GPU 14 of 16 cores")
+    parser.add_argument("--chunk", type=int, help="pairs held at once by the cached loss; default: a quarter")
+    parser.add_argument(
+        "--workers", type=int, help="loader processes of each; default: 1, on a GPU two less than cores"
+    )
     parser.add_argument("--pairs", type=int)
     parser.add_argument("--log", type=Path, default=Path("peers.log"), help="what the contenders print")
+    parser.add_argument("--rehearse", action="store_true", help="the way of the GPU in small, on a CPU")
     return parser.parse_args()
 
 
 def main() -> None:
-    given = arguments()
-    device, cores = ("cuda" if given.gpu else "cpu"), os.cpu_count() or 1
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the ways that are stopped meanwhile must not stay behind
+    given, began = arguments(), time.perf_counter()
+    alone, device, cores = given.gpu or given.rehearse, ("cuda" if given.gpu else "cpu"), os.cpu_count() or 1
     workers = given.workers if given.workers is not None else (max(1, cores - 2) if given.gpu else 1)
-    names = given.ways or list(GPU_WAYS if given.gpu else CPU_WAYS)
-    models = given.models or (["B/32", "B/16", "L/14"] if given.gpu else ["23M", "B/32"])
-    absent = missing(names)
+    models = given.models or (["B/16", "L/14", "B/32"] if given.gpu else ["rehearsal"] if alone else ["23M", "B/32"])
+    names = {model: given.ways or asked_for(device, model) for model in models}
+    absent = missing([name for some in names.values() for name in some])
+    there = {model: [name for name in some if name not in absent] for model, some in names.items()}
     about = facts(given.gpu)
     print(json.dumps(about), flush=True)
-    results = []
     with tempfile.TemporaryDirectory() as folder:
-        place, began = Place(Path(folder)), time.perf_counter()
-        write(place, given.pairs or (8192 if given.gpu else 256), models)
+        write(Place(Path(folder)), given.pairs or (8192 if given.gpu else 256), models)
         print(f"pictures and models written in {time.perf_counter() - began:.0f} s", flush=True)
         tasks = []
         for model in models:
-            batch = given.batch or (GPU_BATCH[model] if given.gpu else 32)
-            chunk = given.chunk or batch // 4
-            tasks.append(Task(folder, model, batch, chunk, workers, device, warm=3 if given.gpu else 2))
-        there = [name for name in names if name not in absent]
-        if given.gpu:
-            found = on_gpu(tasks, there, given.seconds, given.log)
+            batch = given.batch or BATCH[device].get(model, 16)
+            tasks.append(Task(folder, model, batch, given.chunk or batch // 4, workers, device, 3 if given.gpu else 2))
+        found = on_gpu(tasks, there, began + given.seconds, given.log) if alone else {}
+        results = []
         for task in tasks:
-            if not given.gpu:
+            if not alone:
                 print(f"\n{task.model}:", flush=True)
-            ways = found[task.model] if given.gpu else on_cpu(
-                task, there, given.rounds, given.steps or STEPS.get(task.model, 1), given.log)  # fmt: skip
-            results.append(card(task.model, task, ways, LIMIT[device]))
+                steps = given.steps or STEPS.get(task.model, 2)
+                found[task.model] = on_cpu(task, there[task.model], given.rounds, steps, given.log)
+            results.append(card(task, found[task.model], LIMIT[device]))
     for name, why in absent.items():
         print(f"  {name}: {why}")
     print(json.dumps({**about, "device": device, "workers": workers, "absent": absent, "results": results}))
