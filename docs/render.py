@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from cytoclip import config, families, kinds, results_schema
-from docs import commands
+from docs import commands, modules
 
 REFERENCE = Path(__file__).parent / "reference"
 PAGES = {
@@ -17,6 +17,7 @@ PAGES = {
     REFERENCE / "config.md": config.reference,
     REFERENCE / "families.md": families.page,
     REFERENCE / "findings.md": kinds.page,
+    REFERENCE / "modules.md": modules.page,
     REFERENCE / "results.md": results_schema.page,
 }
 

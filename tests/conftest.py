@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before anything imports torch; see cli._guarded
@@ -20,6 +21,9 @@ from cytoclip.config import Config, parse
 from cytoclip.console import Console
 from tests import runs, tiny
 from tests.typed import Outcome, Run
+
+if TYPE_CHECKING:
+    from tests import served
 
 torch.set_num_threads(2)
 
@@ -38,6 +42,16 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     write_split(folder / "train", 48, seed=1)
     write_split(folder / "val", 20, seed=2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def loose(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same pairs with nothing in common but captions; by source and group all of `root` belongs together."""
+    folder = shutil.copytree(root, tmp_path_factory.mktemp("loose"), dirs_exist_ok=True)
+    listed = folder / "train" / "img_text_pair.json"
+    entries = [{"img": entry["img"], "caption": entry["caption"]} for entry in json.loads(listed.read_text())]
+    listed.write_text(json.dumps(entries))
     return folder
 
 
@@ -104,6 +118,14 @@ def told(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("told") / "run"
     runs.write(folder, root, {"val": (runs.random_embeddings(20, 0.1), runs.random_embeddings(20, 1.5, seed=1))})
     return folder
+
+
+@pytest.fixture(scope="session")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> served.Sample:
+    """Drawn cells, a tiny model that knows them by heart, and their index: only looked at."""
+    from tests import served
+
+    return served.make(tmp_path_factory.mktemp("served"))
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cytoclip import bring, files, sources
-from cytoclip.bring import SPLITS, Shares
+from cytoclip import apart, bring, files, sources
+from cytoclip.apart import SPLITS, Shares
 from cytoclip.console import Console
 from cytoclip.errors import UserError
 from cytoclip.pairs import Pairs
@@ -48,7 +48,7 @@ def together(pairs: Pairs, i: int, j: int) -> bool:
 @pytest.mark.parametrize("seed", range(4))
 def test_components_against_a_search_from_each_pair(seed: int) -> None:
     pairs = made(60, seed)
-    found = bring.components(pairs)
+    found = apart.components(pairs)
     for i in range(len(pairs)):
         reached, waiting = {i}, [i]
         while waiting:
@@ -63,18 +63,18 @@ def test_components_against_a_search_from_each_pair(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_a_split_is_a_function_of_contents_and_seed(seed: int) -> None:
     pairs, shares = made(300, seed), Shares(0.2, 0.1, seed)
-    split = bring.split(pairs, shares)
+    split = apart.split(pairs, shares)
     for i, j in zip(*np.triu_indices(300), strict=True):
         assert split[i] == split[j] or not together(pairs, i, j)
     order = random.Random(seed).sample(range(300), 300)
-    assert bring.split(taken(pairs, order), shares).tolist() == split[order].tolist()
-    assert bring.split(pairs, replace(shares, seed=seed + 1)).tolist() != split.tolist()
+    assert apart.split(taken(pairs, order), shares).tolist() == split[order].tolist()
+    assert apart.split(pairs, replace(shares, seed=seed + 1)).tolist() != split.tolist()
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_shares_are_as_near_as_one_component_more_would_bring_them(seed: int) -> None:
     pairs, shares = made(300, seed), Shares(0.2, 0.1, seed)
-    split, component = bring.split(pairs, shares), bring.components(pairs)
+    split, component = apart.split(pairs, shares), apart.components(pairs)
     sizes = np.bincount(component)
     in_train = {int(k) for k, s in zip(component, split, strict=True) if s == 0}
     for number, share in ((1, 0.2), (2, 0.1)):

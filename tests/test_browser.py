@@ -6,7 +6,6 @@ Needs Debian's chromium (`.ci/browser` installs it); where there is none the tes
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
 from cytoclip import check, check_page, comparison, evaluation_page, files, kinds, record, report_page
 from cytoclip.console import Console
-from tests import planted, runs
+from tests import planted, runs, served
 
 QUIET = Console(quiet=True)
 PAGES = ("report", "private", "comparison", "check", "evaluation", "alone", "several")
@@ -29,13 +28,8 @@ OPEN_ALL = "document.querySelectorAll('details').forEach(one => one.open = true)
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    found = shutil.which("chromium")
-    if not found:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("no chromium on this machine; .ci/browser installs it")
-    with sync_playwright() as driver:
-        launched = driver.chromium.launch(executable_path=found)
-        yield launched
-        launched.close()
+    with served.chromium() as found:
+        yield found
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ def test_help_lists_every_command(run: Run, word: str) -> None:
     outcome = run(word)
     assert (outcome.code, outcome.err) == (0, "")
     commands = {command.name or command.callback.__name__ for command in cli.app.registered_commands}  # type: ignore[union-attr]
-    assert len(commands) == 9
+    assert len(commands) == 10
     assert all(f" {name} " in outcome.out for name in commands)
 
 
@@ -83,7 +83,7 @@ def test_config_shows_every_option_with_type_default_and_doc(run: Run) -> None:
     outcome = run("config")
     assert (outcome.code, outcome.err) == (0, "")
     options = list(config.options())
-    assert len(options) == 84
+    assert len(options) == 87
     for option in options:
         assert option.doc in outcome.out
         line = (

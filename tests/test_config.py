@@ -348,7 +348,7 @@ SECTIONS = {
     "": Config, "data": data_options.Data, "data.augment": data_options.Augment,
     "model": config.Model, "model.lora": config.Lora, "train": config.Train,
     "validate": config.Validate, "checkpoint": config.Checkpoint, "track": config.Track, "report": config.Report,
-    "data.replay": data_options.Replay, "train.anchor": config.Anchor,
+    "data.hold_out": data_options.HoldOut, "data.replay": data_options.Replay, "train.anchor": config.Anchor,
 }  # fmt: skip
 
 
@@ -364,7 +364,7 @@ def fields() -> set[str]:
 def test_options_lists_every_field_with_a_doc() -> None:
     listed = list(config.options())
     assert {option.name for option in listed} == fields()
-    assert len(listed) == len(fields()) == 84
+    assert len(listed) == len(fields()) == 87
     assert {option.name for option in listed if option.kind == "section"} == {*SECTIONS} - {""}
     for option in listed:
         assert option.doc.endswith("."), option.name

@@ -9,10 +9,11 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from cytoclip.encoder import Encoder, load
     from cytoclip.library import evaluate, train
+    from cytoclip.search import Index
 
-__all__ = ["Encoder", "__version__", "evaluate", "load", "train"]
+__all__ = ["Encoder", "Index", "__version__", "evaluate", "load", "train"]
 
-_FROM = {"Encoder": "encoder", "load": "encoder", "evaluate": "library", "train": "library"}
+_FROM = {"Encoder": "encoder", "Index": "search", "load": "encoder", "evaluate": "library", "train": "library"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,45 +1,34 @@
 """Write pairs of any format in our layout, split so that what belongs together stays together.
 
-Letters: N pairs, K components.
+Letters: N pairs.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cytoclip import batches, files, sources
+from cytoclip import apart, batches, files, sources
+from cytoclip.apart import SPLITS, Shares
 from cytoclip.console import Console, size
 from cytoclip.errors import ExitCode, UserError, counted
 from cytoclip.files import Piece
 from cytoclip.pairs import Pairs
 from cytoclip.rows import Columns
 
-SPLITS = ("train", "val", "test")
 _MAX_PART = 120  # bytes of each part of a name: file systems take 255, and an ending and a number come on top
 _UNSAFE = re.compile(r'[\x00-\x1f\x7f<>:"\\|?*\ufffd]')  # what one system or another refuses in a name
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)  # Windows' devices
 _MAGIC = ((b"\xff\xd8\xff", ".jpg"), (b"\x89PNG\r\n", ".png"), (b"GIF8", ".gif"), (b"BM", ".bmp"), (b"II*\0", ".tif"),
     (b"MM\0*", ".tif"), (b"RIFF", ".webp"))  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Shares:
-    """How much of the pairs goes into `val` and `test`, and the seed that decides which."""
-
-    val: float = 0.1
-    test: float = 0.1
-    seed: int = 0
 
 
 def bring(place: Path, to: Path, shares: Shares, columns: Columns, console: Console) -> dict[str, int]:
@@ -60,7 +49,7 @@ def bring(place: Path, to: Path, shares: Shares, columns: Columns, console: Cons
     if os.path.lexists(to) and not (to.is_dir() and not any(to.iterdir())):
         raise UserError(f"{to} is already there", "name another folder, or delete it first", ExitCode.DATA)
     pairs = batches.scanned(sources.read(place, columns, console), place, console)
-    split_N = split(pairs, shares)
+    split_N = apart.split(pairs, shares)
     rows = {name: np.flatnonzero(split_N == number) for number, name in enumerate(SPLITS)}
     _refuse_empty(rows, shares, pairs, place)
     _say(rows, pairs, shares, console)
@@ -72,53 +61,6 @@ def bring(place: Path, to: Path, shares: Shares, columns: Columns, console: Cons
                 copied += _write(folder / split_name, pairs, names, chosen, bar)
     console.say(f"{to}: {copied} pictures copied, {len(set(pairs.images)) - copied} linked")
     return {name: len(chosen) for name, chosen in rows.items()}
-
-
-def split(pairs: Pairs, shares: Shares) -> NDArray[np.int64]:
-    """The number of each pair's split in `SPLITS`: a function of what the pairs are and the seed, not of their order.
-
-    Pairs that share a source, a group or the bytes of a picture are one component, directly or through others, and
-    components are never cut. They come in the order of a hash of the seed and their smallest content, and each goes
-    to the first of val and test that it brings nearer to its share, else to train. So no single component more would
-    bring val or test nearer, and a random order keeps them like the whole.
-
-    Returns
-    -------
-    int64 (N,)
-    """
-    component_N = components(pairs)
-    sizes_K = np.bincount(component_N)
-    first_K: list[str] = [""] * len(sizes_K)
-    for number, content in zip(component_N.tolist(), pairs.contents, strict=True):
-        first_K[number] = min(first_K[number] or content, content)
-    drawn_K = [hashlib.sha256(f"{shares.seed} {content}".encode()).digest() for content in first_K]
-    split_K = np.zeros(len(sizes_K), np.int64)
-    held = [0.0, -shares.val * len(pairs), -shares.test * len(pairs)]  # below zero: so many are still wanted
-    for number in sorted(range(len(sizes_K)), key=lambda k: drawn_K[k]):
-        count = int(sizes_K[number])
-        into = next((s for s in (1, 2) if abs(held[s] + count) < abs(held[s])), 0)
-        split_K[number] = into
-        held[into] += count
-    return split_K[component_N]
-
-
-def components(pairs: Pairs) -> NDArray[np.int64]:
-    """The number of each pair's component: those that share a source, a group or a content, closed transitively."""
-    parent = list(range(len(pairs)))
-
-    def top(row: int) -> int:
-        while parent[row] != row:
-            parent[row] = parent[parent[row]]
-            row = parent[row]
-        return row
-
-    for column in (pairs.sources, pairs.groups, pairs.contents):
-        first: dict[str, int] = {}
-        for row, value in enumerate(column):
-            if value:
-                parent[top(row)] = top(first.setdefault(value, row))
-    tops = [top(row) for row in range(len(pairs))]
-    return np.unique(np.array(tops, np.int64), return_inverse=True)[1].astype(np.int64)
 
 
 def safe_names(pairs: Pairs) -> list[str]:
@@ -229,7 +171,7 @@ def _refuse_empty(rows: dict[str, NDArray[np.int64]], shares: Shares, pairs: Pai
     if empty:
         raise UserError(
             f"{', '.join(empty)} would be empty: the {counted(len(pairs), 'pair')} of {place} are "
-            f"{components(pairs).max() + 1} with sources, groups and pictures of their own",
+            f"{apart.components(pairs).max() + 1} with sources, groups and pictures of their own",
             "ask for other shares with --val and --test, or look at its sources and groups",
             ExitCode.DATA,
         )

@@ -20,7 +20,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from cytoclip import adapters, files, model
+from cytoclip import adapters, files, from_open_clip, model
 from cytoclip.config import Config, Model
 from cytoclip.errors import ExitCode, UserError
 from cytoclip.model import DualEncoder
@@ -80,7 +80,8 @@ class Opened:
 
 
 def open_model(name: str, context_length: int | None = None) -> Opened:
-    """Open a hub id, a Hugging Face folder, a peft adapter folder of ours, or a run folder (its best weights).
+    """Open a hub id, a Hugging Face folder, a peft adapter folder of ours, a run folder (its best weights), or a
+    checkpoint of open_clip (a folder, or `hf-hub:` before the id).
 
     With `context_length` the text tower of a CLIP is made to read that many tokens.
     """
@@ -132,6 +133,9 @@ def _read(place: str, name: str) -> Opened:
     adapter = folder / "adapter_config.json"
     if not adapter.is_file():
         read = model.read(place)
+        if from_open_clip.is_one(name):
+            called = name if name.startswith(from_open_clip.HUB) else str(Path(name).resolve())
+            return _opened(read, read.clip, called, plain=False)
         return _opened(read, read.clip, place, plain=run_of(name) is None)  # a run's weights may change under its name
     if not (folder / "adapter_model.safetensors").is_file() or not (folder / BESIDE).is_file():
         raise UserError(
@@ -160,9 +164,13 @@ def _read(place: str, name: str) -> Opened:
 
 
 def locate(name: str) -> str:
-    """The folder or hub id that `name` means; a run folder means its `best/`, or `model/` before the first one."""
+    """The folder or hub id that `name` means: a run folder its `best/`, or `model/` before the first one; a checkpoint
+    of open_clip what was made of it.
+    """
     folder = Path(name)
     run = RunFolder(folder)
+    if from_open_clip.is_one(name):
+        return str(from_open_clip.converted(name))
     if not folder.is_dir():
         return name
     if run.config.is_file():
@@ -176,7 +184,8 @@ def locate(name: str) -> str:
         )
     if not ((folder / "config.json").is_file() or (folder / "adapter_config.json").is_file()):
         raise UserError(
-            f"{folder} holds no model: neither config.json nor adapter_config.json nor a run's config.yaml",
+            f"{folder} holds no model: neither config.json nor adapter_config.json, open_clip_config.json or a run's "
+            "config.yaml",
             "name a Hugging Face folder, a run folder, or a hub id",
             ExitCode.MODEL,
         )
@@ -200,19 +209,24 @@ def is_adapter_only(wanted: Model, opened: Opened) -> bool:
 
 def save_model(folder: Path, opened: Opened, adapter: PeftModel | None, wanted: Model) -> None:
     """Write a model that plain transformers (or peft) opens, whole or not at all."""
-    clip = opened.encoder.clip
     with files.whole_folder(folder) as new:
-        if adapter is not None and is_adapter_only(wanted, opened):
-            adapter.peft_config["default"].base_model_name_or_path = opened.name
-            adapter.save_pretrained(str(new), save_embedding_layers=False)  # or it asks the hub each time
-            (new / "README.md").unlink(missing_ok=True)  # peft's empty template
-            save_file(adapters.beside_adapter(clip, opened.encoder.family), new / BESIDE)
-        else:
-            clip.save_pretrained(str(new), state_dict=adapters.merged_state(clip))
-        opened.tokenizer.save_pretrained(str(new))
-        opened.image_processor.save_pretrained(str(new))
-        if opened.crop != "auto":
-            files.write_json(new / CROP, {"crop": opened.crop})
+        fill(new, opened, adapter, wanted)
+
+
+def fill(folder: Path, opened: Opened, adapter: PeftModel | None = None, wanted: Model | None = None) -> None:
+    """The same into a folder that is there; whole weights, unless an adapter can stand for them."""
+    clip = opened.encoder.clip
+    if adapter is not None and wanted is not None and is_adapter_only(wanted, opened):
+        adapter.peft_config["default"].base_model_name_or_path = opened.name
+        adapter.save_pretrained(str(folder), save_embedding_layers=False)  # or it asks the hub each time
+        (folder / "README.md").unlink(missing_ok=True)  # peft's empty template
+        save_file(adapters.beside_adapter(clip, opened.encoder.family), folder / BESIDE)
+    else:
+        clip.save_pretrained(str(folder), state_dict=adapters.merged_state(clip))
+    opened.tokenizer.save_pretrained(str(folder))
+    opened.image_processor.save_pretrained(str(folder))
+    if opened.crop != "auto":
+        files.write_json(folder / CROP, {"crop": opened.crop})
 
 
 def weights_digest(folder: Path) -> str:

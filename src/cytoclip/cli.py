@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cytoclip import __version__, arguments, cli_data, cli_score, cli_train, slurm
+from cytoclip import __version__, arguments, cli_data, cli_score, cli_train, cli_use, slurm
 from cytoclip.console import fail
 from cytoclip.errors import ExitCode, Stopped, UserError
 
@@ -54,12 +54,17 @@ for _command in (
     cli_data.check,
     cli_data.bring,
     cli_train.train,
+    cli_train.tune,
     cli_train.config,
     cli_score.evaluate,
     cli_score.classify,
     cli_train.report,
     cli_train.soup,
+    cli_use.export,
     cli_train.demo,
+    cli_use.index,
+    cli_use.search,
+    cli_use.serve,
 ):
     app.command()(_command)
 

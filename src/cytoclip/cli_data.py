@@ -65,9 +65,10 @@ def bring(
     caption_column: Annotated[str | None, typer.Option(help="Column of the caption; guessed if absent.")] = None,
 ) -> None:
     """Split pairs by source and content, and write them as a data root."""
+    from cytoclip import apart
     from cytoclip import bring as bringing
     from cytoclip.rows import Columns
 
-    console, shares = arguments.console(), bringing.Shares(val, test, seed)
+    console, shares = arguments.console(), apart.Shares(val, test, seed)
     bringing.bring(source, to, shares, Columns(image_column, caption_column), console)
     console.result(str(to))

@@ -41,6 +41,40 @@ def train(
     console.result(f"\n{result.table()}\n\nrun folder: {result.run}")
 
 
+def tune(
+    config: Annotated[Path, typer.Argument(help="One experiment as YAML, as for train.", show_default=False)],
+    overrides: arguments.Overrides = None,
+    trials: Annotated[int, typer.Option(min=1, help="Runs in all, the configuration as it is among them.")] = 20,
+    jobs: Annotated[int, typer.Option(min=1, help="Trials at once, each in a process of its own.")] = 1,
+    space: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML of what is varied: section.key: [a, b] or {low, high, log}; else what is usual.",
+            show_default=False,
+        ),
+    ] = None,
+    share: Annotated[
+        float, typer.Option(min=0.01, max=0.5, help="Of the training pairs, held out to compare trials by.")
+    ] = 0.15,
+    to: Annotated[
+        Path | None, typer.Option(help="Folder of the search; else the output with -search.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Search for better options on pairs held out of train; the same command again goes on."""
+    from cytoclip import config as configs
+    from cytoclip import tune as tuning
+
+    wanted = configs.load(config, overrides or ())
+    asked = tuning.Asked(to or Path(f"{wanted.output}-search"), trials, jobs, space, share)
+    console = arguments.console()
+    found = tuning.tune(wanted, asked, console)
+    if as_json:
+        console.result(json.dumps(found.document(), ensure_ascii=False))
+        return
+    console.result(f"\n{found.table()}\n\nthe best configuration: {found.yaml}\n  cytoclip train {found.yaml}")
+
+
 def config(
     file: Annotated[
         Path | None, typer.Argument(help="Print this file, complete and resolved.", show_default=False)

@@ -25,10 +25,13 @@ class Console:
     ----------
     quiet
         Say nothing: what every process but the first one does.
+    shown
+        False: what is said goes into the log file only.
     """
 
-    def __init__(self, quiet: bool = False) -> None:
+    def __init__(self, quiet: bool = False, shown: bool = True) -> None:
         self._quiet = quiet
+        self._shown = shown
         self._terminal = Terminal(stderr=True, highlight=False, soft_wrap=True)
         self._log: Path | None = None
 
@@ -41,7 +44,8 @@ class Console:
     def say(self, line: str) -> None:
         if self._quiet:
             return
-        self._terminal.print(Text(line))
+        if self._shown:
+            self._terminal.print(Text(line))
         self.record(line)
 
     def record(self, line: str) -> None:
@@ -61,7 +65,7 @@ class Console:
     @contextmanager
     def progress(self, title: str, total: int, start: int = 0) -> Iterator[Bar]:
         """A bar with the time left on a terminal, else a plain line every ten seconds."""
-        if self._quiet or not self._terminal.is_terminal:
+        if self._quiet or not self._shown or not self._terminal.is_terminal:
             yield Bar(self, title, total, start)
             return
         columns = (

@@ -87,6 +87,11 @@ MICROSCOPY: Mapping[str, Any] = {
 }
 
 
+class HoldOut(Section):
+    share: float = Field(0.15, gt=0, lt=1, description="Share of the training pairs that is held out.")
+    seed: int = Field(0, ge=0, description="Another seed holds out others.")
+
+
 class Data(Section):
     root: NonEmpty | None = Field(
         None,
@@ -103,6 +108,11 @@ class Data(Section):
         None,
         description="The test split, where the splits lie apart. Checked, scored once at the end of a run, and never "
         "trained or selected on.",
+    )
+    hold_out: HoldOut | None = Field(
+        None,
+        description="Cut a part off the training split, and validate on it: data.val and data.test are not looked at. "
+        "What shares a source, a group, a picture or a caption is not cut apart. null: validate on data.val.",
     )
     replay: list[Replay] = Field(
         [],
@@ -158,16 +168,30 @@ class Data(Section):
         return self
 
     @model_validator(mode="after")
+    def _held_out_here(self) -> Data:
+        if self.hold_out and self.train and places.is_remote(self.train):
+            raise ValueError(
+                f"hold_out needs training pairs that are here, and train is {self.train}|"
+                "give val, or copy the shards to this machine and name their path"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_way(self) -> Data:
         apart = [name for name in ("train", "val", "test") if getattr(self, name)]
         if self.root and apart:
             raise ValueError(f"root and {', '.join(apart)} are both given|give root, or train and val, not both")
-        if not self.root and not (self.train and self.val):
+        if not self.root and not (self.train and (self.val or self.hold_out)):
             raise ValueError("no data is named|give data.root, or data.train and data.val")
         return self
 
     def split(self, name: str) -> Path | None:
-        """Where the split `train`, `val` or `test` is; None for a test split that is not there."""
+        """Where the split `train`, `val` or `test` is; None for a test split that is not there.
+
+        With `hold_out` validation pairs lie in the training split, and no test split is looked at.
+        """
+        if self.hold_out and name != "train":
+            return self.split("train") if name == "val" else None
         if not self.root:
             apart: str | None = getattr(self, name)
             return Path(apart) if apart else None

@@ -83,13 +83,17 @@ class Encoder:
             For a picture that cannot be read, with its place; nothing is returned then.
         """
         some = list(pictures) if isinstance(pictures, list | tuple) else [pictures]
-        encoder, parts = self.opened.encoder, [np.empty((0, self.width), np.float32)]
+        parts = [np.empty((0, self.width), np.float32)]
         for batch in _cut(some, batch_size):
-            ready_B3HW = np.stack(list(self._pool.map(self._pixels, batch)))
-            with torch.no_grad(), self.world.autocast():
-                embedded = encoder.images(torch.from_numpy(ready_B3HW).to(self.world.device))
-            parts.append(embedded.float().cpu().numpy())
+            parts.append(self.embed_pixels(np.stack(list(self._pool.map(self._pixels, batch)))))
         return np.concatenate(parts)
+
+    def embed_pixels(self, ready_B3HW: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Unit embeddings (B, D) of one batch of pictures that `pixels.prepare` has made ready."""
+        with torch.no_grad(), self.world.autocast():
+            embedded = self.opened.encoder.images(torch.from_numpy(ready_B3HW).to(self.world.device))
+        found: NDArray[np.float32] = embedded.float().cpu().numpy()
+        return found
 
     def embed_texts(self, texts: str | Sequence[str], batch_size: int = 256) -> NDArray[np.float32]:
         """Unit embeddings (M, D) of texts, cut to the model's context; one text gives M = 1.

@@ -57,10 +57,10 @@ class UserError(Exception):
 
 
 class Stopped(Exception):  # noqa: N818 - it is no error
-    """A run that was asked to stop by signal `number`, after it saved step `step`."""
+    """A run that was asked to stop by signal `number`, after it saved step `step`; a search, after trial `step`."""
 
-    def __init__(self, number: int, step: int) -> None:
-        super().__init__(f"stopped by signal {number} after step {step}, which is saved; the same command goes on")
+    def __init__(self, number: int, step: int, what: str = "step") -> None:
+        super().__init__(f"stopped by signal {number} after {what} {step}, which is saved; the same command goes on")
         self.number = number
 
 

@@ -10,7 +10,9 @@ from transformers import ChineseCLIPModel, CLIPModel, SiglipModel, VisionTextDua
 from cytoclip.config import Model, Train
 from cytoclip.errors import UserError
 from cytoclip.objectives import Kind
+from cytoclip.towers import KIND, TwoTowers
 
+_OWN_POSITIONS = "the position embeddings of its text tower are that model's own"
 _PROJECTIONS = ("visual_projection", "text_projection")
 
 
@@ -113,7 +115,20 @@ FAMILIES = {
         lower=False,
         projections=_PROJECTIONS,
         fixed_size=False,
-        no_stretch="the position embeddings of its text tower are that model's own",
+        no_stretch=_OWN_POSITIONS,
+    ),
+    KIND: Family(
+        title="two separate towers of open_clip",
+        such_as="hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224",
+        opens=TwoTowers,
+        objective="infonce",
+        pads="longest",
+        masks=True,
+        pools="first",
+        lower=False,
+        projections=_PROJECTIONS,
+        fixed_size=False,
+        no_stretch=_OWN_POSITIONS,
     ),
 }
 

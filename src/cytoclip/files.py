@@ -40,9 +40,13 @@ def cache_folder(beside: Path) -> Path:
     inside = beside / CACHE
     if not _leads_away(inside) and os.access(inside if inside.is_dir() else beside, os.W_OK):
         return inside
-    at_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     real = os.path.realpath(beside)  # one place, however it is named
-    return at_home / "cytoclip" / hashlib.sha256(os.fsencode(real)).hexdigest()[:16]
+    return home_cache() / hashlib.sha256(os.fsencode(real)).hexdigest()[:16]
+
+
+def home_cache() -> Path:
+    """Where what belongs to no data is kept; it can be deleted at any time."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cytoclip"
 
 
 def _leads_away(inside: Path) -> bool:
@@ -157,13 +161,15 @@ def remove_empty(folder: Path, keep: Path | None = None) -> None:
 
 
 @contextmanager
-def lock(path: Path, busy: UserError) -> Iterator[None]:
-    """Hold `path` as a lock (the system frees it when the process dies); raises `busy` when another one holds it."""
+def lock(path: Path, busy: UserError, wait: float = 0) -> Iterator[None]:
+    """Hold `path` as a lock (the system frees it when the process dies); raises `busy` when another one holds it, and
+    still does after `wait` seconds.
+    """
     held = FileLock(path)
     try:
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            held.acquire(timeout=0)
+            held.acquire(timeout=wait)
     except Timeout:
         raise busy from None
     try:

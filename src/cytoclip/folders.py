@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cytoclip.console import Console
+from cytoclip.errors import counted, first_few
 from cytoclip.pairs import Pairs
 from cytoclip.rows import MAX_TEXT, PICTURES, Gathered
 
@@ -43,6 +44,36 @@ def read(folder: Path, console: Console) -> Pairs:
     if without:
         console.warn(f"{without} pictures of {folder} have no .txt beside them and are left out")
     return gathered.pairs()
+
+
+def read_all(folder: Path, console: Console) -> Pairs:
+    """Every picture below a folder, sorted by name, with its text where it has one; else its caption is empty.
+
+    Links to folders are not followed. A text that cannot be used is said and left out. The folder that a picture lies
+    in, below this one, is kept beside it as `folder`.
+
+    Raises
+    ------
+    UserError
+        Where there is no picture, or a link leads out of the folder.
+    """
+    gathered = Gathered(folder, folder, "picture", "pictures", _HINT, bare=True)
+    wrongs = []
+    for name, text in _pictures(folder):
+        caption = ""
+        if os.path.lexists(text):
+            caption, wrong = _caption(text, text.stat(), folder) if text.exists() else ("", "its .txt leads nowhere")
+            if wrong:
+                wrongs.append(f"{name}: {wrong}")
+        within = name.rpartition("/")[0]
+        gathered.add(name, name, caption, {"folder": within} if within else {})
+    if wrongs:
+        console.warn(f"{counted(len(wrongs), 'text')} of {folder} cannot be used: {first_few(wrongs)}")
+    left_out: list[str] = []
+    found = gathered.pairs(left_out)
+    if left_out:
+        console.warn(f"{counted(len(left_out), 'picture')} of {folder} are left out: {first_few(left_out)}")
+    return found
 
 
 def _pictures(folder: Path) -> Iterator[tuple[str, Path]]:

@@ -55,15 +55,15 @@ _Found = TypeVar("_Found")
 _SCAN_BLOCK = 1024  # files handed to the threads at once: five million futures would take gigabytes
 
 
-def decode(place: Path | Piece | bytes, at_least: int | None = None) -> Image.Image:
+def decode(place: Path | Piece | bytes, at_least: int | None = None, most: int = MAX_PIXELS) -> Image.Image:
     """Read a file, or the bytes of one, as a plain RGB picture (see `normalise`), completely, or say what is wrong.
 
     With `at_least`, a JPEG comes at the smallest of 1/1, 1/2, 1/4 and 1/8 of its size whose edges have as many pixels:
     libjpeg leaves out the high frequencies of each block of 8×8, so the pixels are nearly those of a full decode that
     is resized to it, in a fraction of the time.
 
-    Only a regular file is opened, in any format of Pillow's but EPS, and the size that its header claims is checked
-    before a pixel is decoded. Safe in threads and forked workers. Pillow's warnings are silent from the first call on.
+    Only a regular file is opened, in any format of Pillow's but EPS, and what its header claims is held against `most`
+    pixels before one is decoded. Safe in threads and forked workers. Pillow's warnings are silent from the first call.
 
     Raises
     ------
@@ -73,7 +73,7 @@ def decode(place: Path | Piece | bytes, at_least: int | None = None) -> Image.Im
     _hush()
     try:
         with _reading(place) as stream:
-            image = _open(stream)
+            image = _open(stream, most)
             if at_least is not None:
                 image.draft(None, (at_least, at_least))  # the mode stays; does nothing but for JPEG
             return normalise(image)
@@ -147,7 +147,16 @@ def scan(places: Sequence[Path | Piece], threads: int, progress: Callable[[int],
     return results
 
 
-def examine(place: Path | Piece, look: Callable[[ImageFile.ImageFile], _Found]) -> tuple[Scan, _Found | None]:
+def content_of(place: Path | Piece | bytes) -> str:
+    """SHA-256 of a file's bytes, hexadecimal; empty where they cannot be read."""
+    try:
+        with _reading(place) as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except (OSError, ValueError, _UnusableError):
+        return ""
+
+
+def examine(place: Path | Piece | bytes, look: Callable[[ImageFile.ImageFile], _Found]) -> tuple[Scan, _Found | None]:
     """Hash a file and hand its picture, not decoded yet, to `look`: what `scan` would say, and what `look` found.
 
     Whatever `look` raises is the file's problem, as it is when a picture is decoded.
@@ -188,6 +197,8 @@ def _hush() -> None:
 @contextmanager
 def _reading(place: Path | Piece | bytes) -> Iterator[BufferedReader | BytesIO]:
     if isinstance(place, bytes):
+        if not place:
+            raise _UnusableError("empty file")
         yield BytesIO(place)
         return
     path = place.path if isinstance(place, Piece) else place
@@ -204,7 +215,7 @@ def _reading(place: Path | Piece | bytes) -> Iterator[BufferedReader | BytesIO]:
             yield stream
 
 
-def _open(stream: BufferedReader | BytesIO) -> ImageFile.ImageFile:
+def _open(stream: BufferedReader | BytesIO, most: int = MAX_PIXELS) -> ImageFile.ImageFile:
     """The header only. Not `Image.open`, which warns on stderr and raises without telling width and height."""
     prefix = stream.read(16)
     recognised = ""
@@ -220,7 +231,7 @@ def _open(stream: BufferedReader | BytesIO) -> ImageFile.ImageFile:
         except (SyntaxError, IndexError, TypeError, struct.error):  # what Image.open takes for "try the next format"
             continue
         width, height = image.size
-        if width * height > MAX_PIXELS:
+        if width * height > most:
             raise _UnusableError(f"claims {width}x{height} pixels")
         return image
     raise _UnusableError(f"truncated or damaged {recognised}" if recognised else "not a picture of a known format")

@@ -9,7 +9,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cytoclip import batches, cache, captions, decoded, evaluation, features, leaks, order, places, sources, streams
+from cytoclip import (
+    batches,
+    cache,
+    captions,
+    decoded,
+    evaluation,
+    features,
+    leaks,
+    order,
+    places,
+    sources,
+    split_reader,
+    streams,
+)
 from cytoclip.augment import Variation
 from cytoclip.batches import Texts
 from cytoclip.captions import Tokens
@@ -263,15 +276,12 @@ def _of_training(splits: Iterable[str]) -> list[str]:
 
 
 def _read_splits(wanted: Config, console: Console) -> dict[str, tuple[Path, Pairs]]:
-    found = {name: wanted.data.split(name) for name in ("train", "val", "test")}
+    found = split_reader.read(wanted.data, ("train", *leaks.HELD_OUT), console)
+    others = {}
     for number, replay in enumerate(wanted.data.replay, start=1):
         root = Path(replay.root)
-        found[f"{_REPLAY} {number}"] = root if sources.is_split(root) else places.split(root, "train")
+        others[f"{_REPLAY} {number}"] = root if sources.is_split(root) else places.split(root, "train")
     if wanted.validation.keep:
-        found[KEEP] = kept_split(Path(wanted.validation.keep))
+        others[KEEP] = kept_split(Path(wanted.validation.keep))
     columns = Columns(wanted.data.image_column, wanted.data.caption_column)
-    return {
-        name: (folder, sources.read(folder, columns, console))
-        for name, folder in found.items()
-        if folder and not (name == "train" and places.is_remote(str(wanted.data.train)))
-    }
+    return found | {name: (folder, sources.read(folder, columns, console)) for name, folder in others.items() if folder}

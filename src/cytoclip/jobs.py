@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,9 @@ from cytoclip.objectives import Objective
 from cytoclip.pairs import Pairs, fingerprint, spread
 from cytoclip.plan import Plan
 from cytoclip.repeats import Repeats
+from cytoclip.report import Scores
+
+Watcher = Callable[[int, Scores], None]  # hears the step of a validation and its scores
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ class Job:
         Pairs of `validate.keep` and how they are read, where it is given.
     inputs
         Digests of all that the run was begun with.
+    watcher
+        Hears of each validation after the start, in the first process.
     """
 
     config: Config
@@ -85,6 +91,7 @@ class Job:
     test: Pairs | None
     keep: tuple[Pairs, Reading] | None
     inputs: dict[str, str]
+    watcher: Watcher | None = None
 
 
 def prepare(wanted: Config, run: RunFolder, world: World, console: Console, storing: bool = True) -> Job:

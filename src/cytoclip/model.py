@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from cytoclip import towers
 from cytoclip.errors import ExitCode, UserError, first_few
 from cytoclip.families import FAMILIES, REFUSED, Family
 
@@ -119,10 +120,19 @@ class DualEncoder(nn.Module):
         """Token ids → pooled features before the projection (B, width of the tower)."""
         mask = {"attention_mask": (tokens_BL != self.pad).long()} if self.family.masks else {}
         output = self.text_tower(input_ids=tokens_BL, **mask)
+        if self.clip.config.model_type == towers.KIND:
+            return towers.pooled(self.clip.config, output.last_hidden_state, mask["attention_mask"])
         features: torch.Tensor = output.pooler_output
         if self.clip.config.model_type == "chinese_clip":  # the first token as it is, without BERT's pooler
             features = output.last_hidden_state[:, 0]
         return features
+
+    def projected(self, features: torch.Tensor, side: int) -> torch.Tensor:
+        """Features of the image tower (side 0) or the text tower (1) in the shared space (B, D), not yet unit."""
+        if not self.family.projections:
+            return features
+        projected: torch.Tensor = getattr(self.clip, self.family.projections[side])(features)
+        return projected
 
     def images(self, images: torch.Tensor, keep_BK: torch.Tensor | None = None) -> torch.Tensor:
         """uint8 pixels (B, 3, H, W), or a frozen tower's stored features (B, width) → unit embeddings (B, D).
@@ -130,12 +140,12 @@ class DualEncoder(nn.Module):
         They are float32 or wider whatever the towers compute in.
         """
         features = images.to(self._dtype) if images.ndim == 2 else self.image_features(images, keep_BK)
-        return _unit(self._projected(features, 0))
+        return _unit(self.projected(features, 0))
 
     def texts(self, texts: torch.Tensor) -> torch.Tensor:
         """Token ids (B, L), or a frozen tower's stored features (B, width) → unit embeddings (B, D)."""
         features = texts.to(self._dtype) if texts.is_floating_point() else self.text_features(texts)
-        return _unit(self._projected(features, 1))
+        return _unit(self.projected(features, 1))
 
     def forward(
         self, images: torch.Tensor, texts: torch.Tensor, keep_BK: torch.Tensor | None = None
@@ -191,12 +201,6 @@ class DualEncoder(nn.Module):
     def _dtype(self) -> torch.dtype:
         dtype: torch.dtype = self.clip.dtype
         return dtype
-
-    def _projected(self, features: torch.Tensor, side: int) -> torch.Tensor:
-        if not self.family.projections:
-            return features
-        projected: torch.Tensor = getattr(self.clip, self.family.projections[side])(features)
-        return projected
 
     def _drop_patches(self, _: nn.Module, __: Any, output_BTh: torch.Tensor) -> torch.Tensor | None:
         """A hook behind the patch embeddings: keeps what comes before the patches (a class token) and `keep_BK`."""

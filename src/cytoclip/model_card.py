@@ -6,7 +6,8 @@ It names numbers and options, and never a picture, a caption, a file or a folder
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -32,14 +33,44 @@ from transformers import AutoModel
 
 model = PeftModel.from_pretrained(AutoModel.from_pretrained("{base}"), folder).merge_and_unload()
 model.load_state_dict(load_file(f"{{folder}}/cytoclip.safetensors"), strict=False)  # projections, logit scale"""
+_INDEX = "fine-tuned with cytoclip"
+_RANKS = "Ranks captions for pictures, and pictures for captions, by cosine similarity."
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def card(results: Mapping[str, Any], wanted: Config | None, best: bool, adapter: bool, family: str) -> str:
+@dataclass(frozen=True)
+class Handed:
+    """What an export says in place of what a folder of the run does.
+
+    Parameters
+    ----------
+    library
+        The hub's name of what opens it.
+    code
+        That opens it, with the name `folder`.
+    checked
+        How it was compared with the run: paragraphs of Markdown.
+    """
+
+    library: str
+    code: str
+    checked: Sequence[str]
+
+
+def card(
+    results: Mapping[str, Any] | None,
+    wanted: Config | None,
+    best: bool,
+    adapter: bool,
+    family: str,
+    handed: Handed | None = None,
+) -> str:
     """The whole file.
 
     Parameters
     ----------
+    results
+        None where it is of no finished run: then there are no numbers.
     best
         Whether it is of best/, else of model/, the last step.
     wanted
@@ -49,13 +80,18 @@ def card(results: Mapping[str, Any], wanted: Config | None, best: bool, adapter:
     family
         `model_type` of the checkpoint, such as clip.
     """
-    judged = _judged(results, best)
-    metadata = _metadata(judged, base_id(wanted, results), adapter, family)
+    judged = _judged(results, best) if results else []
+    base = base_id(wanted, results) if results else None
+    library = handed.library if handed else "peft" if adapter else "transformers"
+    metadata = _metadata(judged, base, library, family)
     head = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=120)
-    parts = [f"---\n{head}---", "# Image-text model, fine-tuned with cytoclip"]
-    parts += _what(results, wanted, judged, results["best_step"] if best else results["steps"])
-    parts += _numbers(judged)
-    parts += _use(results, wanted, adapter)
+    parts = [f"---\n{head}---", f"# Image-text model{', fine-tuned with cytoclip' if results else ''}"]
+    if results:
+        parts += _what(results, wanted, judged, results["best_step"] if best else results["steps"])
+        parts += _numbers(judged)
+    else:
+        parts.append(_RANKS)
+    parts += _use(base, wanted, adapter, handed)
     return "\n\n".join(parts) + "\n"
 
 
@@ -64,7 +100,7 @@ def base_id(wanted: Config | None, results: Mapping[str, Any]) -> str | None:
 
     Whether it did was known when the run ended: from elsewhere, `runs/first` looks like a hub id too.
     """
-    name = wanted.model.name if wanted is not None else ""
+    name = wanted.model.name.removeprefix("hf-hub:") if wanted is not None else ""
     return name if results.get("from_hub") and _HUB_ID.fullmatch(name) else None
 
 
@@ -75,13 +111,13 @@ def _judged(results: Mapping[str, Any], best: bool) -> list[Judged]:
     return [Judged("val", results["before"], results["last"], {})]
 
 
-def _metadata(judged: list[Judged], base: str | None, adapter: bool, family: str) -> dict[str, Any]:
+def _metadata(judged: list[Judged], base: str | None, library: str, family: str) -> dict[str, Any]:
     return {
-        "library_name": "peft" if adapter else "transformers",
+        "library_name": library,
         "pipeline_tag": "zero-shot-image-classification",
         "tags": ["cytoclip", "image-text-retrieval", *([family] if family else [])],
         **({"base_model": base} if base else {}),
-        "model-index": [{"name": "fine-tuned with cytoclip", "results": list(_results(judged))}],
+        **({"model-index": [{"name": _INDEX, "results": list(_results(judged))}]} if judged else {}),
     }
 
 
@@ -140,9 +176,9 @@ def _numbers(judged: list[Judged]) -> list[str]:
     return parts
 
 
-def _use(results: Mapping[str, Any], wanted: Config | None, adapter: bool) -> list[str]:
-    base = base_id(wanted, results) or "the checkpoint it began from"
-    opened = _ADAPTER.format(base=base) if adapter else _WHOLE
+def _use(base: str | None, wanted: Config | None, adapter: bool, handed: Handed | None) -> list[str]:
+    opened = _ADAPTER.format(base=base or "the checkpoint it began from") if adapter else _WHOLE
+    beside = "The tokenizer and the image processor lie in the same folder: `AutoTokenizer`, `AutoImageProcessor`."
     limits = [_LIMITS]
     if wanted is not None and wanted.data.crop == "pad":
         limits.append("- Pictures were padded to a square in training; the image processor here cuts them instead.")
@@ -150,8 +186,9 @@ def _use(results: Mapping[str, Any], wanted: Config | None, adapter: bool) -> li
         "## Intended use",
         _INTENDED,
         "## How to load it",
-        f"```python\n{opened}\n```",
-        "The tokenizer and the image processor lie in the same folder: `AutoTokenizer`, `AutoImageProcessor`.",
+        f"```python\n{handed.code if handed else opened}\n```",
+        *([] if handed else [beside]),
+        *(["## Compared with the model it was made from", *handed.checked] if handed else []),
         "## Limits",
         "\n".join(limits),
     ]

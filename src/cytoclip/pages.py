@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from importlib import resources
 from typing import Any
 
@@ -18,6 +19,11 @@ def render(template: str, **values: Any) -> str:
         undefined=jinja2.StrictUndefined,
     )
     return environment.get_template(template).render(**values)
+
+
+def data_uri(jpeg: bytes) -> str:
+    """A picture inside a page."""
+    return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
 
 
 def _source(name: str) -> str:

@@ -77,6 +77,10 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.images)
 
+    def take(self, rows: Sequence[int]) -> Pairs:
+        """The pairs at `rows`, in that order."""
+        return Pairs(**{name: tuple(column[row] for row in rows) for name, column in vars(self).items()})
+
     def further(self) -> dict[str, tuple[str | None, ...]]:
         """`extra` as columns: the value of each pair by key, None where a pair has none."""
         rows = [dict(row) for row in self.extra]

@@ -14,13 +14,12 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cytoclip import batches, config, files, sources
+from cytoclip import batches, config, files, split_reader
 from cytoclip.checkpoint import RunFolder
 from cytoclip.config import Config
 from cytoclip.console import Console
 from cytoclip.errors import ExitCode, UserError
 from cytoclip.pairs import Pairs, fingerprint, spread
-from cytoclip.rows import Columns
 
 Log = dict[str, NDArray[np.float64]]
 
@@ -156,11 +155,11 @@ def columns(path: Path) -> Log:
 
 
 def _read_again(read: Record, split: str, console: Console) -> Pairs:
-    place = read.wanted.data.split(split) if read.wanted else None
-    if read.wanted is None or place is None:
+    there = split_reader.read(read.wanted.data, [split], Console(quiet=True)) if read.wanted else {}
+    if split not in there:
         raise UserError("no configuration says where they are", "keep config.yaml as the run wrote it", ExitCode.DATA)
-    named = Columns(read.wanted.data.image_column, read.wanted.data.caption_column)
-    return spread(batches.scanned(sources.read(place, named), place, console))
+    place, found = there[split]
+    return spread(batches.scanned(found, place, console))
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

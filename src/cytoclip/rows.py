@@ -56,11 +56,15 @@ class Gathered:
         What a row is called.
     hint
         What a row must be.
+    bare
+        Whether a picture may be without a caption, which is then empty.
     """
 
-    def __init__(self, place: Path, base: Path, one: str = "row", several: str = "rows", hint: str = "") -> None:
+    def __init__(
+        self, place: Path, base: Path, one: str = "row", several: str = "rows", hint: str = "", bare: bool = False
+    ) -> None:
         self._place, self._base, self._inside = place, base, base.resolve()
-        self._one, self._several, self._hint = one, several, hint
+        self._one, self._several, self._hint, self._bare = one, several, hint, bare
         self._images: list[Path | Piece] = []
         self._names: list[str] = []
         self._captions: list[str] = []
@@ -83,7 +87,8 @@ class Gathered:
         wrong = None if isinstance(image, Piece) else name_problem(image)
         if wrong is None and isinstance(image, str) and leaves(image):
             wrong = f"{shown(image)} leaves {self._base.name}/"
-        wrong = wrong or caption_problem(caption) or tags_problem(row)
+        no_caption = caption_problem(caption) if caption or not self._bare else None
+        wrong = wrong or no_caption or tags_problem(row)
         if wrong:
             self.refuse(where, wrong)
             return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from cytoclip.errors import nearest
@@ -57,7 +57,12 @@ def chance(scored: Mapping[str, Any], by: str = DEFAULT) -> float:
     return float(sum(numbers) / len(numbers))
 
 
-def _of(numbers: Mapping[str, float], by: str) -> list[float]:
+def names(there: Collection[str], by: str) -> list[str]:
+    """Of the metrics `there`, those that `score` takes the mean of."""
     if by == DEFAULT:
-        return [number for key, number in numbers.items() if _HITS.fullmatch(key)]
-    return [numbers[f"{by}_groups"] if f"{by}_groups" in numbers else numbers[by]]
+        return [name for name in there if _HITS.fullmatch(name)]
+    return [f"{by}_groups" if f"{by}_groups" in there else by]
+
+
+def _of(numbers: Mapping[str, float], by: str) -> list[float]:
+    return [numbers[name] for name in names(numbers, by)]

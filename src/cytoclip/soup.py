@@ -25,6 +25,7 @@ from cytoclip import (
     selection,
     soup_curve,
     sources,
+    split_reader,
     state,
 )
 from cytoclip.checkpoint import Opened, RunFolder
@@ -253,13 +254,12 @@ def _alphas(given: Sequence[float]) -> list[float]:
 
 def _splits(wanted: Config, root: str | None, console: Console) -> dict[str, Pairs]:
     """val, and what is kept, each caption a pair of its own."""
-    folders = {"val": wanted.data.split("val"), intake.KEEP: intake.kept_split(Path(root)) if root else None}
-    columns = Columns(wanted.data.image_column, wanted.data.caption_column)
-    return {
-        name: spread(batches.scanned(sources.read(folder, columns, console), folder, console))
-        for name, folder in folders.items()
-        if folder
-    }
+    found = split_reader.read(wanted.data, ["val"], console)
+    if root:
+        folder = intake.kept_split(Path(root))
+        columns = Columns(wanted.data.image_column, wanted.data.caption_column)
+        found[intake.KEEP] = folder, sources.read(folder, columns, console)
+    return {name: spread(batches.scanned(pairs, folder, console)) for name, (folder, pairs) in found.items()}
 
 
 def _refuse_other_start(run: RunFolder, wanted: Config, opened: Opened, val: Pairs, console: Console) -> None:

@@ -18,6 +18,7 @@ _LAYOUT = f'a split is a folder with `imgs/` and `{LIST_NAME}`, a list of {{"img
 _ENTRY = 'each entry needs "img", a path below imgs/, and "caption", a text; entries count from 0'
 _FORMATS = "or a .csv, .tsv, .jsonl, .json, .parquet or .tar, a folder of pictures with a .txt each, or hub:owner/name"
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of Hugging Face's imagefolder
+_PACKED = ("arrow", "parquet", "tar")
 _QUIET = Console(quiet=True)
 
 
@@ -61,6 +62,16 @@ def read(
     return _files([place], columns, console)
 
 
+def is_loose(place: Path) -> bool:
+    """Whether a place is a folder of pictures as they are, with no list, table or shard in it that says more."""
+    lists = (LIST_NAME, "imgs", *_METADATA)
+    if places.is_hub(place) or places.is_pattern(place) or not place.is_dir():
+        return False
+    if any(os.path.lexists(place / name) for name in lists):
+        return False
+    return not any(next(place.glob(f"*.{ending}"), None) for ending in _PACKED)
+
+
 def called(place: Path) -> Path:
     """What a message names when pictures of a place are meant: `imgs/` in the original layout, else the place."""
     return place / "imgs" if (place / LIST_NAME).is_file() else place
@@ -77,7 +88,7 @@ def _folder(folder: Path, columns: Columns, console: Console, left_out: list[str
     metadata = [name for name in _METADATA if (folder / name).is_file()]
     if metadata:
         return _files([folder / metadata[0]], columns, console)
-    for ending in ("arrow", "parquet", "tar"):
+    for ending in _PACKED:
         found = sorted(folder.glob(f"*.{ending}"))
         if found:
             return _files(_in_order(folder, found), columns, console)

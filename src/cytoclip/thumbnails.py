@@ -1,15 +1,14 @@
-"""Small pictures inside a page, as data URIs that hold pixels and nothing else of their file."""
+"""Small pictures, inside a page as data URIs: they hold pixels and nothing else of their file."""
 
 from __future__ import annotations
 
-import base64
 import io
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from cytoclip import images
+from cytoclip import images, pages
 from cytoclip.errors import UserError
 from cytoclip.files import Piece
 
@@ -44,8 +43,13 @@ class Thumbnails:
             picture = images.decode(place)
         except UserError:  # changed since it was looked at
             return ""
-        picture.thumbnail((self._side, self._side), Image.Resampling.BICUBIC, reducing_gap=2.0)
-        written = io.BytesIO()
-        bare = Image.fromarray(np.asarray(picture))  # nothing of the file's metadata comes along
-        bare.save(written, "JPEG", quality=75)
-        return "data:image/jpeg;base64," + base64.b64encode(written.getvalue()).decode()
+        return pages.data_uri(jpeg(picture, self._side, quality=75))
+
+
+def jpeg(picture: Image.Image, side: int, quality: int = 85) -> bytes:
+    """A plain picture as JPEG, its longer side at most `side` pixels; nothing of its file's metadata comes along."""
+    small = picture.copy()
+    small.thumbnail((side, side), Image.Resampling.BICUBIC, reducing_gap=2.0)
+    written = io.BytesIO()
+    Image.fromarray(np.asarray(small)).save(written, "JPEG", quality=quality)
+    return written.getvalue()

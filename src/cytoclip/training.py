@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from cytoclip.console import Console, duration
 from cytoclip.decoded import Decoded
 from cytoclip.errors import ExitCode, Stopped, UserError, counted, first_few
 from cytoclip.feed import Arrival, FromAfar, FromDisk, Read
-from cytoclip.jobs import Job
+from cytoclip.jobs import Job, Watcher
 from cytoclip.loss import Logits, contrastive_step
 from cytoclip.pictures import Pictures
 from cytoclip.plan import Plan
@@ -81,8 +81,10 @@ class RunResult:
         return "\n\n".join(tables)
 
 
-def fit(wanted: Config, console: Console) -> RunResult:
+def fit(wanted: Config, console: Console, watcher: Watcher | None = None) -> RunResult:
     """Train as `wanted` says, or go on where the same run stopped.
+
+    `watcher` hears of each validation in the first process; what it raises ends the run, as if it were killed there.
 
     Raises
     ------
@@ -100,7 +102,7 @@ def fit(wanted: Config, console: Console) -> RunResult:
             return done
         console.say(jobs.first_line(wanted, world))
         behind = world.once(lambda: _behind(run, console))
-        job = jobs.prepare(wanted, run, world, console)
+        job = replace(jobs.prepare(wanted, run, world, console), watcher=watcher)
         world.once(lambda: plan.check_disk(job.plan, run.path))
         world.once(lambda: _begin(run, job.config))
         progress = _resume(job, *behind) if behind else validation.begin(job)

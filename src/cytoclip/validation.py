@@ -94,6 +94,8 @@ def note(job: Job, progress: Progress, book: Journal | None) -> bool:
     alarm = alarms.at_chance(progress.last)
     if alarm:
         job.console.warn(alarm)
+    if job.watcher and job.world.first:
+        job.watcher(progress.step, progress.last)
     return better
 
 

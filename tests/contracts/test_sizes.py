@@ -18,7 +18,7 @@ def python_files(*folders: str) -> list[Path]:
 
 def test_no_file_is_longer_than_450_lines() -> None:
     found = [*REPOSITORY.glob("*.py"), *python_files(*FOLDERS)]
-    assert 50 <= len(found) <= 300
+    assert 50 <= len(found) <= 400
     lengths = {str(p.relative_to(REPOSITORY)): len(p.read_text(encoding="utf-8").splitlines()) for p in found}
     assert {name: length for name, length in lengths.items() if length > FILE_LINES} == {}
 
@@ -30,13 +30,13 @@ def test_no_function_of_the_package_is_longer_than_60_lines() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     }
-    assert 200 <= len(lengths) <= 1500
+    assert 200 <= len(lengths) <= 2000
     assert {name: length for name, length in lengths.items() if length > FUNCTION_LINES} == {}
 
 
 def test_every_module_is_named_for_what_it_does() -> None:
     names = {path.stem for path in python_files("src")}
-    assert 26 <= len(names) <= 120
+    assert 26 <= len(names) <= 150
     assert {name for name in names if name.strip("_") in VAGUE} == set()
 
 

@@ -1,0 +1,83 @@
+"""What belongs together, and splits that do not cut through it.
+
+Letters: N pairs, K components.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cytoclip.pairs import Pairs, same_caption_key
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How much of the pairs goes into `val` and `test`, and the seed that decides which."""
+
+    val: float = 0.1
+    test: float = 0.1
+    seed: int = 0
+
+
+def split(pairs: Pairs, shares: Shares, component_N: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
+    """The number of each pair's split in `SPLITS`: a function of what the pairs are and the seed, not of their order.
+
+    Pairs that share a source, a group or the bytes of a picture are one component, directly or through others, and
+    components are never cut. They come in the order of a hash of the seed and their smallest content, and each goes
+    to the first of val and test that it brings nearer to its share, else to train. So no single component more would
+    bring val or test nearer, and a random order keeps them like the whole. `component_N` where it is others that
+    belong together.
+
+    Returns
+    -------
+    int64 (N,)
+    """
+    component_N = components(pairs) if component_N is None else component_N
+    sizes_K = np.bincount(component_N)
+    first_K: list[str] = [""] * len(sizes_K)
+    for number, content in zip(component_N.tolist(), pairs.contents, strict=True):
+        first_K[number] = min(first_K[number] or content, content)
+    drawn_K = [hashlib.sha256(f"{shares.seed} {content}".encode()).digest() for content in first_K]
+    split_K = np.zeros(len(sizes_K), np.int64)
+    held = [0.0, -shares.val * len(pairs), -shares.test * len(pairs)]  # below zero: so many are still wanted
+    for number in sorted(range(len(sizes_K)), key=lambda k: drawn_K[k]):
+        count = int(sizes_K[number])
+        into = next((s for s in (1, 2) if abs(held[s] + count) < abs(held[s])), 0)
+        split_K[number] = into
+        held[into] += count
+    return split_K[component_N]
+
+
+def components(pairs: Pairs, captions: bool = False) -> NDArray[np.int64]:
+    """The number of each pair's component: those that share a source, a group or a content, closed transitively.
+
+    With `captions`, those that share a caption too.
+    """
+    parent = list(range(len(pairs)))
+
+    def top(row: int) -> int:
+        while parent[row] != row:
+            parent[row] = parent[parent[row]]
+            row = parent[row]
+        return row
+
+    def tie(column: Iterable[tuple[int, str | None]]) -> None:
+        first: dict[str, int] = {}
+        for row, value in column:
+            if value:
+                parent[top(row)] = top(first.setdefault(value, row))
+
+    for column in (pairs.sources, pairs.groups, pairs.contents):
+        tie(enumerate(column))
+    if captions:
+        said = zip(pairs.captions, pairs.more, strict=True)
+        tie((row, same_caption_key(text)) for row, (one, more) in enumerate(said) for text in (one, *more))
+    tops = [top(row) for row in range(len(pairs))]
+    return np.unique(np.array(tops, np.int64), return_inverse=True)[1].astype(np.int64)

@@ -1,0 +1,129 @@
+"""What plain transformers (or peft) opens: whole weights, or an adapter kept apart from its base.
+
+Letters: N pairs, D embedding.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn import functional
+
+from cytoclip import checkpoint, files
+from cytoclip.checkpoint import BESIDE, CROP, Opened
+from cytoclip.errors import ExitCode, UserError
+from cytoclip.yardstick import Yardstick, over
+
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", BESIDE)
+
+
+def write(opened: Opened, folder: Path) -> None:
+    """Whole weights, tokenizer and image processor."""
+    checkpoint.fill(folder, opened)
+
+
+def write_adapter(opened: Opened, name: str, folder: Path) -> str:
+    """The adapter of the model folder that `name` means, tokenizer and image processor; the name of its base.
+
+    Raises
+    ------
+    UserError
+        For a model without one.
+    """
+    place = Path(checkpoint.locate(name))
+    if not (place / _ADAPTER[0]).is_file():
+        raise UserError(
+            f"--adapter: {name} has whole weights and no adapter: a tower was trained in full, or its base was no "
+            "plain checkpoint",
+            "leave --adapter out",
+            ExitCode.MODEL,
+        )
+    for file in _ADAPTER:
+        shutil.copyfile(place / file, folder / file)
+    opened.tokenizer.save_pretrained(str(folder))
+    opened.image_processor.save_pretrained(str(folder))
+    if opened.crop != "auto":
+        files.write_json(folder / CROP, {"crop": opened.crop})
+    return str(files.read_json(folder / _ADAPTER[0])["base_model_name_or_path"])
+
+
+def embed(
+    folder: Path, held: Yardstick, advance: Callable[[int], None]
+) -> tuple[NDArray[np.float32], NDArray[np.float32], float]:
+    """The pairs of `held` as transformers embeds them, from pictures and captions on: (image, text) and its scale."""
+    from transformers import AutoProcessor
+
+    clip = _model(folder)
+    processor = AutoProcessor.from_pretrained(str(folder), backend="pil", trust_remote_code=False)
+    family = held.opened.encoder.family
+    captions = [caption.lower() if family.lower else caption for caption in held.pairs.captions]
+
+    def images(some: slice) -> torch.Tensor:
+        shown = [held.shown(row) for row in range(len(held))[some]]
+        return _unit(clip.get_image_features(**processor(images=shown, return_tensors="pt")))
+
+    def texts(some: slice) -> torch.Tensor:
+        padding = "max_length" if family.pads == "context" else True
+        read = processor(
+            text=captions[some], padding=padding, truncation=True, max_length=held.opened.context, return_tensors="pt"
+        )
+        mask = {"attention_mask": read["attention_mask"]} if family.masks else {}
+        return _unit(clip.get_text_features(input_ids=read["input_ids"], **mask))
+
+    return over(len(held), images, advance), over(len(held), texts, advance), float(clip.logit_scale.detach().exp())
+
+
+def usage(opened: Opened, base: str | None = None) -> str:
+    """Code that scores some captions against a picture; `base` where the folder holds an adapter for that."""
+    family = opened.encoder.family
+    texts = "[text.lower() for text in texts]" if family.lower else "texts"
+    padding = '"max_length"' if family.pads == "context" else "True"
+    mask = ', attention_mask=read["attention_mask"]' if family.masks else ""
+    if base is None:
+        head, load = "from transformers import AutoModel, AutoProcessor", "model = AutoModel.from_pretrained(folder)"
+    else:
+        head = (
+            "from peft import PeftModel\nfrom safetensors.torch import load_file\n"
+            "from transformers import AutoModel, AutoProcessor"
+        )
+        load = (
+            f'model = PeftModel.from_pretrained(AutoModel.from_pretrained("{base}"), folder).merge_and_unload()\n'
+            f'model.load_state_dict(load_file(f"{{folder}}/{BESIDE}"), strict=False)  # projections, logit scale'
+        )
+    return f"""import torch
+from PIL import Image
+{head}
+
+{load}
+processor = AutoProcessor.from_pretrained(folder, backend="pil")
+pixels = processor(images=[Image.open(picture).convert("RGB")], return_tensors="pt")
+read = processor(text={texts}, padding={padding}, truncation=True, max_length={opened.context}, return_tensors="pt")
+with torch.no_grad():
+    image = model.get_image_features(**pixels).pooler_output
+    text = model.get_text_features(input_ids=read["input_ids"]{mask}).pooler_output
+cosines = torch.nn.functional.cosine_similarity(image[:, None], text[None], dim=-1)"""
+
+
+def _model(folder: Path) -> Any:
+    from peft import PeftModel
+    from safetensors.torch import load_file
+    from transformers import AutoModel
+
+    if not (folder / _ADAPTER[0]).is_file():
+        return AutoModel.from_pretrained(str(folder), dtype=torch.float32, trust_remote_code=False).eval()
+    base = str(files.read_json(folder / _ADAPTER[0])["base_model_name_or_path"])
+    plain = AutoModel.from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
+    clip: nn.Module = PeftModel.from_pretrained(plain, str(folder)).merge_and_unload()
+    clip.load_state_dict(load_file(folder / BESIDE), strict=False)
+    return clip.eval()
+
+
+def _unit(output: Any) -> torch.Tensor:
+    return functional.normalize(output.pooler_output.float(), dim=-1)

@@ -1,0 +1,45 @@
+"""Uploads to the Hugging Face hub, for those who ask."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from cytoclip.console import Console
+from cytoclip.errors import ExitCode, UserError
+
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+
+
+def refuse(repository: str) -> None:
+    """Raise `UserError` for what is no name of a repository, before any work."""
+    if not _REPOSITORY.fullmatch(repository) or ".." in repository or "--" in repository:
+        raise UserError(f"--push {repository!r} is no repository of the hub", "such as --push my-lab/pap-clip")
+
+
+def upload(folder: Path, repository: str, console: Console) -> str:
+    """Make a private repository where there is none, and upload all of `folder`; its address.
+
+    Raises
+    ------
+    UserError
+        For whatever the hub or the way to it says; the folder stays.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    api = HfApi(library_name="cytoclip")
+    try:
+        made = api.create_repo(repository, private=True, exist_ok=True)
+        console.say(f"uploading {folder} to {made}")
+        api.upload_folder(
+            repo_id=repository, folder_path=folder, commit_message="Exported with cytoclip", ignore_patterns=[".*"]
+        )
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{folder} is exported, but could not be uploaded to {repository}: {reason}",
+            f"log in with `hf auth login` and a token that may write, then: hf upload {repository} {folder}",
+            ExitCode.SYSTEM,
+        ) from error
+    return str(made)
