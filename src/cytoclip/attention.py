@@ -17,8 +17,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "cytoclip"
-# Tokens a dimension of a head up to which it is used. The probabilities are kept, 2·H·S bytes a token, so at most 10 for
-# each unit of the tower's width, beside 49 that a layer keeps anyhow (plan.py).
+# Tokens a dimension of a head up to which it is used. The probabilities are kept, 2·H·S bytes a token, so at most 10 a
+# unit of the tower's width, beside the 49 that a layer keeps anyhow (plan.py).
 LONGEST = 5
 
 
@@ -58,7 +58,7 @@ def _attend(
     if mask is None and causal and query.shape[2] > 1:
         mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    attended: torch.Tensor = _ByProducts.apply(query, key, value, mask, scale)
+    attended: torch.Tensor = _ByProducts.apply(query, key, value, mask, scale)  # type: ignore[no-untyped-call]
     return attended.transpose(1, 2), None
 
 
@@ -74,7 +74,7 @@ class _ByProducts(torch.autograd.Function):
         mask: torch.Tensor | None,
         scale: float,
     ) -> torch.Tensor:
-        """`mask`: what may be attended to (bool) or what is added to the scores, of any shape that (B, H, T, S) takes."""
+        """`mask`: what may be attended to (bool), or what is added to the scores; of a shape as (B, H, T, S)."""
         scores_GTS = torch.bmm(_flat(query_BHTd) * scale, _flat(key_BHSd).mT)
         if mask is not None:
             scores_BHTS = scores_GTS.view(*query_BHTd.shape[:3], -1)
