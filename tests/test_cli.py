@@ -37,11 +37,11 @@ def test_help_lists_every_command(run: Run, word: str) -> None:
     outcome = run(word)
     assert (outcome.code, outcome.err) == (0, "")
     commands = {command.name or command.callback.__name__ for command in cli.app.registered_commands}  # type: ignore[union-attr]
-    assert len(commands) == 10
+    assert len(commands) == 14
     assert all(f" {name} " in outcome.out for name in commands)
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "classify", "soup", "config", "demo", "report"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "classify", "soup", "config", "demo", "report", "serve"])
 def test_every_command_has_help(run: Run, command: str) -> None:
     outcome = run(command, "--help")
     assert (outcome.code, outcome.err) == (0, "")

@@ -43,8 +43,10 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: tuple[Path, Path]) 
     modules = {f"cytoclip/{p.name}" for p in (HERE / "src" / "cytoclip").glob("*.py")}
     assert len(modules) > 20
     inside = {name for name in names if ".dist-info/" not in name}
-    pages = {f"cytoclip/{p.name}" for p in (HERE / "src" / "cytoclip").glob("*.html")}
-    assert len(pages) == 5
+    pages = {
+        f"cytoclip/{p.name}" for p in (HERE / "src" / "cytoclip").iterdir() if p.suffix in (".html", ".css", ".js")
+    }
+    assert len(pages) == 15
     assert inside == {*modules, *pages, "cytoclip/py.typed", "cytoclip/templates.yaml"}, (
         "without py.typed nobody's mypy reads our types, without a page no --html and no report"
     )

@@ -11,7 +11,6 @@ from fastapi import Body, File, Form, Path, Query, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from pydantic import BaseModel, BeforeValidator, Field
-from starlette.exceptions import HTTPException
 
 from cytoclip import __version__, desk, pages
 from cytoclip.desk import Desk, Kind
@@ -263,8 +262,10 @@ def _answer_problems(app: fastapi.FastAPI) -> None:
         place = ".".join(str(part) for part in first["loc"][1:]) or "the body"
         return _problem(422, f"{place}: {first['msg']}", "/docs says what is taken")
 
-    @app.exception_handler(HTTPException)
-    def refused(_: fastapi.Request, error: HTTPException) -> Response:
+    @app.exception_handler(400)
+    @app.exception_handler(404)
+    @app.exception_handler(405)
+    def refused(_: fastapi.Request, error: fastapi.HTTPException) -> Response:
         return _problem(error.status_code, str(error.detail), "/docs says what is taken", dict(error.headers or {}))
 
     @app.exception_handler(MemoryError)

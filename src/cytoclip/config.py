@@ -43,7 +43,8 @@ class Lora(Section):
 class Model(Section):
     name: NonEmpty = Field(
         "openai/clip-vit-base-patch16",
-        description="CLIP to start from: a hub id, a Hugging Face folder, or a run folder of ours.",
+        description="CLIP to start from: a hub id, a Hugging Face folder, a run folder of ours, or a checkpoint of "
+        "open_clip (a folder, or `hf-hub:` before the id).",
     )
     context_length: int | None = Field(
         None,

@@ -218,7 +218,7 @@ def _compared(opened: Opened, held: Yardstick, new: Path, form: str, console: Co
         _refuse_mismatch(part, form, held)
         parts.append(part)
     family = opened.encoder.clip.config.model_type
-    digest = model.digest_of(opened.encoder.clip, opened.pixels, opened.context, "no")
+    digest = model.digest_of(opened.encoder.clip, opened.tokenizer, opened.pixels, opened.context, "no")
     opset = export_onnx.OPSET if form == "onnx" else None
     width = opened.encoder.width
     return Exported(form, digest, family, width, opened.context, held.where, by, parts, (), opset)
@@ -331,6 +331,7 @@ def _table(exported: Exported) -> list[str]:
     return [
         f"{exported.format}{opset}: compared on {exported.compared_on}, by {exported.compared_by}",
         *aligned(_rows(exported)),
+        *([f"uploaded to {exported.url}"] if exported.url else []),
     ]
 
 

@@ -13,8 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from peft import PeftModel
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
+from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer
 
 from cytoclip import checkpoint, files
 from cytoclip.checkpoint import BESIDE, CROP, Opened
@@ -58,10 +61,8 @@ def embed(
     folder: Path, held: Yardstick, advance: Callable[[int], None]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], float]:
     """The pairs of `held` as transformers embeds them, from pictures and captions on: (image, text) and its scale."""
-    from transformers import AutoProcessor
-
     clip = _model(folder)
-    processor = AutoProcessor.from_pretrained(str(folder), backend="pil", trust_remote_code=False)
+    processor, tokenizer = _reading(folder)
     family = held.opened.encoder.family
     captions = [caption.lower() if family.lower else caption for caption in held.pairs.captions]
 
@@ -71,8 +72,8 @@ def embed(
 
     def texts(some: slice) -> torch.Tensor:
         padding = "max_length" if family.pads == "context" else True
-        read = processor(
-            text=captions[some], padding=padding, truncation=True, max_length=held.opened.context, return_tensors="pt"
+        read = tokenizer(
+            captions[some], padding=padding, truncation=True, max_length=held.opened.context, return_tensors="pt"
         )
         mask = {"attention_mask": read["attention_mask"]} if family.masks else {}
         return _unit(clip.get_text_features(input_ids=read["input_ids"], **mask))
@@ -86,36 +87,47 @@ def usage(opened: Opened, base: str | None = None) -> str:
     texts = "[text.lower() for text in texts]" if family.lower else "texts"
     padding = '"max_length"' if family.pads == "context" else "True"
     mask = ', attention_mask=read["attention_mask"]' if family.masks else ""
-    if base is None:
-        head, load = "from transformers import AutoModel, AutoProcessor", "model = AutoModel.from_pretrained(folder)"
-    else:
-        head = (
-            "from peft import PeftModel\nfrom safetensors.torch import load_file\n"
-            "from transformers import AutoModel, AutoProcessor"
-        )
-        load = (
-            f'model = PeftModel.from_pretrained(AutoModel.from_pretrained("{base}"), folder).merge_and_unload()\n'
-            f'model.load_state_dict(load_file(f"{{folder}}/{BESIDE}"), strict=False)  # projections, logit scale'
-        )
+    head, load = _WHOLE if base is None else (_ADAPTED[0], _ADAPTED[1].format(base=base))
     return f"""import torch
 from PIL import Image
 {head}
 
 {load}
-processor = AutoProcessor.from_pretrained(folder, backend="pil")
 pixels = processor(images=[Image.open(picture).convert("RGB")], return_tensors="pt")
-read = processor(text={texts}, padding={padding}, truncation=True, max_length={opened.context}, return_tensors="pt")
+read = tokenizer({texts}, padding={padding}, truncation=True, max_length={opened.context}, return_tensors="pt")
 with torch.no_grad():
     image = model.get_image_features(**pixels).pooler_output
     text = model.get_text_features(input_ids=read["input_ids"]{mask}).pooler_output
 cosines = torch.nn.functional.cosine_similarity(image[:, None], text[None], dim=-1)"""
 
 
-def _model(folder: Path) -> Any:
-    from peft import PeftModel
-    from safetensors.torch import load_file
-    from transformers import AutoModel
+_WHOLE = (
+    "from transformers import AutoModel, AutoProcessor",
+    """model = AutoModel.from_pretrained(folder)
+both = AutoProcessor.from_pretrained(folder, backend="pil")
+processor, tokenizer = both.image_processor, both.tokenizer""",
+)
+_ADAPTED = (  # a folder that AutoProcessor cannot read, for want of the model's configuration
+    """from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer""",
+    """model = PeftModel.from_pretrained(AutoModel.from_pretrained("{base}"), folder).merge_and_unload()
+model.load_state_dict(load_file(f"{{folder}}/cytoclip.safetensors"), strict=False)  # projections, logit scale
+processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+tokenizer = AutoTokenizer.from_pretrained(folder)""",
+)
 
+
+def _reading(folder: Path) -> tuple[Any, Any]:
+    """Image processor and tokenizer, as the code of the card has them."""
+    if (folder / _ADAPTER[0]).is_file():
+        processor = AutoImageProcessor.from_pretrained(str(folder), backend="pil", trust_remote_code=False)
+        return processor, AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    both = AutoProcessor.from_pretrained(str(folder), backend="pil", trust_remote_code=False)
+    return both.image_processor, both.tokenizer
+
+
+def _model(folder: Path) -> Any:
     if not (folder / _ADAPTER[0]).is_file():
         return AutoModel.from_pretrained(str(folder), dtype=torch.float32, trust_remote_code=False).eval()
     base = str(files.read_json(folder / _ADAPTER[0])["base_model_name_or_path"])

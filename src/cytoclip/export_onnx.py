@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from transformers import AutoImageProcessor, AutoTokenizer
 
-from cytoclip.checkpoint import Opened
+from cytoclip import files
+from cytoclip.checkpoint import CROP, Opened
 from cytoclip.errors import ExitCode, UserError
 from cytoclip.model import DualEncoder
 from cytoclip.yardstick import Yardstick, over
@@ -57,14 +59,21 @@ def write(opened: Opened, folder: Path, advance: Callable[[int], None]) -> None:
         del plain, traced
         _quantize(folder, side, large=weights > _LARGE)
         advance(1)
+    opened.tokenizer.save_pretrained(str(folder))
+    opened.image_processor.save_pretrained(str(folder))
+    if opened.crop != "auto":
+        files.write_json(folder / CROP, {"crop": opened.crop})
 
 
 def embed(
     folder: Path, precision: str, held: Yardstick, advance: Callable[[int], None]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """The pairs of `held` as onnxruntime embeds them on the CPU: (image, text), float32 (N, D)."""
+    """The pairs of `held` as onnxruntime embeds them on the CPU: (image, text), float32 (N, D).
+
+    In fp32 they are read by the image processor and the tokenizer of the folder, too.
+    """
     _, runtime = _libraries()
-    feeds = {"image": held.floats, "text": held.ids}
+    feeds = _read_by(folder, held) if precision == "fp32" else {"image": held.floats, "text": held.ids}
     found = []
     for side, name in SIDES.items():
         options = runtime.SessionOptions()
@@ -126,6 +135,27 @@ class _Text(nn.Module):
         return self.encoder[0].projected(self.encoder[0].text_features(input_ids), 1)
 
 
+def _read_by(folder: Path, held: Yardstick) -> dict[str, Callable[[slice], torch.Tensor]]:
+    processor = AutoImageProcessor.from_pretrained(str(folder), backend="pil", trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    family, context = held.opened.encoder.family, held.opened.context
+    captions = [caption.lower() if family.lower else caption for caption in held.pairs.captions]
+    padding = "max_length" if family.pads == "context" else True
+
+    def images(some: slice) -> torch.Tensor:
+        shown = [held.shown(row) for row in range(len(held))[some]]
+        floats: torch.Tensor = processor(images=shown, return_tensors="pt")["pixel_values"]
+        return floats
+
+    def texts(some: slice) -> torch.Tensor:
+        ids: torch.Tensor = tokenizer(
+            captions[some], padding=padding, truncation=True, max_length=context, return_tensors="pt"
+        )["input_ids"]
+        return ids
+
+    return {"image": images, "text": texts}
+
+
 def _traced(opened: Opened, side: str) -> nn.Module:
     return (_Image if side == "image" else _Text)(opened.encoder).eval()
 
@@ -146,7 +176,7 @@ def _exported(traced: nn.Module, example: torch.Tensor, opened: Opened, side: st
     if side == "text" and opened.encoder.family.pads == "longest":
         dynamic[1] = "tokens"
     try:
-        with _quiet():
+        with _quiet(), _torch_as_it_began():
             program = torch.onnx.export(
                 traced,
                 (example,),
@@ -159,12 +189,19 @@ def _exported(traced: nn.Module, example: torch.Tensor, opened: Opened, side: st
             )
     except torch.onnx.errors.OnnxExporterError as error:
         raise UserError(
-            f"torch's ONNX exporter cannot read the {side} tower: {str(error).splitlines()[0]}",
+            f"torch's ONNX exporter cannot read the {side} tower: {_last_words(error)}",
             "export it as hf instead",
             ExitCode.MODEL,
         ) from error
     assert program is not None  # noqa: S101 - with dynamo there is one
     return _made_unit(program.model_proto, f"{side}_embeds")
+
+
+def _last_words(error: BaseException) -> str:
+    """Of what it came from: the exporter's own text is advice to those who write models."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _made_unit(proto: Any, name: str) -> Any:
@@ -180,11 +217,16 @@ def _made_unit(proto: Any, name: str) -> Any:
 
 def _halved(proto: Any) -> Any:
     from onnxruntime.transformers import float16
+    from onnxruntime.transformers.onnx_model import OnnxModel
 
     # Resize (of position embeddings) has no kernel for float16 on CPUs, and rows are made unit in float32
     kept = [*float16.DEFAULT_OP_BLOCK_LIST, "Resize", "LpNormalization"]
     with _quiet():  # the exporter has said every shape; inferring them again fails above 2 GiB
-        return float16.convert_float_to_float16(proto, keep_io_types=True, op_block_list=kept, disable_shape_infer=True)
+        halved = float16.convert_float_to_float16(
+            proto, keep_io_types=True, op_block_list=kept, disable_shape_infer=True
+        )
+        OnnxModel(halved).topological_sort()  # it puts its casts at the end
+    return halved
 
 
 def _quantize(folder: Path, side: str, large: bool) -> None:
@@ -221,6 +263,22 @@ def _libraries() -> tuple[Any, Any]:
             f"--format onnx needs {error.name}, which is not installed", "pip install 'cytoclip[export]'"
         ) from None
     return onnx, onnxruntime
+
+
+@contextmanager
+def _torch_as_it_began() -> Iterator[None]:
+    """torch's exporter asks in the old way for TF32 in convolutions, and torch (2.13) raises where it was said in the
+    new way that there is none, as `device.start` does. What is traced here computes on the CPU.
+    """
+    if not hasattr(torch.backends, "fp32_precision"):
+        yield
+        return
+    convolutions: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before, convolutions.fp32_precision = convolutions.fp32_precision, "tf32"
+    try:
+        yield
+    finally:
+        convolutions.fp32_precision = before
 
 
 @contextmanager

@@ -6,7 +6,6 @@ Letters: N pairs, D embedding.
 from __future__ import annotations
 
 import copy
-import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,13 +68,13 @@ def embed(
     (image, text), the logit scale, and by whom, in words.
     """
     try:
-        library = importlib.import_module("open_clip")
+        import open_clip
     except ImportError as error:
         images, texts, scale = _read_back(folder, held)
         by = f"our reader of open_clip's files ({error.name} is not installed here, so open_clip could not be asked)"
     else:
-        images, texts, scale, otherwise = _by_open_clip(library, folder, held)
-        by = f"open_clip {library.__version__}"
+        images, texts, scale, otherwise = _by_open_clip(open_clip, folder, held)
+        by = f"open_clip {open_clip.__version__}"
         if otherwise:
             by += f", which reads {counted(otherwise, 'caption')} of {len(held)} otherwise (it mends Unicode and HTML)"
     return over(len(held), images, advance), over(len(held), texts, advance), scale, by

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import importlib
 import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -141,10 +141,10 @@ def _convert(name: str, source: Path, weights: Path, new: Path) -> None:
 def _compare(source: Path, clip: Any, tokenizer: Any) -> None:
     """Logits against open_clip's own class, where open_clip can be imported."""
     try:
-        library = importlib.import_module("open_clip")
+        import open_clip
     except ImportError:
         return
-    theirs = library.create_model(f"local-dir:{source}").eval()
+    theirs = open_clip.create_model(f"local-dir:{source}").eval()
     encoder = DualEncoder(clip, lambda pixels_B3HW: pixels_B3HW, tokenizer.pad_token_id or 0).eval()
     drawn = torch.Generator().manual_seed(0)
     pixels_B3HW = torch.randn(2, 3, *encoder.image_size, generator=drawn)
@@ -154,7 +154,7 @@ def _compare(source: Path, clip: Any, tokenizer: Any) -> None:
     apart = float((theirs.logit_scale.exp() * image_BD @ text_BD.T - ours_BB).abs().max())
     if not apart <= LOGITS:
         raise Unmapped(
-            f"what was made of it gives other logits than open_clip {library.__version__}, {apart:.2g} apart"
+            f"what was made of it gives other logits than open_clip {open_clip.__version__}, {apart:.2g} apart"
         )
 
 
@@ -178,7 +178,10 @@ def _read(weights: Path) -> dict[str, torch.Tensor]:
     if weights.suffix == ".safetensors":
         tensors: dict[str, torch.Tensor] = load_file(weights)
         return tensors
-    found = torch.load(weights, map_location="cpu", weights_only=True)  # tensors and numbers; no code
+    try:
+        found = torch.load(weights, map_location="cpu", weights_only=True)  # tensors and numbers; no code
+    except UnpicklingError:  # whose text says how to run it all the same
+        raise ValueError(f"{weights.name} holds more than tensors, or is damaged") from None
     found = found.get("state_dict", found)
     return {name: tensor for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
 

@@ -35,7 +35,7 @@ def upload(folder: Path, repository: str, console: Console) -> str:
         api.upload_folder(
             repo_id=repository, folder_path=folder, commit_message="Exported with cytoclip", ignore_patterns=[".*"]
         )
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError, ValueError) as error:
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError, ValueError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{folder} is exported, but could not be uploaded to {repository}: {reason}",

@@ -26,7 +26,7 @@ from cytoclip import catalogue, files, ivf, manifest, vector_shards, vectors
 from cytoclip.catalogue import Having
 from cytoclip.console import Console
 from cytoclip.errors import UserError
-from cytoclip.ivf import Approximate
+from cytoclip.ivf import Approximate, ListsFile
 from cytoclip.manifest import Manifest, Shard, Side
 from cytoclip.vectors import Flat, Found, Held, Vectors, damaged
 
@@ -59,6 +59,9 @@ class Exact:
     def nearest(self, query_D: NDArray[np.float32], k: int, allowed: NDArray[np.bool_] | None = None) -> Found:
         """As `vectors.nearest`."""
         return vectors.nearest(self._held, self._ties, query_D, k, allowed)
+
+
+Captions = tuple[Having, Exact | Approximate]
 
 
 def make(folder: Path, shards: list[Shard], width: int, embed: Embed, there: Manifest | None, console: Console) -> Made:
@@ -114,42 +117,46 @@ def image_search(folder: Path, found: Manifest, ids: NDArray[np.int64]) -> Exact
     if found.images.kind == "exact":
         parts = [vector_shards.images(manifest.shard_path(folder, s.name), s.rows, found.width) for s in found.shards]
         return Exact(Held(np.concatenate(parts)), ids)
-    return _opened(manifest.faiss_folder(folder, found.faiss), "images", found.images, found.width, ids)
+    place, side = manifest.faiss_folder(folder, found.faiss), found.images
+    flat = Flat(place / "images.f32", side.vectors, found.width)
+    return Approximate(
+        ListsFile(place / "images.safetensors"), flat, found.width, ids, side.parameters.get("probes", 1)
+    )
 
 
-def text_search(folder: Path, found: Manifest) -> tuple[Having, Exact | Approximate]:
-    """The different captions of an index, and they ready to be searched.
+def text_search(folder: Path, found: Manifest) -> Callable[[], Captions]:
+    """What makes the different captions of an index ready to be searched, once they are asked for.
+
+    The files are opened now: the index is then read as it is, whoever deletes them meanwhile.
 
     Raises
     ------
     UserError
-        Where a file is damaged, or missing.
+        Where a file is damaged, or missing; the call too.
     """
     width = found.width
     if not found.faiss:
         having = catalogue.havings(catalogue.tables(folder, found.shards, width))
         parts = catalogue.caption_vectors(folder, found.shards, width, having)
-        return having, Exact(Held(np.concatenate([np.empty((0, width), np.float32), *parts])), having.ties)
+        exact = Exact(Held(np.concatenate([np.empty((0, width), np.float32), *parts])), having.ties)
+        return lambda: (having, exact)
     place = manifest.faiss_folder(folder, found.faiss)
     having = _having(place / "captions.safetensors", found)
+    flat = Flat(place / "texts.f32", len(having), width)
     if found.texts.kind == "exact":
-        flat = Flat(place / "texts.f32", len(having), width)
-        return having, Exact(Held(flat.block(0, len(flat))), having.ties)
-    return having, _opened(place, "texts", found.texts, width, having.ties)
+        return lambda: (having, Exact(Held(flat.block(0, len(flat))), having.ties))
+    lists = ListsFile(place / "texts.safetensors")
+    probes = found.texts.parameters.get("probes", 1)
+    return lambda: (having, Approximate(lists, flat, width, having.ties, probes))
 
 
 def _is_whole(folder: Path, there: Manifest) -> bool:
     try:
         image_search(folder, there, np.empty(0, np.int64))
-        text_search(folder, there)
+        text_search(folder, there)()
     except UserError:
         return False
     return True
-
-
-def _opened(place: Path, name: str, side: Side, width: int, ties: NDArray[np.int64]) -> Approximate:
-    flat = Flat(place / f"{name}.f32", side.vectors, width)
-    return Approximate(place / f"{name}.safetensors", flat, width, ties, side.parameters.get("probes", 1))
 
 
 def _having(path: Path, found: Manifest) -> Having:
@@ -202,7 +209,7 @@ def _listed(  # noqa: PLR0913 - each is another thing
     path = new / f"{name}.safetensors"
     with console.progress(f"{name} into lists", len(held)) as bar:
         ivf.sort_into_lists(path, held, keys, quantiser, arrays or None, bar.advance)
-    made = Approximate(path, held, width, ties, 1)
+    made = Approximate(ListsFile(path), held, width, ties, 1)
     recall = ivf.tune(made, queries)
     said = ", ".join(f"{value:.3f} for {kind}" for kind, value in recall.items())
     console.say(f"{name}: a query looks through {made.probes} of {made.lists} lists; recall@10 {said}")

@@ -34,7 +34,7 @@ QUERIES = 200  # of each kind, by which it is measured
 _TIMES = 4  # candidates for each hit that is asked for, where that is more
 _SAMPLE = 64  # vectors for each centroid that k-means sees
 _ROUNDS = 10  # of k-means
-_STEPS = 1.5  # from one number of lists that is tried to the next
+_PARTS = 16  # the number of lists is found to within one in so many
 _TENSORS = {"centroids": "F32", "ranges": "F32", "sizes": "I64", "rows": "I64", "codes": "U8", "keys": "I64"}
 
 
@@ -143,13 +143,32 @@ def sort_into_lists(
 def read_quantiser(path: Path, width: int) -> tuple[Quantiser, dict[str, Any]] | None:
     """The quantiser of a file, and what `sort_into_lists` takes as `before`; None where it cannot be used."""
     try:
-        with _checked(path, None, width) as file:
-            sizes = file.get_tensor("sizes")
-            arrays = {"keys": file.get_tensor("keys"), "codes": file.get_tensor("codes")}
-            quantiser = Quantiser(file.get_tensor("centroids"), file.get_tensor("ranges"))
+        file = _checked(ListsFile(path), None, width)
     except UserError:
         return None
+    sizes = file.get_tensor("sizes")
+    arrays = {"keys": file.get_tensor("keys"), "codes": file.get_tensor("codes")}
+    quantiser = Quantiser(file.get_tensor("centroids"), file.get_tensor("ranges"))
     return quantiser, {**arrays, "list_of": np.repeat(np.arange(len(sizes)), sizes)}
+
+
+class ListsFile:
+    """A file of lists, opened: what is deleted meanwhile can still be read.
+
+    Raises
+    ------
+    UserError
+        Where there is no such file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            if not stat.S_ISREG(path.lstat().st_mode):
+                raise damaged(path, "it is no regular file")
+            self.file: Any = safe_open(path, "np")
+        except (OSError, SafetensorError) as error:
+            raise damaged(path, " ".join(str(error).split())[:200]) from None
 
 
 class Approximate:
@@ -167,26 +186,24 @@ class Approximate:
     Raises
     ------
     UserError
-        Where the file at `path` is no such lists of these vectors.
+        Where the file is no such lists of these vectors.
     """
 
-    def __init__(self, path: Path, held: Vectors, width: int, ties: NDArray[np.int64], probes: int) -> None:
-        self.held, self.ties, self.probes = held, ties, probes
-        faiss = library()
-        with _checked(path, len(held), width) as file:
-            quantiser = Quantiser(file.get_tensor("centroids"), file.get_tensor("ranges"))
-            sizes, rows, codes = file.get_tensor("sizes"), file.get_tensor("rows"), file.get_slice("codes")
-            self.lists = len(sizes)
-            self._index = _empty(width, self.lists)
-            self._index.quantizer.add(quantiser.centroids_LD)
-            faiss.copy_array_to_vector(quantiser.ranges, self._index.sq.trained)
-            self._index.is_trained, self._index.ntotal = True, len(held)
-            begin = 0
-            for number, size in enumerate(sizes.tolist()):
-                if size:
-                    own, code = rows[begin : begin + size], np.ascontiguousarray(codes[begin : begin + size])
-                    self._index.invlists.add_entries(number, size, faiss.swig_ptr(own), faiss.swig_ptr(code))
-                begin += size
+    def __init__(self, lists: ListsFile, held: Vectors, width: int, ties: NDArray[np.int64], probes: int) -> None:
+        faiss, file = library(), _checked(lists, len(held), width)
+        sizes, rows, codes = file.get_tensor("sizes"), file.get_tensor("rows"), file.get_slice("codes")
+        self.held, self.ties, self.lists = held, ties, len(sizes)
+        self.probes = min(max(1, probes), self.lists)
+        self._index = _empty(width, self.lists)
+        self._index.quantizer.add(file.get_tensor("centroids"))
+        faiss.copy_array_to_vector(file.get_tensor("ranges"), self._index.sq.trained)
+        self._index.is_trained, self._index.ntotal = True, len(held)
+        begin = 0
+        for number, size in enumerate(sizes.tolist()):
+            if size:
+                own, code = rows[begin : begin + size], np.ascontiguousarray(codes[begin : begin + size])
+                self._index.invlists.add_entries(number, size, faiss.swig_ptr(own), faiss.swig_ptr(code))
+            begin += size
 
     def __len__(self) -> int:
         return len(self.held)
@@ -230,13 +247,24 @@ def tune(made: Approximate, queries: Mapping[str, tuple[NDArray[np.float32], NDA
         By kind: vectors (Q, D), and of each the row that is itself and does not count, or -1.
     """
     truth = {kind: _exact(made, *both) for kind, both in queries.items()}
-    probes = 1.0
-    while True:
-        made.probes = min(made.lists, round(probes))
-        found = {kind: _recall(made, *both, truth[kind]) for kind, both in queries.items()}
-        if min(found.values(), default=1.0) >= TARGET or made.probes == made.lists:
-            return {kind: round(recall, 4) for kind, recall in found.items()}
-        probes *= _STEPS
+
+    def measured(probes: int) -> dict[str, float]:
+        made.probes = probes
+        return {kind: round(_recall(made, *both, truth[kind]), 4) for kind, both in queries.items()}
+
+    few, many = 0, 1
+    found = measured(many)
+    while min(found.values(), default=1.0) < TARGET and many < made.lists:
+        few, many = many, min(made.lists, 2 * many)
+        found = measured(many)
+    while many - few > max(1, few // _PARTS):
+        between = measured((few + many) // 2)
+        if min(between.values(), default=1.0) < TARGET:
+            few = made.probes
+        else:
+            many, found = made.probes, between
+    made.probes = many
+    return found
 
 
 def _exact(made: Approximate, queries_QD: NDArray[np.float32], own: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -290,18 +318,16 @@ def _known(before: Mapping[str, Any] | None, keys: NDArray[np.int64]) -> NDArray
     return np.where(before["keys"][order[at]] == keys, order[at], -1)
 
 
-def _checked(path: Path, count: int | None, width: int) -> Any:
-    """The file opened, once its arrays are known to fit each other: faiss believes what it is given."""
+def _checked(lists: ListsFile, count: int | None, width: int) -> Any:
+    """The file, once its arrays are known to fit each other: faiss believes what it is given."""
+    path, file = lists.path, lists.file
     try:
-        if not stat.S_ISREG(path.lstat().st_mode):
-            raise damaged(path, "it is no regular file")
-        file: Any = safe_open(path, "np")
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no dict
         kinds = {name: file.get_slice(name).get_dtype() for name in shapes}
-        lists, held = shapes.get("sizes", (0,))[0], shapes.get("rows", (0,))[0] if count is None else count
-        wanted = {"centroids": (lists, width), "ranges": (2 * width,), "sizes": (lists,), "rows": (held,),
+        number, held = shapes.get("sizes", (0,))[0], shapes.get("rows", (0,))[0] if count is None else count
+        wanted = {"centroids": (number, width), "ranges": (2 * width,), "sizes": (number,), "rows": (held,),
                   "codes": (held, width), "keys": (held,)}  # fmt: skip
-        if shapes != wanted or kinds != _TENSORS or not lists:
+        if shapes != wanted or kinds != _TENSORS or not number:
             raise damaged(path, "its arrays are of other shapes")
         sizes, rows = file.get_tensor("sizes"), file.get_tensor("rows")
         finite = all(np.isfinite(file.get_tensor(name)).all() for name in ("centroids", "ranges"))

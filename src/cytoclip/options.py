@@ -83,7 +83,7 @@ def explained(error: ValidationError, place: str, root: type[Section]) -> UserEr
     others = len({_name_of(problem) for problem in problems}) - 1
     more = f" (and {others} more)" if others else ""
     if first["type"] == "extra_forbidden":
-        return UserError(f"unknown option {name} in {place}{more}", _nearest_option(name, root))
+        return UserError(f"unknown option {name} in {place}{more}", nearest_option(name, root))
     if first["type"] == "value_error":  # our own validators write `what|what to do`
         what, _, hint = str(first["ctx"]["error"]).partition("|")
         return UserError(f"{name + ': ' if name else ''}{what} in {place}{more}", hint)
@@ -112,7 +112,8 @@ def _name_of(problem: ErrorDetails) -> str:
     return ".".join(part for part in parts if not part.startswith(branches))
 
 
-def _nearest_option(name: str, root: type[Section]) -> str:
+def nearest_option(name: str, root: type[Section]) -> str:
+    """What a hint says of an option that is not there."""
     known = [option.name for option in listed(root)]
     section, _, key = name.rpartition(".")
     elsewhere = [option for option in known if option.rpartition(".")[2] == key]

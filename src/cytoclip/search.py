@@ -23,8 +23,7 @@ from cytoclip.console import Console
 from cytoclip.encoder import Encoder, Picture
 from cytoclip.errors import ExitCode, UserError, first_few, nearest
 from cytoclip.files import Piece
-from cytoclip.index_faiss import Exact
-from cytoclip.ivf import Approximate
+from cytoclip.index_faiss import Captions
 from cytoclip.manifest import Manifest
 from cytoclip.rows import leaves
 
@@ -79,20 +78,19 @@ class Index:
     Several threads may search at once. What is open stays as it was when another process brings the index up to date.
     """
 
-    def __init__(
-        self, folder: Path, found: Manifest, device_name: str, model: str | None, roots: Sequence[str]
-    ) -> None:
+    def __init__(self, folder: Path, found: Manifest, device: str, model: str | None, roots: Sequence[str]) -> None:
         self.folder, self.manifest = folder, found
-        self._device_name, self._model, self._roots = device_name, model, tuple(roots)
+        self._device, self._model, self._roots = device, model, tuple(roots)
         self._lock = threading.Lock()
         self._rows = catalogue.read(folder, found)
         self._images = index_faiss.image_search(folder, found, self._rows.ids)
+        self._texts = index_faiss.text_search(folder, found)
 
     @classmethod
     def open(
         cls,
         folder: str | Path,
-        device_name: str = "auto",
+        device: str = "auto",
         model: str | Path | None = None,
         roots: Sequence[str | Path] = (),
     ) -> Index:
@@ -100,7 +98,7 @@ class Index:
 
         Parameters
         ----------
-        device_name
+        device
             Where queries are embedded: `auto`, `cpu`, `cuda` or `mps`.
         model
             Where the model lies by now, if not where it was; it is opened at the first query that needs it, and
@@ -120,7 +118,7 @@ class Index:
                 raise UserError(f"{place} is no index", f"cytoclip index MODEL SOURCE --to {place}", ExitCode.DATA)
             try:
                 where = _moved(found, roots)
-                return cls(place, found, device_name, None if model is None else str(model), where)
+                return cls(place, found, device, None if model is None else str(model), where)
             except UserError:
                 if attempt == _TRIES - 1 or manifest.read(place) == found:
                     raise
@@ -235,7 +233,7 @@ class Index:
 
     def _opened(self) -> Encoder:
         name = self._model or self.manifest.model.name
-        found = encoder.load(name, self._device_name, "no")
+        found = encoder.load(name, self._device, "no")
         if index.weights_of(found) != self.manifest.model.weights:
             raise UserError(
                 f"{name} is not the model that made {self.folder}: its weights are others",
@@ -295,9 +293,9 @@ class Index:
         return said[which] if 0 <= which < len(said) else None
 
     @functools.cached_property
-    def _captions(self) -> tuple[Having, Exact | Approximate]:
+    def _captions(self) -> Captions:
         with self._lock:
-            return index_faiss.text_search(self.folder, self.manifest)
+            return self._texts()
 
     def _hit(self, rank: int, row: int, score: float, caption: str | None, file: Path | Piece | None) -> Hit:
         rows = self._rows

@@ -89,7 +89,7 @@ def _page(at: Desk) -> gr.Blocks:
 
 
 def _search_tab(at: Desk) -> None:
-    keys = list(at.index.keys)[:FILTERS]
+    keys = [key for key, values in at.index.keys.items() if len(values) > 1][:FILTERS]
     with gr.Row(elem_id="ask", equal_height=True):
         text = gr.Textbox(
             label="Text", placeholder="what the picture shows, in your words", scale=6, max_length=desk.TEXT,

@@ -8,7 +8,7 @@ dialog.innerHTML = `<div class="frame"><img alt=""><div class="about"></div><div
   <button type="button" class="next" aria-label="The next one">→</button>
   <button type="button" class="alike">More like this</button>
   <button type="button" class="close">Close</button></div></div>`;
-document.body.append(dialog);
+element.closest('.contain').append(dialog);  // where the rules for narrow screens reach
 
 function enlarge(hit) {
   if (!hit) return;

@@ -12,9 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from cytoclip import config
+from cytoclip import config, options
 from cytoclip.config import Config
-from cytoclip.errors import UserError, counted, nearest
+from cytoclip.errors import UserError, counted
 
 # What trials are compared on, and where they are written; the hint of any other section says so.
 _FIXED = ("data.root", "data.train", "data.val", "data.test", "data.hold_out", "data.image_column",
@@ -92,7 +92,7 @@ def default(wanted: Config, facts: Facts) -> Space:
     found["train.weight_decay"] = Span(1e-4, 0.3, log=True)
     if facts.softmax:
         found["train.label_smoothing"] = Choice((0.0, 0.05, 0.1))
-    found["train.ema"] = Choice((None, *(_decay(share * facts.steps) for share in _HORIZONS)))
+    found["train.ema"] = Choice((None, *sorted({_decay(share * facts.steps) for share in _HORIZONS})))
     if facts.repeats:
         found["train.positives"] = Choice(("groups", "pairs", "ignore"))
     if "full" in moving.values() and facts.layers:
@@ -106,7 +106,7 @@ def default(wanted: Config, facts: Facts) -> Space:
         found["data.augment"] = Choice((None, *([own] if own else []), _VIEWS, {"preset": "microscopy"}))
         if facts.patches:
             found["train.patch_dropout"] = Choice((0.0, 0.25, 0.5))
-    return found
+    return {name: of for name, of in found.items() if isinstance(of, Span) or len(of.values) > 1}
 
 
 def read(path: Path, wanted: Config) -> Space:
@@ -209,16 +209,13 @@ def _rate(own: float, low: float, high: float) -> Span:
 
 
 def _decay(horizon: float) -> float:
-    """Of a moving average that goes back so many steps."""
-    return round(1 - 1 / max(horizon, 2.0), 4)
+    """Of a moving average that goes back so many steps, 10,000 at most."""
+    return round(1 - 1 / min(max(horizon, 2.0), 1e4), 4)
 
 
 def _refuse_fixed(name: str, known: Mapping[str, Any], place: Path) -> None:
     if name not in known:
-        near = nearest(name, known)
-        raise UserError(
-            f"unknown option {name} in {place}", f"did you mean {near}?" if near else "`cytoclip config` lists them"
-        )
+        raise UserError(f"unknown option {name} in {place}", options.nearest_option(name, Config))
     if any(name == fixed or name.startswith(f"{fixed}.") for fixed in _FIXED):
         raise UserError(
             f"{name} in {place} is the same for all trials: they could not be compared otherwise",
@@ -227,10 +224,10 @@ def _refuse_fixed(name: str, known: Mapping[str, Any], place: Path) -> None:
 
 
 def _try_each(space: Space, wanted: Config, place: Path) -> None:
-    """Every value alone must be one that its option takes, in this configuration or one with other values of the rest.
+    """Every value must be one that its option takes.
 
-    A value that only goes with certain others is told apart by its message, which names another option: such trials
-    fail one by one.
+    One that does not go with the rest of this configuration is told apart by its message, which does not begin with
+    the option: trials with other values of the rest may take it, those that don't fail one by one.
     """
     for name, values in space.items():
         tried = values.values if isinstance(values, Choice) else (values.low, values.high)
@@ -239,7 +236,7 @@ def _try_each(space: Space, wanted: Config, place: Path) -> None:
             try:
                 applied(wanted, {name: value}, str(place))
             except UserError as error:
-                if error.message.startswith((f"{name}:", f"unknown option {name}", f"{name} ")):
+                if error.message.startswith((f"{name}:", f"{name}.", f"unknown option {name}.")):
                     raise
                 problems.append(error)
         if len(problems) == len(tried):

@@ -119,8 +119,9 @@ class _Worker:
     def give(self, trial: Trial | None) -> bool:
         """Hand it a trial; False where there is none."""
         if trial is not None:
-            self.conn.send(trial)
             self.trial = trial
+            with suppress(OSError):  # where it has died meanwhile, the next look finds it
+                self.conn.send(trial)
         return trial is not None
 
     def died(self) -> UserError:
@@ -159,8 +160,10 @@ def _hear(worker: _Worker, heard: Heard) -> None:
     if isinstance(said, Ending):
         worker.trial = None
         heard.ended(number, said)
-    else:
-        worker.conn.send(heard.validated(number, *said))
+        return
+    verdict = heard.validated(number, *said)
+    with suppress(OSError):  # where it has died meanwhile, the next look finds it
+        worker.conn.send(verdict)
 
 
 def _stop(busy: list[_Worker], heard: Heard) -> int:
@@ -187,7 +190,7 @@ def _serve(conn: Connection, number: int, jobs: int) -> None:
         conn.send((step, score))
         return bool(conn.recv())  # EOFError where the parent is gone: the run ends
 
-    with suppress(EOFError, BrokenPipeError, Stopped, KeyboardInterrupt):
+    with suppress(EOFError, OSError, Stopped, KeyboardInterrupt):
         while True:
             conn.send(_run(conn.recv(), validated))
 

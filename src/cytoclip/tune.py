@@ -351,11 +351,14 @@ def _looks(study: Any, number: int) -> dict[int, float]:
 
 def _tried(study: Any) -> list[Tried]:
     """The trials that have ended, in the order of their numbers."""
+    from optuna.trial import TrialState
+
     found = []
     for one in _done(study):
         error, looks = one.user_attrs.get(_ERROR), one.intermediate_values
-        state = FAILED if error else FINISHED if one.value is not None else ENDED
-        score = one.value if one.value is not None else looks[max(looks)] if looks else None
+        whole = one.state is TrialState.COMPLETE  # a pruned one has a value too: that of its last look
+        state = FAILED if error else FINISHED if whole else ENDED
+        score = one.value if whole else looks[max(looks)] if looks else None
         number = one.user_attrs[_NUMBER]
         found.append(Tried(number, Search.folder(number), state, one.user_attrs[_CHOSEN], score, error=error))
     return sorted(found, key=lambda one: one.number)

@@ -93,11 +93,10 @@ class Tuned:
         for one in finished[:_SHOWN]:
             below = [f"{one.below_best:.4f}", _span(one.below_best_interval)] if one is not self.best else ["", ""]
             rows.append([f"{one.number}{_mark(one)}", f"{one.score:.4f}", _span(one.interval), *below])
-        wide = max(map(len, aligned(rows)))
-        head, *lines = aligned(rows)
-        lines = [
-            f"{line:<{wide}}  {space.said(one.chosen)}".rstrip() for line, one in zip(lines, finished, strict=False)
-        ]
+        head, *drawn = aligned(rows)
+        wide = max(map(len, (head, *drawn)))
+        both = zip(drawn, finished, strict=False)
+        lines = [f"{line:<{wide}}  {space.said(one.chosen)}".rstrip() for line, one in both]
         rest = {state: sum(one.state == state for one in self.trials) for state in (ENDED, FAILED)}
         left = len(finished) - _SHOWN
         more = [f"{left} more finished"] * (left > 0) + [f"{count} {state}" for state, count in rest.items() if count]
@@ -119,9 +118,7 @@ class Tuned:
             one_or_more = "trial" if len(near) == 1 else "trials"
             said.append(f"not to be told from it on these pairs: {one_or_more} {first_few(near, 5)}")
         if len(self.trials) > 1:
-            said.append(
-                "the best of several is partly luck: expect a little less on other pairs, and measure it on val"
-            )
+            said.append("the best of several is partly luck: expect less on other pairs, and measure it on val")
         return said
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 HEAVY = ("torch", "transformers", "accelerate", "peft", "tokenizers", "tensorboard", "sklearn")
@@ -21,12 +21,18 @@ def test_the_first_modules_import_nothing_heavy() -> None:
 
 
 def test_help_answers_in_under_half_a_second() -> None:
-    """The best of three, since a busy machine is no fault of ours; with torch it would be seconds."""
+    """Of processor time, the best of three: a busy machine is no fault of ours; with torch it would be seconds."""
     command = [Path(sys.executable).parent / "cytoclip", "--help"]
     seconds = []
     for _ in range(3):
-        began = time.perf_counter()
+        began = _children()
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(_children() - began)
         assert "evaluate" in done.stdout
     assert min(seconds) < 0.5
+
+
+def _children() -> float:
+    """Processor seconds of all processes that ended here so far."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
