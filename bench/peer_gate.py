@@ -50,7 +50,8 @@ class Gate:
 
     def __init__(self, task: Task, ask: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         self.task, self.ask = task, ask
-        self.left, self.steps, self.began = task.warm, task.warm, time.perf_counter()
+        self.left = self.steps = task.warm
+        self.began, self.worked = time.perf_counter(), self.processor()
 
     def __call__(self, *_: Any) -> None:
         self.left -= 1
@@ -59,14 +60,21 @@ class Gate:
         if self.task.device == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - self.began
-        said = {"pairs": self.steps * self.task.batch, "seconds": seconds, **self.memory()}
+        worked = self.processor() - self.worked
+        said = {"pairs": self.steps * self.task.batch, "seconds": seconds, "processor": worked, **self.memory()}
         order = self.ask(said)
         if "go" not in order:
             raise Stop
         self.left = self.steps = order["go"]
         if order.get("forget"):
             self.forget()
-        self.began = time.perf_counter()
+        self.began, self.worked = time.perf_counter(), self.processor()
+
+    def processor(self) -> float:
+        """Seconds of processor time so far, with those of its loader: what a busy machine does not change much."""
+        own = psutil.Process()
+        times = [each.cpu_times() for each in (own, *own.children(recursive=True))]
+        return float(sum(each.user + each.system for each in times))
 
     def memory(self) -> dict[str, float]:
         """Peak of what the device holds, in GB: resident memory with the loader's own, or the allocator's on a GPU."""

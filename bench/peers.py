@@ -11,7 +11,8 @@ tokens, starting weights, batch, precision (bf16), threads and loader processes.
 
 The ways take turns, a segment of steps each, and are stopped by a signal with all their loader processes while it is
 another's turn: nobody works ahead, and whatever else the machine does falls on all alike. Medians over the rounds, and
-of the ratios to the best peer of the same round. Memory is the highest in the segments: resident memory of the process
+of the ratios to the best peer of the same round: of pairs a second, and of pairs a second of processor time (loader
+processes too), which is what to look at where the machine is busy. Memory is the highest in the segments: resident memory of the process
 and what its loader processes have for themselves, or what torch allocated on the GPU.
 
 On a GPU a way holds it alone, one after the other: all at once would not fit. Each has its share of `--seconds`.
@@ -73,6 +74,7 @@ class Way:
     name: str
     process: subprocess.Popen[str]
     speeds: list[float] = field(default_factory=list)
+    by_processor: list[float] = field(default_factory=list)  # pairs a second of processor time
     memory: list[float] = field(default_factory=list)
     failed: str = ""
     built: float = 0.0  # seconds to the first segment
@@ -112,6 +114,7 @@ class Way:
         said = self.order(go=steps, forget=not self.speeds)
         if "pairs" in said:
             self.speeds.append(said["pairs"] / said["seconds"])
+            self.by_processor.append(said["pairs"] / max(said["processor"], 1e-3))
             self.memory.append(said["GB"])
         return said
 
@@ -195,6 +198,7 @@ def _row(way: Way) -> dict[str, Any]:
         "pairs/s": round(statistics.median(way.speeds), 2),
         "from": round(min(way.speeds), 2),
         "to": round(max(way.speeds), 2),
+        "pairs/processor s": round(statistics.median(way.by_processor), 2),
         "peak GB": round(max(way.memory), 2),
         "segments": len(way.speeds),
         **({"seconds before": round(way.built, 1)} if way.built else {}),
@@ -213,9 +217,16 @@ def card(task: Task, ways: list[Way], limit: float) -> dict[str, Any]:
         if best and way.speeds:
             ratios = [one / other for one, other in zip(way.speeds, best.speeds, strict=False)]
             row["times the best peer"] = round(statistics.median(ratios), 2)
+            ratios = [one / other for one, other in zip(way.by_processor, best.by_processor, strict=False)]
+            row["by processor time"] = round(statistics.median(ratios), 2)
         rows.append(row)
-        said = f"{row['pairs/s']:>9} pairs/s, {row['peak GB']:>6} GB" if "pairs/s" in row else row["failed"]
-        print(f"  {way.name:<38} {said}  {row.get('times the best peer', ''):>5}", flush=True)
+        said = (
+            f"{row['pairs/s']:>9} pairs/s, {row['pairs/processor s']:>8} a processor second, {row['peak GB']:>6} GB"
+            if "pairs/s" in row
+            else row["failed"]
+        )
+        times = row.get("times the best peer", ""), row.get("by processor time", "")
+        print(f"  {way.name:<38} {said}  {times[0]:>5} {times[1]:>5}", flush=True)
     won = max((row.get("times the best peer", 0) for row in rows if row["way"].startswith("ours")), default=0)
     return {"model": task.model, "batch": task.batch, "ways": rows, "best peer": best.name if best else None,
             "ours at best": won, "limit": limit}  # fmt: skip
