@@ -12,8 +12,8 @@ tokens, starting weights, batch, precision (bf16), threads and loader processes.
 The ways take turns, a segment of steps each, and are stopped by a signal with all their loader processes while it is
 another's turn: nobody works ahead, and whatever else the machine does falls on all alike. Medians over the rounds, and
 of the ratios to the best peer of the same round: of pairs a second, and of pairs a second of processor time (loader
-processes too), which is what to look at where the machine is busy. Memory is the highest in the segments: resident memory of the process
-and what its loader processes have for themselves, or what torch allocated on the GPU.
+processes too), which is what to look at where the machine is busy. Memory is the highest in the segments: resident
+memory of the process and what its loader processes have for themselves, or what torch allocated on the GPU.
 
 On a GPU a way holds it alone, one after the other: all at once would not fit. Each has its share of `--seconds`.
 

@@ -10,13 +10,13 @@ A step of B pairs over W processes, embeddings of D numbers, m parameters that m
     sum of gradients                4 · 2 · m · (W − 1)/W
     sum of the loss and its like    a few numbers
 
-With `train.shard` the sum is a reduce-scatter, half of it, and each chunk gathers all M parameters for each of its three
-passes (two forward, one backward; two where there is one chunk):
+With `train.shard` the sum is a reduce-scatter, half of it, and each chunk gathers all M parameters for each of its
+three passes (two forward, one backward; two where there is one chunk):
 
     gathers of parameters           4 · M · passes · chunks · (W − 1)/W
 
-The plain way, where each process holds the whole gradient of the gathered embeddings, sends their gradient back as well:
-twice the first line. A card, and one JSON line last.
+The plain way, a gather with gradient, sends the gradient of the gathered embeddings back as well: twice the first line.
+A card, and one JSON line last.
 """
 
 from __future__ import annotations
