@@ -134,10 +134,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=given.folder) as made:
         folder, drawn = Path(made) / "index", Drawn(given.width)
         shards = write_shards(folder, drawn, given.vectors)
-        before, began = peak(), time.perf_counter()
+        before, began, busy = peak(), time.perf_counter(), time.process_time()
         side = index_faiss.make(folder, shards, given.width, lambda _: np.empty((0, given.width), np.float32), None,
                                 Console())  # fmt: skip
-        building, memory = time.perf_counter() - began, peak()
+        building, worked, memory = time.perf_counter() - began, time.process_time() - busy, peak()
         manifest.write(folder, Manifest(Model("drawn", "", "drawn", "no"), given.width, given.vectors,
             side.texts.vectors, 0, ["/nowhere"], shards, len(shards), side.images, side.texts, side.generation, "",
             {}))  # fmt: skip
@@ -158,12 +158,13 @@ def main() -> None:
         )
     print(
         f"{given.vectors:,} × {given.width}: {side.images.parameters}, lists made and measured in {building:.0f} s "
+        f"({worked:.0f} of a processor) "
         f"(peak {size(memory)}, before {size(before)}), opened in {opening:.1f} s; shards {size(sizes['shards'])}, "
         f"faiss {size(sizes['faiss'])}"
     )
     print(json.dumps({"vectors": given.vectors, "width": given.width, "kind": side.images.kind,
         **side.images.parameters, "measured": side.images.recall, "queries": found, "exact ms": 1000 * exact_seconds,
-        "build seconds": building, "open seconds": opening, "peak bytes": peak(), "bytes": sizes,
+        "build seconds": building, "build processor seconds": worked, "open seconds": opening, "peak bytes": peak(), "bytes": sizes,
         "threads": torch.get_num_threads()}))  # fmt: skip
 
 

@@ -191,6 +191,15 @@ def test_a_file_that_was_young_is_hashed_again(pictures: Path, base: Path, made:
     assert hit.score == pytest.approx(1, abs=1e-5)
 
 
+def test_a_picture_that_is_listed_and_gone_is_left_out(base: Path, tmp_path: Path) -> None:
+    """It was young when it was indexed, so nothing is known of its time of change; nor is anything now."""
+    formats.original(tmp_path / "data", formats.drawn(3))
+    built(base, tmp_path / "data", tmp_path / "index")
+    (tmp_path / "data" / "imgs" / "001.png").unlink()
+    result = built(base, tmp_path / "data", tmp_path / "index")
+    assert (result.manifest.pictures, result.embedded, result.skipped) == (2, 0, 1)
+
+
 def test_bad_pictures_are_said_counted_and_left_out(
     pictures: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
