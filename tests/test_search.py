@@ -5,14 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
@@ -292,62 +289,6 @@ def test_a_picture_of_other_bytes_is_not_shown(exact: Path, root: Path, tmp_path
         opened.picture(hit.id)
 
 
-def rewritten(index: Path, to: Path, change: Callable[[list[dict[str, Any]]], None]) -> Path:
-    """A copy of an index whose rows say something else."""
-    shutil.copytree(index, to)
-    (path,) = (to / "shards").iterdir()
-    table = pq.read_table(path)
-    rows = table.to_pylist()
-    change(rows)
-    pq.write_table(pa.Table.from_pylist(rows, table.schema), path)
-    return to
-
-
-@pytest.mark.parametrize(
-    "named",
-    [
-        {"file": "../outside.png"},
-        {"file": "train/../../outside.png"},
-        {"file": "{outside}"},
-        {"file": "link.png"},
-        {"file": "linked/outside.png"},
-        {"file": "train"},
-        {"file": "pipe"},
-        {"file": ""},
-        {"file": "a\0b"},
-        {"file": "x" * 5000},
-        {"root": 1},
-        {"root": -1},
-        {"root": None},
-        {"piece_offset": -5, "piece_size": 10},
-        {"piece_offset": 0, "piece_size": 1 << 60},
-        {"piece_offset": 0, "piece_size": 0},
-    ],
-    ids=repr,
-)
-def test_no_name_leads_out_of_the_roots(named: dict[str, Any], exact: Path, root: Path, tmp_path: Path) -> None:
-    import hashlib
-    import os
-
-    place, outside = shutil.copytree(root, tmp_path / "data"), tmp_path / "outside.png"
-    Image.new("RGB", (8, 8)).save(outside)
-    (place / "link.png").symlink_to(outside)
-    (place / "linked").symlink_to(tmp_path)
-    os.mkfifo(place / "pipe")
-    content = hashlib.sha256(outside.read_bytes()).hexdigest()  # the worst case: it knows the bytes
-
-    def change(rows: list[dict[str, Any]]) -> None:
-        for row in rows:
-            row.update({key: value.format(outside=outside) if key == "file" else value for key, value in named.items()})
-            row["content"] = content
-
-    opened = Index.open(rewritten(exact, tmp_path / "index", change), roots=[place])
-    hits = opened.search(TEXT, k=3)
-    assert files(hits) == [None] * 3
-    with pytest.raises(UserError, match="is not below"):
-        opened.picture(hits[0].id)
-
-
 def test_a_piece_is_read_from_its_file_alone(base: Path, tmp_path: Path) -> None:
     drawn = formats.drawn(4)
     opened = Index.build(base, formats.tar(tmp_path / "data", drawn), tmp_path / "index")
@@ -356,53 +297,6 @@ def test_a_piece_is_read_from_its_file_alone(base: Path, tmp_path: Path) -> None
     assert hit.document()["file"] == str(tmp_path / "data" / "001.tar")
     assert hit.document()["piece"] == {"offset": hit.file.offset, "size": hit.file.size}
     assert opened.picture(hit.id).getpixel((0, 0)) == (14, 0, 90)
-
-
-def _vector(rows: list[dict[str, Any]]) -> None:
-    rows[3]["image"] = [float("nan")] * 16
-
-
-def _longer(rows: list[dict[str, Any]]) -> None:
-    rows[3]["image"] = [7.0] * 16
-
-
-def _fewer(rows: list[dict[str, Any]]) -> None:
-    del rows[3]
-
-
-@pytest.mark.parametrize(
-    ("change", "said"), [(_vector, "not of length 1"), (_longer, "not of length 1"), (_fewer, "67 rows, not 68")]
-)
-def test_shards_that_are_damaged_are_refused(
-    change: Callable[[list[dict[str, Any]]], None], said: str, exact: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(UserError, match=said):
-        Index.open(rewritten(exact, tmp_path / "index", change))
-
-
-def test_keys_that_are_no_json_are_none(exact: Path, tmp_path: Path) -> None:
-    values = ["[" * 100_000, "{", "7", '{"a": 1, "b": ["c"], "d": "e", "label": "hidden"}', '{"x": null}']
-
-    def change(rows: list[dict[str, Any]]) -> None:
-        for row, value in zip(rows, values * 20, strict=False):
-            row["extra"] = value
-
-    opened = Index.open(rewritten(exact, tmp_path / "index", change))
-    assert set(opened.keys) == {"source", "label", "group", "d"}
-    assert "hidden" not in opened.keys["label"]
-
-
-def test_a_link_in_place_of_a_file_is_refused(exact: Path, large: Path, tmp_path: Path) -> None:
-    for number, (source, inner) in enumerate(
-        [(exact, "shards/00000.parquet"), (exact, "manifest.json"), (large, "faiss/*/images.f32"),
-         (large, "faiss/*/images.safetensors"), (large, "faiss/*/captions.safetensors")]
-    ):  # fmt: skip
-        copied = shutil.copytree(source, tmp_path / str(number))
-        (path,) = copied.glob(inner)
-        path.rename(tmp_path / f"{number} moved")
-        path.symlink_to(tmp_path / f"{number} moved")
-        with pytest.raises(UserError, match=r"regular file|no file of"):
-            Index.open(copied)
 
 
 def test_nothing_there_is_said_with_what_makes_it(tmp_path: Path) -> None:

@@ -11,11 +11,15 @@ import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import optuna
 import pytest
 import torch
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 
 from cytoclip import config, selection, training, trials, tune, tuned
 from cytoclip.config import Config
@@ -69,7 +73,12 @@ def searched(wanted: Config, space_file: Path, tmp_path_factory: pytest.TempPath
 def told(asked: Asked) -> list[dict[str, Any]]:
     """What is asked of and said to optuna, of each trial that counts."""
     document = json.loads((asked.to / "tune.json").read_text())
-    return [{key: one[key] for key in ("number", "state", "chosen", "score")} for one in document["trials"]]
+    study = optuna.load_study(
+        study_name="tune", storage=JournalStorage(JournalFileBackend(str(asked.to / "trials.log")))
+    )
+    looks = {one.user_attrs["number"]: one.intermediate_values for one in study.trials if one.state.name != "FAIL"}
+    kept = ("number", "state", "chosen", "score")
+    return [{key: one[key] for key in kept} | {"looks": looks[one["number"]]} for one in document["trials"]]
 
 
 def test_the_trials_and_the_best_of_them(searched: tuple[Asked, tuned.Tuned], wanted: Config) -> None:
@@ -225,6 +234,15 @@ def test_what_becomes_of_a_trial(experiment: Experiment, tmp_path: Path) -> None
     assert not (tmp_path / "out 1" / "results.json").exists()
     assert failed.failed is not None
     assert failed.failed.code is ExitCode.MODEL
+
+
+def test_a_trial_is_worth_its_best_validation(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    scored = {name: {"image_to_text": {"mrr": number}} for name, number in (("best", 0.5), ("last", 0.25))}
+    monkeypatch.setattr(training, "fit", lambda *_: SimpleNamespace(**scored))
+    heard: list[Ending] = []
+    asked = experiment(validate={"select_by": "mrr"})
+    trials.one_by_one(scripted(0, asked), Heard(lambda *_: False, lambda _, ending: heard.append(ending)))
+    assert heard == [Ending(0.5)]
 
 
 def test_a_worse_trial_is_ended_early(wanted: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

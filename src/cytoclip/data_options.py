@@ -186,12 +186,7 @@ class Data(Section):
         return self
 
     def split(self, name: str) -> Path | None:
-        """Where the split `train`, `val` or `test` is; None for a test split that is not there.
-
-        With `hold_out` validation pairs lie in the training split, and no test split is looked at.
-        """
-        if self.hold_out and name != "train":
-            return self.split("train") if name == "val" else None
+        """Where the split `train`, `val` or `test` is; None for a test split that is not there."""
         if not self.root:
             apart: str | None = getattr(self, name)
             return Path(apart) if apart else None

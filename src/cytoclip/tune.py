@@ -263,11 +263,18 @@ class _Book:
             chosen = {name: _drawn(drawn, name, of) for name, of in self.search.space.items()} if number else {}
             drawn.set_user_attr(_CHOSEN, chosen)
             drawn.set_user_attr(_NUMBER, number)  # last: what has one has all its values
+            for look, score in self._known(number).items():
+                drawn.report(score, look)
             self.in_hand[number] = drawn
             try:
                 yield Trial(number, self.search.trial(number, chosen))
             except UserError as error:  # values that do not go together
                 self.ended(number, Ending(failed=error))
+
+    def _known(self, number: int) -> dict[int, float]:
+        """The validations of the trial before its process died: it may go on behind them."""
+        there = [one for one in self.study.get_trials(deepcopy=False) if one.user_attrs.get(_NUMBER) == number]
+        return {look: score for one in there for look, score in one.intermediate_values.items()}
 
     def validated(self, number: int, step: int, score: float) -> bool:
         """Whether the trial shall end: it is below the median of the trials that have finished, where they were then.
