@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -63,6 +62,21 @@ def test_every_family_by_the_code_of_its_card(
         ".model",
     }
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_tokenizer_that_knows_case_in_a_family_that_does_not(
+    bases: dict[str, Path], tmp_path: Path, picture: Path
+) -> None:
+    """As SigLIP2's was published: lower-casing is left to who uses it."""
+    base = Path(shutil.copytree(bases["siglip2"], tmp_path / "base"))
+    said = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps({**said, "tokenizer_class": "GemmaTokenizer"}))
+    cased = checkpoint.open_model(str(base)).tokenizer
+    assert cased("A Round cell")["input_ids"] != cased("a round cell")["input_ids"]
+    expected = cytoclip.load(base).similarity([picture], tiny.CAPTIONS)
+    for form in ("hf", "sentence-transformers"):
+        export.export(str(base), tmp_path / form, form, QUIET)
+        assert np.abs(np.asarray(ran(tmp_path / form, picture)["cosines"]) - expected).max() < 1e-5, form
 
 
 @pytest.mark.parametrize("crop", ["center", "squash", "pad"])
@@ -231,7 +245,6 @@ def test_the_yardstick_is_the_encoder(done: tuple[Config, Any], root: Path) -> N
     encoder = cytoclip.load(done[0].output)
     assert np.abs(held.image_ND - encoder.embed_images(list(held.pairs.images))).max() < 1e-6
     assert np.abs(held.text_ND - encoder.embed_texts(list(held.pairs.captions))).max() < 1e-6
-    assert len(held.first(3)) == 3 if hasattr(held, "first") else True
     assert held.hits(held.image_ND, held.image_ND)["image_to_text"]["hit@1"] == 1
 
 
@@ -254,4 +267,3 @@ def test_each_precision_has_a_least_cosine(name: str) -> None:
     export._refuse_mismatch(export.Part(name, export.COSINE[name], 1.0, 0.5, 1), "onnx", held)
     with pytest.raises(UserError, match=f"onnx {name} gives other embeddings"):
         export._refuse_mismatch(export.Part(name, 1.0, export.COSINE[name] - 1e-4, None, 1), "onnx", held)
-    assert torch.is_tensor(torch.zeros(1))

@@ -13,13 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from peft import PeftModel
 from safetensors.torch import load_file
-from torch import nn
 from torch.nn import functional
 from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer
 
-from cytoclip import checkpoint, files
+from cytoclip import adapters, checkpoint, files
 from cytoclip.checkpoint import BESIDE, CROP, Opened
 from cytoclip.errors import ExitCode, UserError
 from cytoclip.yardstick import Yardstick, over
@@ -132,7 +130,7 @@ def _model(folder: Path) -> Any:
         return AutoModel.from_pretrained(str(folder), dtype=torch.float32, trust_remote_code=False).eval()
     base = str(files.read_json(folder / _ADAPTER[0])["base_model_name_or_path"])
     plain = AutoModel.from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
-    clip: nn.Module = PeftModel.from_pretrained(plain, str(folder)).merge_and_unload()
+    clip = adapters.read_adapter(folder, plain)
     clip.load_state_dict(load_file(folder / BESIDE), strict=False)
     return clip.eval()
 

@@ -48,14 +48,13 @@ def write(opened: Opened, folder: Path) -> None:
         },
         module_output_name="sentence_embedding",
         processing_kwargs={"text": text},
-        processor_kwargs=_READING,
-        do_lower_case=family.lower,
     )
     model = library.SentenceTransformer(modules=[transformer, modules.Normalize()], device="cpu")
     model.save(str(folder), create_model_card=False)
     del model, transformer
     shutil.rmtree(plain)
-    files.write_json(folder / _SETTINGS, {**files.read_json(folder / _SETTINGS), "processor_kwargs": _READING})
+    reading = {"processor_kwargs": _READING, "do_lower_case": family.lower}  # which its `save` does not write
+    files.write_json(folder / _SETTINGS, {**files.read_json(folder / _SETTINGS), **reading})
     if opened.crop != "auto":
         files.write_json(folder / CROP, {"crop": opened.crop})
 

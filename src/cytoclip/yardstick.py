@@ -72,19 +72,6 @@ class Yardstick:
         """What the text tower reads: int64 (B, L), padded as the family is."""
         return self.tokens.batch(range(len(self))[some])
 
-    def first(self, count: int) -> Yardstick:
-        """The first `count` pairs."""
-        kept = {name: column[:count] for name, column in vars(self.pairs).items()}
-        ids, ends = self.tokens.ids, self.tokens.ends[:count]
-        return replace(
-            self,
-            pairs=Pairs(**kept),
-            pixels_N3HW=self.pixels_N3HW[:count],
-            tokens=replace(self.tokens, ids=ids[: ends[-1]], ends=ends),
-            image_ND=self.image_ND[:count],
-            text_ND=self.text_ND[:count],
-        )
-
     def hits(self, image_ND: NDArray[np.float32], text_ND: NDArray[np.float32]) -> dict[str, dict[str, float]]:
         """hit@k by direction, of these embeddings of the pairs."""
         ks = [k for k in _KS if k < len(self)]
