@@ -238,7 +238,7 @@ def test_what_becomes_of_a_trial(experiment: Experiment, tmp_path: Path) -> None
 
 def test_a_trial_is_worth_its_best_validation(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
     scored = {name: {"image_to_text": {"mrr": number}} for name, number in (("best", 0.5), ("last", 0.25))}
-    monkeypatch.setattr(train, "fit", lambda *_: SimpleNamespace(**scored))
+    monkeypatch.setattr(training, "fit", lambda *_: SimpleNamespace(**scored))
     heard: list[Ending] = []
     asked = experiment(validate={"select_by": "mrr"})
     trials.one_by_one(scripted(0, asked), Heard(lambda *_: False, lambda _, ending: heard.append(ending)))
