@@ -5,7 +5,7 @@ READY := .venv/.ready
 # A process for each core, with one thread each: tiny models have no use for more, and threads that wait fight.
 TEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --dist loadfile
 
-.PHONY: help demo test test-all check docs build clean
+.PHONY: help demo test test-all check docs build bench bench-gpu clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -32,6 +32,24 @@ docs: $(READY)  ## render the generated pages, and build the site into site/
 
 build: $(READY)  ## wheel and sdist into dist/
 	$(BIN)/python -m build
+
+# One after the other, minutes each: about 40 in all on 2 free cores. Each says what it measured, and a JSON line last.
+bench: $(READY)  ## every measurement that a CPU can make; what is claimed of them is in bench/RESULTS.md
+	$(BIN)/python bench/peers.py
+	$(BIN)/python bench/mfu.py --end-to-end
+	$(BIN)/python bench/memory.py
+	$(BIN)/python bench/scaling.py
+	$(BIN)/python bench/traffic.py
+	$(BIN)/python bench/loader.py
+	$(BIN)/python bench/ranking.py
+	$(BIN)/python bench/check.py
+
+# With whatever python is first there (PYTHON=…): a GPU machine has its own torch. One that is not installed is imported
+# from src; a run writes its own version, so that the peers need it installed.
+bench-gpu:  ## the same for one GPU, within ten minutes: peers, share of the limit, memory
+	$(PYTHON) bench/peers.py --gpu --seconds 240
+	PYTHONPATH=src:$$PYTHONPATH $(PYTHON) bench/gpu.py --only plain lora compiled lora-compiled
+	PYTHONPATH=src:$$PYTHONPATH $(PYTHON) bench/memory.py --device cuda --loss 32768 65536 131072 --plain-loss 32768 65536
 
 clean:  ## delete what make made
 	rm -rf .venv demo dist build site src/*.egg-info

@@ -15,9 +15,9 @@ Parts, each in a process of its own with a time limit, so that one that fails en
 - cached: a step of 4,096 in chunks of 512, and one of `--batch` in chunks of 128, pictures in pinned memory as the
   loader leaves them.
 - auto: the chunk that `micro_batch_size: auto` finds there, and such a step.
-- lora: the same with LoRA on both towers.
+- lora: the same with LoRA on both towers, with the leaner layers of `lean.py` and without.
 - run: `train.fit` of that model from the cache, with and without data.augment: what of the speed arrives.
-- compiled: with train.compile.
+- compiled, lora-compiled: with train.compile.
 
 A JSON line for each measurement as soon as it is there.
 """
@@ -39,7 +39,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 
 import torch
-from gpu_cost import REHEARSAL, Line, Scale, auto, cached, compiled, lora, plain
+from gpu_cost import REHEARSAL, Line, Scale, auto, cached, compiled, lora, lora_compiled, plain
 from gpu_same import augment, exact, repeats, run, runs
 
 LIMITS = {  # seconds; an H200 takes a fifth
@@ -54,12 +54,13 @@ LIMITS = {  # seconds; an H200 takes a fifth
     "lora": 200,
     "run": 300,
     "compiled": 300,
+    "lora-compiled": 300,
 }
 
 PARTS: dict[str, Callable[[Scale], Iterator[Line]]] = {
     "exact": exact, "augment": augment, "runs-cpu": runs, "runs-gpu": runs, "repeats": repeats, "plain": plain,
     "cached": cached,
-    "auto": auto, "lora": lora, "run": run, "compiled": compiled,
+    "auto": auto, "lora": lora, "run": run, "compiled": compiled, "lora-compiled": lora_compiled,
 }  # fmt: skip
 
 

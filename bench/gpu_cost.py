@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from cytoclip import adapters, autosize, loss, optim
+from cytoclip import adapters, autosize, lean, loss, optim
 from cytoclip.config import Model, Train
 from cytoclip.device import World
 from cytoclip.model import DualEncoder, compile_towers
@@ -55,8 +55,11 @@ def settings_of(scale: Scale, **text: Any) -> Any:
     return CLIPConfig(vision_config={**vision, **small}, text_config={**text, **narrow, **small}, projection_dim=512)
 
 
-def encoder_of(scale: Scale, **moving: Any) -> DualEncoder:
-    """ViT-B/16 and CLIP's text tower with random weights, on the device, training as `model.*` options say."""
+def encoder_of(scale: Scale, leaner: bool = True, **moving: Any) -> DualEncoder:
+    """ViT-B/16 and CLIP's text tower with random weights, on the device, training as `model.*` options say.
+
+    As a run has it, or with `leaner` False as transformers and peft have it.
+    """
     from transformers import CLIPModel
 
     torch.manual_seed(0)
@@ -65,6 +68,8 @@ def encoder_of(scale: Scale, **moving: Any) -> DualEncoder:
     spec = PixelSpec(scale.side, (scale.side, scale.side), 3, *CLIP, 1 / 255)
     encoder = DualEncoder(clip, lambda pixels: to_floats(pixels, spec), image_size=spec.size).to(scale.device)
     adapters.set_moving(encoder, Model.model_validate(moving))
+    if leaner:
+        lean.lighten(encoder.clip)
     return encoder.to(scale.device).train()
 
 
@@ -223,19 +228,43 @@ def auto(scale: Scale) -> Iterator[Line]:
 
 
 def lora(scale: Scale) -> Iterator[Line]:
-    encoder = encoder_of(scale, image_tower="lora", text_tower="lora")
-    for size in scale.plain[1:3]:
-        yield measured(encoder, scale, inputs(scale, size), size, 4)
+    """With the leaner layers, without them, and beside all weights of the same session."""
+    towers = {"image_tower": "lora", "text_tower": "lora"}
+    for leaner in (True, False):
+        encoder = encoder_of(scale, leaner, **towers)
+        for size in scale.plain[1:3]:
+            yield {"leaner": leaner, **measured(encoder, scale, inputs(scale, size), size, 4)}
+        del encoder
+    encoder = encoder_of(scale, **towers)
     yield measured(encoder, scale, inputs(scale, scale.middle, True), scale.chunks[0], 2, 1)
+    del encoder
+    for leaner in (True, False):
+        size = scale.chunks[0]
+        yield {"all weights": True, "leaner": leaner,
+               **measured(encoder_of(scale, leaner), scale, inputs(scale, size), size, 4)}  # fmt: skip
 
 
 def compiled(scale: Scale) -> Iterator[Line]:
+    """All weights: whole, in chunks, and `batch` pairs in chunks as large as the largest of `plain` but two."""
     encoder = encoder_of(scale)
+    yield from _compiled(encoder, scale)
+    for chunk in scale.chunks:
+        yield measured(encoder, scale, inputs(scale, scale.middle, True), chunk, 2, 1)
+    wide = scale.plain[-3] if len(scale.plain) > 3 else scale.plain[-1]
+    yield measured(encoder, scale, inputs(scale, wide), wide, 4)
+    yield large(encoder, scale, inputs(scale, scale.batch, True), wide)
+
+
+def lora_compiled(scale: Scale) -> Iterator[Line]:
+    encoder = encoder_of(scale, image_tower="lora", text_tower="lora")
+    yield from _compiled(encoder, scale)
+    yield measured(encoder, scale, inputs(scale, scale.middle, True), scale.chunks[0], 2, 1)
+
+
+def _compiled(encoder: DualEncoder, scale: Scale) -> Iterator[Line]:
     compile_towers(encoder)
     for size in scale.plain[1:3]:
         began = time.perf_counter()
         seconds_of(step_of(encoder, scale, inputs(scale, size), size), scale, 1, 0)
         first = time.perf_counter() - began
         yield {**measured(encoder, scale, inputs(scale, size), size, 4), "seconds of the first": round(first, 1)}
-    for chunk in scale.chunks:
-        yield measured(encoder, scale, inputs(scale, scale.middle, True), chunk, 2, 1)

@@ -30,7 +30,7 @@ from cytoclip.pictures import Pictures
 from cytoclip.pixels import PixelSpec
 from tests.conftest import weights
 from tests.numerics.test_processes import spawn
-from tests.test_train import stop_after
+from tests.test_training import stop_after
 
 Experiment = Callable[..., Config]
 QUIET = Console(quiet=True)

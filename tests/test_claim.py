@@ -16,7 +16,7 @@ from cytoclip import checkpoint, claim, config, training, validation
 from cytoclip.config import Config, parse
 from cytoclip.console import Console
 from cytoclip.errors import UserError
-from tests.test_train import stop_after
+from tests.test_training import stop_after
 
 QUIET = Console(quiet=True)
 Experiment = Callable[..., Config]

@@ -21,7 +21,7 @@ from cytoclip.errors import ExitCode, UserError
 from cytoclip.order import Order
 from tests.conftest import weights
 from tests.numerics.test_processes import spawn
-from tests.test_train import QUIET, Experiment, losses
+from tests.test_training import QUIET, Experiment, losses
 
 ALONE = World(torch.device("cpu"))
 NAMES = ["a.png", "b.png", "c.png", "d.png"]

@@ -19,7 +19,7 @@ from cytoclip.console import Console
 from cytoclip.errors import ExitCode, UserError
 from tests.conftest import weights
 from tests.numerics.test_processes import spawn
-from tests.test_train import stop_after
+from tests.test_training import stop_after
 
 Experiment = Callable[..., Config]
 QUIET = Console(quiet=True)

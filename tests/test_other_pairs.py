@@ -20,7 +20,7 @@ from cytoclip.order import Order, Wording
 from cytoclip.pairs import Pairs, identities, right_answers
 from tests.conftest import weights
 from tests.numerics.test_processes import spawn
-from tests.test_train import stop_after
+from tests.test_training import stop_after
 
 Experiment = Callable[..., Config]
 ORDER = Order(pairs=48, batch_size=12, seed=0)  # as in the experiments below: four steps an epoch

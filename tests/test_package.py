@@ -46,7 +46,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: tuple[Path, Path]) 
     pages = {
         f"cytoclip/{p.name}" for p in (HERE / "src" / "cytoclip").iterdir() if p.suffix in (".html", ".css", ".js")
     }
-    assert len(pages) == 15
+    assert len(pages) == 16
     assert inside == {*modules, *pages, "cytoclip/py.typed", "cytoclip/templates.yaml"}, (
         "without py.typed nobody's mypy reads our types, without a page no --html and no report"
     )

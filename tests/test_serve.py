@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import random
 import re
@@ -22,7 +23,7 @@ import httpx
 import psutil
 import pytest
 
-from cytoclip import guard, serve
+from cytoclip import desk, guard, serve
 from cytoclip.errors import ExitCode
 from cytoclip.search import Index
 from cytoclip.serve import Where
@@ -143,6 +144,24 @@ def test_another_site_cannot_ask_by_a_name_of_its_own(address: str, index: Index
         assert CLIENT.get(f"{public}/healthz", headers={"host": "evil.example"}).status_code == 421
 
 
+def test_a_fault_of_ours_has_its_traceback_and_tells_the_asker_nothing(
+    address: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def wrong(_: bytes) -> None:
+        raise ZeroDivisionError("on /secret/place")
+
+    monkeypatch.setattr(desk, "decode", wrong)
+    log = logging.getLogger("uvicorn.error")
+    log.addHandler(caplog.handler)
+    answer = httpx.post(f"{address}/picture", content=b"x", timeout=60)
+    until = time.monotonic() + 60
+    while "ZeroDivisionError" not in caplog.text and time.monotonic() < until:
+        time.sleep(0.01)  # it is logged after it is answered
+    log.removeHandler(caplog.handler)
+    assert (answer.status_code, answer.text) == (500, "Internal Server Error")
+    assert "ZeroDivisionError" in caplog.text
+
+
 SECRET = "the secret of this machine"  # noqa: S105
 
 
@@ -194,7 +213,7 @@ def page_says(address: str, function: int, data: list[Any], event: Any = None) -
     joined = {"data": data, "fn_index": function, "session_hash": session, "event_data": event, "trigger_id": None}
     answer = CLIENT.post(f"{address}/gradio_api/queue/join", json=joined)
     if answer.status_code != 200:
-        return {"status": answer.status_code}
+        return {"status": answer.status_code, **answer.json()}
     with CLIENT.stream("GET", f"{address}/gradio_api/queue/data?session_hash={session}") as stream:
         for line in stream.iter_lines():
             told = json.loads(line.removeprefix("data: ")) if line.startswith("data: ") else {}
@@ -228,12 +247,13 @@ def test_who_plays_a_browser_gets_no_file_and_makes_no_request(
             10**400,
         ]
         usual = plain(len(index.keys))
-        tried = [(function, [value] * len(usual), value) for function in range(5) for value in values]
+        tried = [(function, [value] * len(usual), value) for function in (*range(5), -1, 10**9) for value in values]
         for place in range(len(usual)):
             tried += [(0, [*usual[:place], value, *usual[place + 1 :]], value) for value in values[:2]]
         for function, data, value in tried:
             told = page_says(address, function, [*data, None], {"id": value})
             assert SECRET not in json.dumps(told)
+            assert told.get("status", 200) < 500
         with contextlib.suppress(TimeoutError):
             asked.append(other.accept())
     assert asked == []

@@ -27,7 +27,7 @@ from cytoclip.device import World
 from cytoclip.errors import ExitCode, UserError
 from cytoclip.state import MANIFEST, MORE, TENSORS
 from tests.conftest import weights
-from tests.test_train import QUIET, Experiment, losses, no_step, stop_after
+from tests.test_training import QUIET, Experiment, losses, no_step, stop_after
 
 ALONE = World(torch.device("cpu"))
 

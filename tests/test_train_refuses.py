@@ -21,7 +21,7 @@ from cytoclip.config import Config, parse
 from cytoclip.console import Console
 from cytoclip.errors import ExitCode, UserError
 from tests.conftest import weights
-from tests.test_train import QUIET, Experiment, listing, losses, no_step, stop_after
+from tests.test_training import QUIET, Experiment, listing, losses, no_step, stop_after
 
 # Going on, and not going on
 

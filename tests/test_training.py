@@ -121,7 +121,8 @@ def test_the_saved_configuration_is_complete_and_repeats_the_run(
 ) -> None:
     wanted, result = done
     place = Path(wanted.output) / "config.yaml"
-    assert config.load(place) == wanted
+    chosen = wanted.model_copy(update={"train": wanted.train.model_copy(update={"compile": False})})  # auto, on a CPU
+    assert config.load(place) == chosen
     assert re.match(
         r"# cytoclip \S+, torch \S+, transformers \S+, accelerate \S+, peft \S+, python \S+\n", place.read_text()
     )

@@ -160,8 +160,10 @@ class Train(Section):
     gradient_checkpointing: bool = Field(
         False, description="Keep only each layer's input and compute the rest again: less memory, a third more time."
     )
-    compile: bool = Field(
-        False, description="Compile the layers of the towers (torch.compile): a slower start, faster steps."
+    compile: Literal["auto"] | bool = Field(
+        "auto",
+        description="Compile the layers of the towers (torch.compile): a slower start, faster steps. auto: on one GPU, "
+        "for 500 steps and more, where its compilers are there and nothing else is asked of the layers.",
     )
     shard: bool = Field(
         False, description="Share weights, gradients and moments out over the processes (FSDP2) instead of a copy each."

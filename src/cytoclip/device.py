@@ -6,6 +6,7 @@ Letters: W processes, n rows of one process, D columns.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import gc
 import os
 import platform
@@ -29,6 +30,7 @@ from cytoclip.errors import ExitCode, UserError, counted
 T = TypeVar("T")
 MEETING = timedelta(minutes=10)  # for all processes to be there
 PATIENCE = timedelta(days=1)  # in a collective call; `liveness.py` sees much earlier that a process is gone
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 _REFUSED = {
@@ -260,6 +262,18 @@ def _plain_convolutions() -> None:
         torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
     else:  # before torch 2.9, which raises for who mixes the two ways
         torch.backends.cudnn.allow_tf32 = False
+
+
+def keep_memory() -> None:
+    """Let freed memory stay with this process: a step of training wants the same amount again.
+
+    glibc gives large tensors back to the system and asks for new, cleared pages at each allocation: 5 % of a step on a
+    CPU (docs/log.md, 2026-11-26). Other C libraries have no `mallopt`, and are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 2**30)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def refuse_launcher(environment: Mapping[str, str]) -> None:

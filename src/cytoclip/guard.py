@@ -31,6 +31,8 @@ PAGE = re.compile(
     r"|/gradio_api/(queue/(join|data)|heartbeat/[a-z0-9]+|startup-events|reset|cancel)"
 )
 
+_GRADIO = "/gradio_api/"  # which fails at what its own page would not send; ours fail by a message in its queue
+
 # Nothing is ever asked of another place, whatever a caption or a library brings in. Gradio's components are templates
 # that are compiled in the browser, hence eval; all of its code is served from here.
 HEADERS = {
@@ -168,43 +170,49 @@ class _CutOffError(Exception):
 
 async def _with_body(app: App, scope: Message, receive: Receive, send: Send, most: int) -> None:
     """Let `app` answer, counting what it reads: a body without a length, or with a false one, is cut off too."""
-    loop = asyncio.get_running_loop()
-    until, count, begun = loop.time() + BODY_SECONDS, 0, False
-    refusal: Refusal | None = None
-    whole = False
+    one = _Exchange(receive, _dressed(send), most, scope["path"].startswith(_GRADIO))
+    try:
+        await app(scope, one.read, one.answer)
+    except Exception:
+        if not one.refusal:
+            raise
+    if one.refusal and not one.begun:
+        await _refuse(send, one.refusal)
 
-    async def counted() -> Message:
-        nonlocal count, refusal, whole
-        if whole:  # what comes now is that the other side went away
-            return await receive()
+
+class _Exchange:
+    """A request whose body is being read, and its answer."""
+
+    def __init__(self, receive: Receive, send: Send, most: int, of_gradio: bool) -> None:
+        self._receive, self._send, self._most, self._of_gradio = receive, send, most, of_gradio
+        self._until = asyncio.get_running_loop().time() + BODY_SECONDS
+        self._count, self._whole = 0, False
+        self.refusal: Refusal | None = None
+        self.begun = False
+
+    async def read(self) -> Message:
+        if self._whole:  # what comes now is that the other side went away
+            return await self._receive()
         try:
-            async with asyncio.timeout_at(until):
-                message = await receive()
+            async with asyncio.timeout_at(self._until):
+                message = await self._receive()
         except TimeoutError:
-            refusal = Refusal(408, f"the rest did not come within {BODY_SECONDS:.0f} seconds", "send it again")
+            self.refusal = Refusal(408, f"the rest did not come within {BODY_SECONDS:.0f} seconds", "send it again")
             raise _CutOffError from None
-        count += len(message.get("body", b""))
-        whole = not message.get("more_body", False)
-        if count > most:
-            refusal = _too_large(most)
+        self._count += len(message.get("body", b""))
+        self._whole = not message.get("more_body", False)
+        if self._count > self._most:
+            self.refusal = _too_large(self._most)
             raise _CutOffError
         return message
 
-    async def told(message: Message) -> None:
-        nonlocal begun
-        if refusal and not begun:  # libraries make another error of ours: it is not passed on
+    async def answer(self, message: Message) -> None:
+        if message.get("status") == 500 and self._of_gradio:
+            self.refusal = Refusal(400, "this is nothing that the page asks", "load the page again")
+        if self.refusal and not self.begun:  # libraries make another error of ours: it is not passed on
             return
-        begun = True
-        await dressed(message)
-
-    dressed = _dressed(send)
-    try:
-        await app(scope, counted, told)
-    except Exception:
-        if not refusal:
-            raise
-    if refusal and not begun:
-        await _refuse(send, refusal)
+        self.begun = True
+        await self._send(message)
 
 
 def _dressed(send: Send) -> Send:

@@ -12,15 +12,18 @@ from peft import PeftModel
 
 from cytoclip import (
     adapters,
+    attention,
     autosize,
     batches,
     checkpoint,
     config,
+    device,
     evaluation,
     families,
     intake,
     journal,
     leaks,
+    lean,
     model,
     optim,
     plan,
@@ -39,6 +42,7 @@ from cytoclip.features import Place
 from cytoclip.feed import FromAfar, FromDisk
 from cytoclip.intake import Found
 from cytoclip.loss import Encoder
+from cytoclip.model import DualEncoder
 from cytoclip.objectives import Objective
 from cytoclip.pairs import Pairs, fingerprint, spread
 from cytoclip.plan import Plan
@@ -109,9 +113,9 @@ def prepare(wanted: Config, run: RunFolder, world: World, console: Console, stor
     torch.manual_seed(wanted.train.seed)  # new weights are the same in every process
     adapter = adapters.set_moving(opened.encoder, wanted.model, bias=objective.kind == "sigmoid")
     optim.refuse_idle(opened.encoder, wanted.train)
-    _switch(wanted, opened, console)
     steps = intake.order_of(wanted, found)
     planned = plan.plan(wanted, opened, steps, world, _ranked(found))
+    wanted = _switch(wanted, opened, planned, world, console)
     splits = world.once(lambda: intake.scanned(wanted, found, console))
     opened.encoder.to(world.device).train()
     wanted = _with_chunks(wanted, opened, planned, world, console)
@@ -159,10 +163,11 @@ def typical(job: Job, feed: FromDisk) -> Repeats:
 
 
 def settled(wanted: Config, world: World, run: RunFolder) -> Config:
-    """The configuration with what depends on the machine written out; a run that goes on keeps its own chunks."""
+    """The configuration with what depends on the machine written out; a run that goes on keeps what was chosen."""
     train: dict[str, Any] = {"precision": world.precision}
-    if wanted.train.micro_batch_size == "auto" and run.config.is_file():
-        train["micro_batch_size"] = config.load(run.config).train.micro_batch_size
+    if run.config.is_file():
+        before = config.load(run.config).train
+        train |= {n: getattr(before, n) for n in ("micro_batch_size", "compile") if getattr(wanted.train, n) == "auto"}
     return wanted.model_copy(update={"train": wanted.train.model_copy(update=train)})
 
 
@@ -219,15 +224,30 @@ def _objective(wanted: Config, opened: Opened) -> Objective:
     return Objective(kind, train.positives, train.label_smoothing, *pulls)
 
 
-def _switch(wanted: Config, opened: Opened, console: Console) -> None:
+def _switch(wanted: Config, opened: Opened, planned: Plan, world: World, console: Console) -> Config:
+    """Make the towers compute as asked; the configuration with what `train.compile: auto` stands for."""
+    encoder = opened.encoder
     if wanted.model.context_length and not opened.stretched:
         console.say(f"model.context_length: {opened.context} is the checkpoint's own, so nothing is stretched")
     if wanted.train.gradient_checkpointing:
-        model.checkpoint_gradients(opened.encoder)
-    if wanted.train.compile:
-        model.compile_towers(opened.encoder)
+        model.checkpoint_gradients(encoder)
+    lean.lighten(encoder.clip)
+    if world.device.type == "cpu":
+        attention.quicken(encoder.clip)
+        device.keep_memory()
+    chosen = wanted.train.compile
+    if chosen == "auto":
+        chosen = lean.compile_if_it_pays(encoder, wanted.train, planned.steps, world.device.type, world.size)
+    elif chosen:
+        model.compile_towers(encoder)
+    if chosen:
         console.say("train.compile: the first steps compile the layers of the towers, which takes a while")
-    found = opened.encoder.frozen_statistics()
+    _say_of_statistics(encoder, console)
+    return wanted.model_copy(update={"train": wanted.train.model_copy(update={"compile": chosen})})
+
+
+def _say_of_statistics(encoder: DualEncoder, console: Console) -> None:
+    found = encoder.frozen_statistics()
     if found:
         console.say(
             f"{counted(found, 'BatchNorm layer')}: statistics stay those of the checkpoint, or the pairs of a chunk "

@@ -139,7 +139,10 @@ def _score_tab(at: Desk) -> None:
             placeholder="a normal superficial cell\na koilocyte with a perinuclear halo", elem_id="captions",
         )  # fmt: skip
         button = gr.Button("Score", variant="primary", scale=1, min_width=110)
-    results = gr.HTML(pages.render("scores.html", scored=None), elem_id="scores", apply_default_css=False)
+    results = gr.HTML(
+        pages.render("scores.html", scored=None), js_on_load=_part("search_scores.js"), elem_id="scores",
+        apply_default_css=False,
+    )  # fmt: skip
 
     def score(held: Any, written: Any) -> str:
         return _said(lambda: _scores(at, held, written))

@@ -1,5 +1,9 @@
 // Enlarging, by a dialog of the browser's own: it holds the focus, Esc closes it, the focus goes back.
 let open = null;
+const live = document.createElement('div');  // read out when it changes: what is put in place of another is not
+live.className = 'unseen';
+live.setAttribute('role', 'status');
+element.after(live);
 const dialog = document.createElement('dialog');
 dialog.className = 'large';
 dialog.setAttribute('aria-label', 'Enlarged picture');
@@ -47,6 +51,7 @@ dialog.addEventListener('keydown', event => {
 });
 dialog.addEventListener('close', () => open?.querySelector('.open')?.focus());
 watch('value', () => {
+  live.textContent = element.querySelector('.said, .problem, h2')?.textContent ?? '';
   if (!element.dataset.moved) return;  // who pressed a button that is gone goes on at the top of what came
   delete element.dataset.moved;
   element.querySelector('.said')?.focus();

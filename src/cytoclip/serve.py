@@ -6,6 +6,7 @@ import errno
 import functools
 import importlib.util
 import ipaddress
+import logging
 import os
 import socket
 import tempfile
@@ -183,7 +184,7 @@ def running(app: guard.App, ears: socket.socket) -> Iterator[threading.Thread]:
 
     config = uvicorn.Config(
         app,
-        log_level="critical",
+        log_level="error",  # a fault of ours has its traceback; what was asked is not logged
         access_log=False,
         server_header=False,
         limit_concurrency=MAX_CONNECTIONS,
@@ -199,8 +200,12 @@ def running(app: guard.App, ears: socket.socket) -> Iterator[threading.Thread]:
             thread.join(0.01)
         yield thread
     finally:
+        log = logging.getLogger("uvicorn.error")
+        level = log.level
+        log.setLevel(logging.CRITICAL)  # pages that are open are cut off, which is no fault
         server.should_exit = True
         thread.join()
+        log.setLevel(level)
 
 
 def _run(server: Any, ears: socket.socket) -> None:

@@ -27,7 +27,7 @@ YAML = re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
 
 
 def test_what_the_readme_has() -> None:
-    assert len(COMMANDS) == 11
+    assert len(COMMANDS) == 14
     assert len(YAML) == 1
     assert README.index("make demo") < README.index("## "), "the two commands stand on the first screen"
 
@@ -72,8 +72,11 @@ def test_commands_in_order(
     assert "hit@50" in outputs[4].out
     assert "← chosen" in outputs[5].out
     assert "train.batch_size" in outputs[6].out
-    assert "is finished" in outputs[7].err  # the same run as `cytoclip train my.yaml`
-    assert "hit@50" in outputs[8].out
+    assert "68 pictures" in outputs[7].out + outputs[7].err
+    assert outputs[8].out.count(".png") == 10
+    assert Path("exported/model.safetensors").is_file()
+    assert "is finished" in outputs[10].err  # the same run as `cytoclip train my.yaml`
+    assert "hit@50" in outputs[11].out
     assert "hit@1_groups" in json.loads(Path("runs/first/eval_result.json").read_text())
     assert _tree(Path("runs/first")) >= {"model", "best", "results.json", "losses.jsonl", "checkpoints", "config.yaml"}
     named = set(re.findall(r"^\| `([a-z.]+)/?`", README, flags=re.MULTILINE)) - {"checkpoints"}

@@ -1,0 +1,69 @@
+"""What the processes of a step say to each other, in bytes, on paper: for 8 to 1,024 GPUs.
+
+    python bench/traffic.py [--parameters 149620737] [--moving 149620737] [--batch 32768] [--width 512]
+
+A step of B pairs over W processes, embeddings of D numbers, m parameters that move, all float32 (4 bytes). A ring sends
+(W − 1)/W of the whole from each process for a gather, and twice that for a sum:
+
+    gather of both embeddings       4 · 2 · B · D · (W − 1)/W
+    gather of sums a row            4 · 4 · B · (W − 1)/W          (log-sum-exp, right answers and candidates, two ways)
+    sum of gradients                4 · 2 · m · (W − 1)/W
+    sum of the loss and its like    a few numbers
+
+With `train.shard` the sum is a reduce-scatter, half of it, and each chunk gathers all M parameters for each of its
+three passes (two forward, one backward; two where there is one chunk):
+
+    gathers of parameters           4 · M · passes · chunks · (W − 1)/W
+
+The plain way, a gather with gradient, sends the gradient of the gathered embeddings back as well: twice the first line.
+A card, and one JSON line last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+FLOAT = 4
+
+
+def sent(processes: int, batch: int, width: int, moving: int) -> dict[str, float]:
+    """MB that each process sends in a step, and receives."""
+    ring = (processes - 1) / processes
+    return {
+        "embeddings": FLOAT * 2 * batch * width * ring / 1e6,
+        "sums": FLOAT * 4 * batch * ring / 1e6,
+        "gradients": FLOAT * 2 * moving * ring / 1e6,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parameters", type=int, default=149_620_737, help="M: of ViT-B/16")
+    parser.add_argument("--moving", type=int, help="m; default: all")
+    parser.add_argument("--batch", type=int, default=32768)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--chunks", type=int, default=1, help="of each process, for train.shard")
+    given = parser.parse_args()
+    moving, rows = given.moving or given.parameters, []
+    print(f"B = {given.batch:,}, D = {given.width}, m = {moving:,}: MB that each process sends in a step")
+    print(
+        f"{'GPUs':>6} {'pairs each':>11} {'embeddings':>11} {'sums':>6} {'gradients':>10} {'in all':>8} {'sharded':>9}"
+    )
+    for power in range(3, 11):
+        processes = 2**power
+        parts = sent(processes, given.batch, given.width, moving)
+        passes = 2 if given.chunks == 1 else 3
+        gathers = FLOAT * given.parameters * passes * given.chunks * (processes - 1) / processes / 1e6
+        sharded = parts["embeddings"] + parts["sums"] + parts["gradients"] / 2 + gathers
+        row = {"gpus": processes, "pairs each": given.batch // processes, **parts, "in all": sum(parts.values()),
+               "sharded": sharded}  # fmt: skip
+        rows.append({key: round(value, 2) for key, value in row.items()})
+        print(f"{processes:>6} {row['pairs each']:>11,} {parts['embeddings']:>11.1f} {parts['sums']:>6.2f} "
+              f"{parts['gradients']:>10.1f} {row['in all']:>8.1f} {sharded:>9.1f}")  # fmt: skip
+    print(json.dumps({"batch": given.batch, "width": given.width, "moving": moving, "rows": rows}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""What `bench/mfu.py` counts as a model's floating-point operations: torch's count against one by hand."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from transformers import CLIPConfig, CLIPModel
+
+from cytoclip import attention, lean, loss
+from cytoclip.device import World
+from cytoclip.model import DualEncoder
+from cytoclip.pairs import Identity
+
+BENCH = Path(__file__).parents[1] / "bench"
+PAIRS, TOKENS = 6, 9
+
+
+@pytest.fixture(scope="module")
+def flops() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("bench_flops", BENCH / "flops.py")
+    assert spec
+    assert spec.loader
+    found = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+@pytest.fixture
+def encoder() -> DualEncoder:
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "intermediate_size": 80, **sizes}
+    text = {"hidden_size": 24, "intermediate_size": 48, "vocab_size": 50, "eos_token_id": 49, **sizes}
+    clip = CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=20))
+    return DualEncoder(clip, lambda pixels: pixels.float() / 255).train()
+
+
+@pytest.fixture
+def given() -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = torch.randint(0, 48, (PAIRS, TOKENS))
+    tokens[:, -1] = 49
+    return torch.randint(0, 256, (PAIRS, 3, 32, 32), dtype=torch.uint8), tokens
+
+
+def test_torchs_count_is_the_one_by_hand(
+    flops: ModuleType, encoder: DualEncoder, given: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    expected = flops.by_hand(encoder.clip.config, PAIRS, TOKENS)
+    assert flops.of_model(encoder, *given) == expected
+    lean.lighten(encoder.clip)
+    attention.quicken(encoder.clip)
+    assert flops.of_model(encoder, *given) == expected, "however it is computed"
+    assert encoder.clip.config._attn_implementation == attention.NAME, "and left as it was"
+    assert all(parameter.grad is None for parameter in encoder.parameters())
+
+
+def test_what_is_computed_again_is_executed_and_not_counted(
+    flops: ModuleType, encoder: DualEncoder, given: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    """A step in chunks embeds twice: a third more, and the loss's scores are computed twice for each side."""
+    encoder.clip.set_attn_implementation("eager")
+    each = torch.arange(PAIRS)
+    identity = Identity(each, each, -torch.ones_like(each))
+
+    def executed(chunk: int) -> float:
+        chunks = list(zip(*(side.split(chunk) for side in given), strict=True))
+        logits = loss.Logits(encoder.logit_scale)
+        found: float = flops.counted(
+            lambda: loss.contrastive_step(encoder, logits, chunks, identity, World(torch.device("cpu")))
+        )
+        return found
+
+    model, scores = flops.of_model(encoder, *given), 2 * PAIRS * PAIRS * 20
+    forward = flops.counted(lambda: encoder(*given))
+    assert executed(PAIRS) == model + 3 * scores, "each side: scores twice and the gradient, of six products three more"
+    assert executed(2) == model + 3 * scores + forward
+
+
+def test_products_are_noted_and_run_alone(flops: ModuleType) -> None:
+    a, b = torch.randn(3, 4, dtype=torch.bfloat16), torch.randn(5, 4, dtype=torch.bfloat16)
+    with flops.Products() as noted:
+        a @ b.T
+        a @ b.T
+        torch.addmm(torch.zeros(5, dtype=torch.bfloat16), a, b.T)
+        torch.bmm(a[None], b.T[None])
+    assert sorted(noted.found.values()) == [1, 3]
+    made = flops.alone(noted.found, torch.device("cpu"))
+    assert sorted((tuple(product().shape), times) for product, times in made) == [((1, 3, 5), 1), ((3, 5), 3)]
