@@ -3,7 +3,7 @@
     python bench/recipe.py MODEL DATA_ROOT --to OUT --work /dev/shm/recipe --seconds 500 --jobs 12
     python bench/recipe.py MODEL DATA_ROOT --to OUT --small --jobs 1        # all of it in small, to see that it runs
 
-Every run is a whole `train.fit`, in a pool of processes that share the device. Stages:
+Every run is a whole `training.fit`, in a pool of processes that share the device. Stages:
 
 1. search: as many trials of the baseline (learning rate and warm-up) as of ours (full, LoRA), by optuna's TPE, one
    seed, scored on 15 % of train, cut by caption; a trial below its arm's 35th percentile at a quarter of its pairs, or
@@ -256,7 +256,8 @@ def close_tasks(bench: Bench) -> list[Task]:
     found = []
     for arm in SPACES:
         whole = [x for x in bench.done("search", arm) if "ended" not in x]
-        for line in sorted(whole, key=lambda x: -x["score"])[: bench.given.close]:
+        few = max(1, min(bench.given.close, len(bench.done("search", arm)) // 3))  # of few trials not all are close
+        for line in sorted(whole, key=lambda x: -x["score"])[:few]:
             found += [Task("close", arm, line["params"], cut, cut, bench.given.budget, line["name"]) for cut in (1, 2)]
     return found
 

@@ -405,14 +405,14 @@ def shipped() -> dict[str, Config]:
 
 
 def test_every_shipped_yaml_loads_and_begins_with_its_command() -> None:
-    assert list(shipped()) == ["clip_ft_full_raw_data", "clip_ft_lora_raw_data"]
+    assert list(shipped()) == ["clip_ft_full_raw_data", "clip_ft_lora_raw_data", "recommended"]
     for path in (REPOSITORY / "configs").glob("*.yaml"):
         header = path.read_text(encoding="utf-8").split("data:")[0]
         assert f"train.py --config configs/{path.name}" in header
 
 
 def test_the_shipped_recipes_are_the_original_experiments() -> None:
-    full, lora = shipped().values()
+    full, lora, _ = shipped().values()
     for one in (full, lora):
         assert one.model.name == "openai/clip-vit-base-patch16"
         assert (one.train.batch_size, one.train.learning_rate) == (512, 1e-5)
