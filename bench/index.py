@@ -164,8 +164,8 @@ def main() -> None:
     )
     print(json.dumps({"vectors": given.vectors, "width": given.width, "kind": side.images.kind,
         **side.images.parameters, "measured": side.images.recall, "queries": found, "exact ms": 1000 * exact_seconds,
-        "build seconds": building, "build processor seconds": worked, "open seconds": opening, "peak bytes": peak(), "bytes": sizes,
-        "threads": torch.get_num_threads()}))  # fmt: skip
+        "build seconds": building, "build processor seconds": worked, "open seconds": opening,
+        "peak bytes": peak(), "bytes": sizes, "threads": torch.get_num_threads()}))  # fmt: skip
 
 
 if __name__ == "__main__":
