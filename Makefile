@@ -54,9 +54,11 @@ bench-gpu:  ## the same for one GPU, within ten minutes: peers, share of the lim
 clean:  ## delete what make made
 	rm -rf .venv demo dist build site src/*.egg-info
 
+# open_clip and timm ask for a torchvision, of which no build stands beside every torch: tests/stand_in.py says what stands
+# in. timm lies apart, or accelerate's command would import it, and end there.
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	# These ask for a torchvision, of which no build stands beside every torch: tests that need one say what stands in.
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps open_clip_torch timm
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps open_clip_torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --upgrade --target .venv/apart timm
 	touch $(READY)

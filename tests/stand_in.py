@@ -1,7 +1,8 @@
 """open_clip without torchvision, which has no build beside the CPU's torch here: a stand-in that holds no code.
 
 open_clip and timm import torchvision's transforms and one frozen BatchNorm at their top, and use neither to compute an
-embedding. Each name of the stand-in is an empty class; model, tokenizer and forward pass are open_clip's own.
+embedding. Each name of the stand-in is an empty class; model, tokenizer and forward pass are open_clip's own. timm lies
+beside the other packages (Makefile) and is found only in here: accelerate imports it wherever it is.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import importlib.machinery
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from transformers.utils import import_utils
 
 _KEPT: dict[str, ModuleType] = {}
+_APART = str(Path(sys.prefix) / "apart")
 _NAMES = ("open_clip", "timm", "torchvision")
 
 
@@ -27,11 +30,13 @@ def open_clip() -> Iterator[Any]:
     import_utils.is_torchvision_available()  # remembers that it is not there, before something of that name is
     finder = _Finder()
     sys.meta_path.append(finder)
+    sys.path.append(_APART)
     sys.modules.update(_KEPT)
     try:
         yield importlib.import_module("open_clip")
     finally:
         sys.meta_path.remove(finder)
+        sys.path.remove(_APART)
         for name in [name for name in sys.modules if name.partition(".")[0] in _NAMES]:
             _KEPT[name] = sys.modules.pop(name)
 

@@ -246,6 +246,23 @@ def test_rebuild_by_the_same_model_embeds_all(pictures: Path, base: Path, tmp_pa
     assert built(base, pictures, tmp_path / "index", rebuild=True).embedded == 12
 
 
+def test_what_is_damaged_is_made_anew_when_told_to(pictures: Path, base: Path, tmp_path: Path) -> None:
+    to = tmp_path / "index"
+    built(base, pictures, to)
+    (to / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match="no index that can be used") as caught:
+        built(base, pictures, to)
+    assert "--rebuild" in caught.value.hint
+    built(base, pictures, to, rebuild=True)
+    (path,) = (to / "shards").iterdir()
+    path.write_bytes(path.read_bytes()[:200] + bytes(500) + path.read_bytes()[700:])
+    with pytest.raises(UserError, match="cannot be used") as caught:
+        Index.open(to)
+    assert "--rebuild" in caught.value.hint
+    assert built(base, pictures, to, rebuild=True).embedded == 12
+    assert len(Index.open(to).search("a cell", k=100)) == 12
+
+
 def test_only_a_folder_of_ours_is_written_to(pictures: Path, base: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds what is no index: class 0"):
         built(base, pictures, pictures)

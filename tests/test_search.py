@@ -224,9 +224,11 @@ def test_opposite_directions_have_no_middle(exact: Path, monkeypatch: pytest.Mon
         opened.search(TEXT, b"")
 
 
-def test_threads_search_at_once(opened: Index, pairs: list[dict[str, Any]]) -> None:
+def test_threads_search_at_once(opened: Index, pairs: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     expected = [files(opened.search(image=one["file"], k=5)) for one in pairs[:8]]
-    fresh, wrong = Index.open(opened.folder), []  # its model is not open yet
+    fresh, wrong, loads = Index.open(opened.folder), [], []  # its model is not open yet
+    real = encoder.load
+    monkeypatch.setattr(encoder, "load", lambda *given: (loads.append(given), real(*given))[1])
 
     def look(number: int) -> None:
         for _ in range(3):
@@ -240,6 +242,7 @@ def test_threads_search_at_once(opened: Index, pairs: list[dict[str, Any]]) -> N
     for thread in threads:
         thread.join()
     assert wrong == []
+    assert len(loads) == 1
 
 
 def test_the_model_is_opened_when_it_is_needed_and_must_be_the_one(

@@ -129,7 +129,7 @@ def _claim(folder: Path, made: Encoder, how: How, stack: ExitStack) -> None:
     """Hold the folder: an index has one writer. Refuse one that is not ours, or another model's."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file, not a folder", "name another folder for the index")
-    there = manifest.read(folder)
+    there = _before(folder, how)
     ours = {manifest.NAME, "shards", "faiss", ".lock", f".{manifest.NAME}.new"}
     foreign = sorted(p.name for p in folder.iterdir() if p.name not in ours) if folder.is_dir() and not there else []
     if foreign:
@@ -146,9 +146,19 @@ def _claim(folder: Path, made: Encoder, how: How, stack: ExitStack) -> None:
     stack.enter_context(files.lock(folder / ".lock", busy))
 
 
+def _before(folder: Path, how: How) -> Manifest | None:
+    """The manifest that is there; one that is damaged is none, where everything is made anew."""
+    try:
+        return manifest.read(folder)
+    except UserError:
+        if how.rebuild:
+            return None
+        raise
+
+
 def _build(made: Encoder, source: str, folder: Path, console: Console, how: How) -> Built:
     world = made.world
-    there = world.once(lambda: manifest.read(folder))
+    there = world.once(lambda: _before(folder, how))
     source_of = world.once(lambda: entries.opened(source, how.columns, console))
     roots = world.once(lambda: _roots(source_of.listed, source_of.root, there))
     header = Header(made.digest, tuple(roots))

@@ -189,4 +189,6 @@ def _problem(found: Manifest) -> str | None:
 
 
 def _wrong(folder: Path, why: str) -> UserError:
-    return UserError(f"{folder} is no index that can be used: {why}", "make it again: cytoclip index", ExitCode.DATA)
+    return UserError(
+        f"{folder} is no index that can be used: {why}", "make it again: cytoclip index --rebuild", ExitCode.DATA
+    )

@@ -82,6 +82,8 @@ class Index:
         self.folder, self.manifest = folder, found
         self._device, self._model, self._roots = device, model, tuple(roots)
         self._lock = threading.Lock()
+        self._made: Encoder | None = None
+        self._read: Captions | None = None
         self._rows = catalogue.read(folder, found)
         self._images = index_faiss.image_search(folder, found, self._rows.ids)
         self._texts = index_faiss.text_search(folder, found)
@@ -146,7 +148,7 @@ class Index:
     def __len__(self) -> int:
         return self.manifest.pictures
 
-    @functools.cached_property
+    @property
     def encoder(self) -> Encoder:
         """The model, opened when it is first needed.
 
@@ -156,7 +158,8 @@ class Index:
             Where it is not there, or is not the one that made the index.
         """
         with self._lock:
-            return self._opened()
+            self._made = self._made or self._opened()
+            return self._made
 
     @functools.cached_property
     def keys(self) -> Mapping[str, Sequence[str]]:
@@ -292,10 +295,11 @@ class Index:
         said, which = self._rows.captions(int(having.first_row[number])), int(having.first_which[number])
         return said[which] if 0 <= which < len(said) else None
 
-    @functools.cached_property
+    @property
     def _captions(self) -> Captions:
         with self._lock:
-            return self._texts()
+            self._read = self._read or self._texts()
+            return self._read
 
     def _hit(self, rank: int, row: int, score: float, caption: str | None, file: Path | Piece | None) -> Hit:
         rows = self._rows
