@@ -66,7 +66,8 @@ def test_what_may_differ_between_two_starts_does_and_the_log_says_resuming(
     training.fit(second, Console())
     assert f"resuming {run} after step 2" in (run / "train.log").read_text()
     assert [row["step"] for row in losses(run)] == [1, 2, 3, 4]
-    assert config.load(run / "config.yaml") == second
+    chosen = second.train.model_copy(update={"compile": False})  # what auto stands for on a CPU
+    assert config.load(run / "config.yaml") == second.model_copy(update={"train": chosen})
     one, two = (weights(where / "model") for where in (run, Path(done[0].output)))
     assert all(np.array_equal(one[name], two[name]) for name in one)
 

@@ -58,12 +58,12 @@ def _attend(
     if mask is None and causal and query.shape[2] > 1:
         mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    attended: torch.Tensor = _ByProducts.apply(query, key, value, mask, scale)  # type: ignore[no-untyped-call]
+    attended: torch.Tensor = _ByProducts.apply(query * scale, key, value, mask)  # type: ignore[no-untyped-call]
     return attended.transpose(1, 2), None
 
 
 class _ByProducts(torch.autograd.Function):
-    """softmax(scale · Q Kᵀ + mask) V, and its gradient; everything that is kept is bf16."""
+    """softmax(Q Kᵀ + mask) V, and its gradient; everything that is kept is bf16."""
 
     @staticmethod
     def forward(
@@ -72,10 +72,9 @@ class _ByProducts(torch.autograd.Function):
         key_BHSd: torch.Tensor,
         value_BHSd: torch.Tensor,
         mask: torch.Tensor | None,
-        scale: float,
     ) -> torch.Tensor:
         """`mask`: what may be attended to (bool), or what is added to the scores; of a shape as (B, H, T, S)."""
-        scores_GTS = torch.bmm(_flat(query_BHTd) * scale, _flat(key_BHSd).mT)
+        scores_GTS = torch.bmm(_flat(query_BHTd), _flat(key_BHSd).mT)
         if mask is not None:
             scores_BHTS = scores_GTS.view(*query_BHTd.shape[:3], -1)
             if mask.dtype == torch.bool:
@@ -84,22 +83,21 @@ class _ByProducts(torch.autograd.Function):
                 scores_BHTS += mask
         shares_GTS = scores_GTS.softmax(dim=-1)  # in float32 inside
         ctx.save_for_backward(query_BHTd, key_BHSd, value_BHSd, shares_GTS)
-        ctx.scale = scale
         return torch.bmm(shares_GTS, _flat(value_BHSd)).view(query_BHTd.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, by_output_BHTd: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query_BHTd, key_BHSd, value_BHSd, shares_GTS = ctx.saved_tensors
-        query_GTd, by_output_GTd = _flat(query_BHTd) * ctx.scale, _flat(by_output_BHTd)
+        by_output_GTd = _flat(by_output_BHTd)
         by_value_GSd = torch.bmm(shares_GTS.mT, by_output_GTd)
         by_share_GTS = torch.bmm(by_output_GTd, _flat(value_BHSd).mT)
         by_score_GTS = torch._softmax_backward_data(by_share_GTS, shares_GTS, -1, shares_GTS.dtype)
-        by_query_GTd = torch.bmm(by_score_GTS, _flat(key_BHSd)).mul_(ctx.scale)
-        by_key_GSd = torch.bmm(by_score_GTS.mT, query_GTd)
+        by_query_GTd = torch.bmm(by_score_GTS, _flat(key_BHSd))
+        by_key_GSd = torch.bmm(by_score_GTS.mT, _flat(query_BHTd))
         like = query_BHTd.shape, key_BHSd.shape, value_BHSd.shape
         found = by_query_GTd, by_key_GSd, by_value_GSd
-        return (*(each.view(shape) for each, shape in zip(found, like, strict=True)), None, None)
+        return (*(each.view(shape) for each, shape in zip(found, like, strict=True)), None)
 
 
 def _flat(rows_BHTd: torch.Tensor) -> torch.Tensor:

@@ -55,7 +55,7 @@ _Found = TypeVar("_Found")
 _SCAN_BLOCK = 1024  # files handed to the threads at once: five million futures would take gigabytes
 
 
-def decode(place: Path | Piece | bytes, at_least: int | None = None, most: int = MAX_PIXELS) -> Image.Image:
+def decode(place: Path | Piece | bytes, at_least: int | None = None, most: int | None = None) -> Image.Image:
     """Read a file, or the bytes of one, as a plain RGB picture (see `normalise`), completely, or say what is wrong.
 
     With `at_least`, a JPEG comes at the smallest of 1/1, 1/2, 1/4 and 1/8 of its size whose edges have as many pixels:
@@ -63,7 +63,8 @@ def decode(place: Path | Piece | bytes, at_least: int | None = None, most: int =
     is resized to it, in a fraction of the time.
 
     Only a regular file is opened, in any format of Pillow's but EPS, and what its header claims is held against `most`
-    pixels before one is decoded. Safe in threads and forked workers. Pillow's warnings are silent from the first call.
+    pixels, by default `MAX_PIXELS`, before one is decoded. Safe in threads and forked workers. Pillow's warnings are
+    silent from the first call on.
 
     Raises
     ------
@@ -215,7 +216,7 @@ def _reading(place: Path | Piece | bytes) -> Iterator[BufferedReader | BytesIO]:
             yield stream
 
 
-def _open(stream: BufferedReader | BytesIO, most: int = MAX_PIXELS) -> ImageFile.ImageFile:
+def _open(stream: BufferedReader | BytesIO, most: int | None = None) -> ImageFile.ImageFile:
     """The header only. Not `Image.open`, which warns on stderr and raises without telling width and height."""
     prefix = stream.read(16)
     recognised = ""
@@ -231,7 +232,7 @@ def _open(stream: BufferedReader | BytesIO, most: int = MAX_PIXELS) -> ImageFile
         except (SyntaxError, IndexError, TypeError, struct.error):  # what Image.open takes for "try the next format"
             continue
         width, height = image.size
-        if width * height > most:
+        if width * height > (MAX_PIXELS if most is None else most):
             raise _UnusableError(f"claims {width}x{height} pixels")
         return image
     raise _UnusableError(f"truncated or damaged {recognised}" if recognised else "not a picture of a known format")

@@ -101,10 +101,9 @@ def _lora(layer: Any, x: torch.Tensor) -> torch.Tensor:
     """W x + s · B A x with the sum inside the product by B; peft's goes through float32 and takes six passes more."""
     (name,) = layer.active_adapters
     plain = layer.base_layer(x)
-    low = functional.linear(x, layer.lora_A[name].weight)
-    both = torch.addmm(
-        plain.flatten(0, -2), low.flatten(0, -2), layer.lora_B[name].weight.t(), alpha=layer.scaling[name]
-    )
+    # no alpha=: torch.compile takes the factor of a layer for a tensor, of which a product's alpha cannot be made
+    low = functional.linear(x, layer.lora_A[name].weight) * layer.scaling[name]
+    both = torch.addmm(plain.flatten(0, -2), low.flatten(0, -2), layer.lora_B[name].weight.t())
     return both.view(plain.shape)
 
 

@@ -38,7 +38,7 @@ def read(data: Data, names: Iterable[str], console: Console) -> dict[str, tuple[
     return {
         name: (place, sources.read(place, columns, console))
         for name, place in wanted.items()
-        if place and not (name == "train" and places.is_remote(str(place)))
+        if place and not (name == "train" and places.is_remote(str(data.train)))  # a Path has lost its second slash
     }
 
 
