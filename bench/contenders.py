@@ -127,12 +127,7 @@ def trainer(task: Task, gate: Gate, **options: Any) -> None:
     tokens = processor.tokenizer(captions, padding="max_length", truncation=True, max_length=77, return_tensors="pt")
     arguments = TrainingArguments(
         output_dir=str(_fresh(task, "trainer")),
-        per_device_train_batch_size=task.batch,
-        dataloader_num_workers=task.workers,
         remove_unused_columns=False,
-        dataloader_drop_last=True,
-        learning_rate=RATE,
-        warmup_steps=WARM_UP,
         **_trainer_arguments(task),
         **options,
     )
@@ -179,11 +174,6 @@ def sentence_transformers(task: Task, gate: Gate, cached: bool = False) -> None:
     model = SentenceTransformer(str(task.here.model(task.model)), device=task.device)
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(_fresh(task, "st")),
-        per_device_train_batch_size=task.batch,
-        dataloader_num_workers=task.workers,
-        dataloader_drop_last=True,
-        learning_rate=RATE,
-        warmup_steps=WARM_UP,
         **_trainer_arguments(task),
     )
     loss = MultipleNegativesRankingLoss(model)
@@ -320,9 +310,21 @@ def callback(gate: Gate) -> Any:
 
 
 def _trainer_arguments(task: Task) -> dict[str, Any]:
-    """What both trainers are told: the same precision, no reports, no checkpoints."""
-    return {"bf16": True, "use_cpu": task.device == "cpu", "report_to": "none", "save_strategy": "no",
-            "logging_steps": 500, "disable_tqdm": True, "num_train_epochs": 100.0}  # fmt: skip
+    """What both trainers are told: the same batches, rate and precision, no reports, no checkpoints."""
+    return {
+        "per_device_train_batch_size": task.batch,
+        "dataloader_num_workers": task.workers,
+        "dataloader_drop_last": True,
+        "learning_rate": RATE,
+        "warmup_steps": WARM_UP,
+        "bf16": True,
+        "use_cpu": task.device == "cpu",
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 500,
+        "disable_tqdm": True,
+        "num_train_epochs": 100.0,
+    }
 
 
 def _fresh(task: Task, name: str) -> Path:

@@ -78,6 +78,7 @@ class Bench:
     work: Path
     deadline: float
     lines: list[Line] = field(default_factory=list)
+    asked: dict[str, tuple[optuna.Study, optuna.Trial]] = field(default_factory=dict)  # trials in hand, by key
 
     @property
     def left(self) -> float:
@@ -202,7 +203,6 @@ def searched(bench: Bench) -> Iterator[Task | None]:
     """Trials of the arm that has the fewest so far; optuna hears of each result as it comes."""
     studies = {arm: _study(bench, arm, number) for number, arm in enumerate(SPACES)}
     begun = {arm: len(bench.done("search", arm)) for arm in SPACES}
-    bench.asked = {}  # type: ignore[attr-defined]
     closing = bench.given.close * len(SPACES) * 2
     while True:
         reserve = bench.waves(closing) + bench.waves(len(final_tasks(bench))) + bench.each()
@@ -212,7 +212,7 @@ def searched(bench: Bench) -> Iterator[Task | None]:
         trial = studies[arm].ask(SPACES[arm])
         begun[arm] += 1
         task = Task("search", arm, dict(trial.params), 0, 0, bench.given.budget, f"{arm} {trial.number}")
-        bench.asked[task.key] = (studies[arm], trial)  # type: ignore[attr-defined]
+        bench.asked[task.key] = (studies[arm], trial)
         yield task
 
 
@@ -239,7 +239,7 @@ def _told(line: Line) -> optuna.trial.FrozenTrial:
 
 
 def tell(bench: Bench, line: Line, key: str) -> None:
-    asked = getattr(bench, "asked", {}).pop(key, None)
+    asked = bench.asked.pop(key, None)
     if asked is None:
         return
     study, trial = asked

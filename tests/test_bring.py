@@ -21,6 +21,7 @@ from cytoclip.errors import UserError
 from cytoclip.pairs import Pairs
 from cytoclip.rows import Columns
 from tests import formats
+from tests.component_twin import assert_components
 from tests.test_formats import bytes_of
 
 QUIET = Console(quiet=True)
@@ -49,14 +50,8 @@ def together(pairs: Pairs, i: int, j: int) -> bool:
 def test_components_against_a_search_from_each_pair(seed: int) -> None:
     pairs = made(60, seed)
     found = apart.components(pairs)
-    for i in range(len(pairs)):
-        reached, waiting = {i}, [i]
-        while waiting:
-            here = waiting.pop()
-            new = {j for j in range(len(pairs)) if together(pairs, here, j)} - reached
-            reached |= new
-            waiting += new
-        assert reached == set(np.flatnonzero(found == found[i]).tolist())
+    assert len(found) == len(pairs)
+    assert_components(found, lambda i, j: together(pairs, i, j))
     assert 1 < len(set(found.tolist())) < 60
 
 

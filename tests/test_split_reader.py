@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from cytoclip import apart, report_page, soup, split_reader, training
@@ -18,6 +17,7 @@ from cytoclip.console import Console
 from cytoclip.data_options import Data, HoldOut
 from cytoclip.errors import ExitCode, UserError
 from cytoclip.pairs import Pairs, same_caption_key
+from tests.component_twin import assert_components
 
 QUIET = Console(quiet=True)
 Experiment = Callable[..., Config]
@@ -49,14 +49,8 @@ def together(pairs: Pairs, i: int, j: int) -> bool:
 def test_components_by_caption_against_a_search_from_each_pair(seed: int) -> None:
     pairs = made(50, seed)
     found = apart.components(pairs, captions=True)
-    for i in range(len(pairs)):
-        reached, waiting = {i}, [i]
-        while waiting:
-            here = waiting.pop()
-            new = {j for j in range(len(pairs)) if together(pairs, here, j)} - reached
-            reached |= new
-            waiting += new
-        assert reached == set(np.flatnonzero(found == found[i]).tolist())
+    assert len(found) == len(pairs)
+    assert_components(found, lambda i, j: together(pairs, i, j))
     assert len(set(found.tolist())) < len(set(apart.components(pairs).tolist()))
 
 

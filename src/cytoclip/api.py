@@ -13,9 +13,9 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from pydantic import BaseModel, BeforeValidator, Field
 
 from cytoclip import __version__, desk, pages
-from cytoclip.desk import Desk, Kind
+from cytoclip.desk import Desk
 from cytoclip.errors import UserError
-from cytoclip.search import Hit
+from cytoclip.search import Hit, Kind
 
 PATHS = re.compile(r"/(healthz|docs|openapi\.json|search|embed|score|picture|(similar|image)/-?[0-9]{1,20})")
 BODIES = {  # the form's own lines beside the pictures

@@ -5,7 +5,6 @@ Rows are numbered in the order of the shards that the manifest names. Letters: N
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable
@@ -151,7 +150,7 @@ def havings(parts: Iterable[Any]) -> Having:
         begin += len(table)
     order = np.argsort(np.array(number_of, np.int64), kind="stable")
     said = np.array(first, np.int64).reshape(-1, 2)
-    ties = np.array([_hashed(key) for key in numbers], np.int64)
+    ties = np.array([vector_shards.hashed(key) for key in numbers], np.int64)
     return Having(np.array(rows, np.int64)[order], np.array(number_of, np.int64)[order], said[:, 0], said[:, 1], ties)
 
 
@@ -173,11 +172,7 @@ def caption_vectors(folder: Path, shards: Iterable[Shard], width: int, having: H
 
 def content_keys(table: Any) -> NDArray[np.int64]:
     """63 bits of each picture's hash: equal for equal pictures."""
-    return np.array([_hashed(content) for content in table["content"].to_pylist()], np.int64)
-
-
-def _hashed(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big") >> 1
+    return np.array([vector_shards.hashed(content) for content in table["content"].to_pylist()], np.int64)
 
 
 def _encoded(column: Any) -> tuple[NDArray[np.int64], list[str]]:

@@ -78,6 +78,10 @@ class Opened:
     stretched: bool = False
     crop: str = "auto"
 
+    def digest(self, *further: str) -> str:
+        """SHA-256 of what decides an embedding: the weights, how pictures and texts are read, and what is named."""
+        return model.digest_of(self.encoder.clip, self.tokenizer, self.pixels, self.context, *further)
+
 
 def open_model(name: str, context_length: int | None = None) -> Opened:
     """Open a hub id, a Hugging Face folder, a peft adapter folder of ours, a run folder (its best weights), or a
@@ -223,8 +227,18 @@ def fill(folder: Path, opened: Opened, adapter: PeftModel | None = None, wanted:
         save_file(adapters.beside_adapter(clip, opened.encoder.family), folder / BESIDE)
     else:
         clip.save_pretrained(str(folder), state_dict=adapters.merged_state(clip))
+    fill_reading(folder, opened)
+
+
+def fill_reading(folder: Path, opened: Opened) -> None:
+    """What reads pictures and texts, beside weights of any kind."""
     opened.tokenizer.save_pretrained(str(folder))
     opened.image_processor.save_pretrained(str(folder))
+    write_crop(folder, opened)
+
+
+def write_crop(folder: Path, opened: Opened) -> None:
+    """The crop policy, where it is not the checkpoint's own."""
     if opened.crop != "auto":
         files.write_json(folder / CROP, {"crop": opened.crop})
 

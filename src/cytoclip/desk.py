@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +20,7 @@ from PIL import Image
 
 from cytoclip import images, thumbnails
 from cytoclip.errors import ExitCode, UserError
-from cytoclip.search import Hit, Index
-
-Kind: TypeAlias = Literal["images", "captions"]
+from cytoclip.search import Hit, Index, Kind
 
 UPLOAD_BYTES = 20_000_000
 UPLOAD_PIXELS = 50_000_000  # 400 MB while it is decoded; microscope cameras have up to 25 million
@@ -153,7 +151,7 @@ class Desk:
         with self._turn:
             decoded, encoder = decode(picture), self.index.encoder
             cosines = encoder.similarity(decoded, list(captions))[0]
-            shares = encoder.probabilities(decoded, list(captions))[0]
+            shares = encoder.shares(cosines[None])[0]
         return [
             Scored(caption, float(cosine), float(share))
             for caption, cosine, share in zip(captions, cosines, shares, strict=True)

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from cytoclip import captions, checkpoint, images, model, pixels
+from cytoclip import captions, checkpoint, images, pixels
 from cytoclip.checkpoint import Opened
 from cytoclip.device import World, start
 from cytoclip.errors import ExitCode, UserError
@@ -69,8 +69,7 @@ class Encoder:
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of what decides an embedding: the weights, how pictures and texts are read, and the precision."""
-        read = self.opened
-        return model.digest_of(read.encoder.clip, read.tokenizer, read.pixels, read.context, self.world.precision)
+        return self.opened.digest(self.world.precision)
 
     def embed_images(self, pictures: Picture | Sequence[Picture], batch_size: int = 64) -> NDArray[np.float32]:
         """Unit embeddings (N, D) of pictures: files, their bytes, PIL, or uint8 arrays (H, W), (H, W, 3), (H, W, 4).
@@ -124,7 +123,11 @@ class Encoder:
         Rows sum to 1 over the texts (zero-shot classification, CLIP, arXiv 2103.00020, section 3.1); in the sigmoid
         families each is a probability of its own (SigLIP, arXiv 2303.15343).
         """
-        logits_NM = torch.from_numpy(self.similarity(pictures, texts) * self.logit_scale)
+        return self.shares(self.similarity(pictures, texts))
+
+    def shares(self, cosines_NM: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The `probabilities` that cosines stand for: (N, M)."""
+        logits_NM = torch.from_numpy(cosines_NM * self.logit_scale)
         if self.logit_bias is not None:
             return torch.sigmoid(logits_NM + self.logit_bias).numpy()
         return logits_NM.softmax(1).numpy()

@@ -84,3 +84,8 @@ def first_few(names: list[str], few: int = 3) -> str:
     shown = ", ".join(names[:few])
     rest = len(names) - few
     return f"{shown} and {rest} more" if rest > 0 else shown
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, shortly; its name, where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

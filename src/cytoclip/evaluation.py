@@ -21,7 +21,6 @@ from cytoclip import (
     files,
     liveness,
     measure,
-    model,
     places,
     report,
 )
@@ -247,7 +246,7 @@ def _file(how: How, title: str, others: int) -> Path | None:
 def _embedded(opened: Opened, pairs: Pairs, file: Path | None, how: How, world: World, console: Console) -> Embedded:
     """Embeddings of the split, from a file that has them, or made and kept there."""
     opened.encoder.to(world.device)
-    weights = model.digest_of(opened.encoder.clip, opened.tokenizer, opened.pixels, opened.context, world.precision)
+    weights = opened.digest(world.precision)
     owner = Owner(fingerprint(pairs), opened.name, weights)
     if file and world.once(lambda: _are_there(file, owner, console)):
         console.say(f"{opened.name}: embeddings from {file}")

@@ -24,7 +24,6 @@ from cytoclip import (
     export_sentence,
     files,
     hub,
-    model,
     model_card,
     record,
     towers,
@@ -212,19 +211,21 @@ def _compared(opened: Opened, held: Yardstick, new: Path, form: str, console: Co
     titles = export_onnx.PRECISIONS if form == "onnx" else ("",)
     with console.progress("comparing", 2 * len(held) * len(titles)) as bar:
         found, by = _embedded(held, new, form, bar)
+    before = held.hits(held.image_ND, held.text_ND)
     parts = []
     for title, (image_ND, text_ND, scale) in found.items():
-        part = _part(held, title, image_ND, text_ND, scale, _weights(new, title))
+        part = _part(held, before, title, (image_ND, text_ND, scale), _weights(new, title))
         _refuse_mismatch(part, form, held)
         parts.append(part)
     family = opened.encoder.clip.config.model_type
-    digest = model.digest_of(opened.encoder.clip, opened.tokenizer, opened.pixels, opened.context, "no")
+    digest = opened.digest("no")
     opset = export_onnx.OPSET if form == "onnx" else None
     width = opened.encoder.width
     return Exported(form, digest, family, width, opened.context, held.where, by, parts, (), opset)
 
 
-Found = dict[str, tuple[NDArray[np.float32], NDArray[np.float32], float | None]]
+Embedded = tuple[NDArray[np.float32], NDArray[np.float32], float | None]
+Found = dict[str, Embedded]
 
 
 def _embedded(held: Yardstick, new: Path, form: str, bar: Bar) -> tuple[Found, str]:
@@ -242,21 +243,16 @@ def _embedded(held: Yardstick, new: Path, form: str, bar: Bar) -> tuple[Found, s
     return {"": export_hf.embed(new, held, bar.advance)}, _versioned("transformers")
 
 
-def _part(
-    held: Yardstick,
-    title: str,
-    image_ND: NDArray[np.float32],
-    text_ND: NDArray[np.float32],
-    scale: float | None,
-    weights: int,
-) -> Part:
+def _part(held: Yardstick, before: dict[str, dict[str, float]], title: str, embedded: Embedded, weights: int) -> Part:
+    """`before`: hit@k of the run."""
+    image_ND, text_ND, scale = embedded
     run_scale = float(held.opened.encoder.logit_scale.detach().exp())
     logits = None
     if title in ("", "fp32"):
         ours_NN = run_scale * (held.image_ND @ held.text_ND.T)
         theirs_NN = (run_scale if scale is None else scale) * (image_ND @ text_ND.T)
         logits = float(np.abs(theirs_NN - ours_NN).max())
-    before, after = held.hits(held.image_ND, held.text_ND), held.hits(image_ND, text_ND)
+    after = held.hits(image_ND, text_ND)
     change = {way: {key: after[way][key] - before[way][key] for key in after[way]} for way in after}
     image, text = yardstick.cosine(image_ND, held.image_ND), yardstick.cosine(text_ND, held.text_ND)
     return Part(title, image, text, logits, weights, after, change)

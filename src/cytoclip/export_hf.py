@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer
 
-from cytoclip import adapters, checkpoint, files
-from cytoclip.checkpoint import BESIDE, CROP, Opened
+from cytoclip import adapters, checkpoint, files, yardstick
+from cytoclip.checkpoint import BESIDE, Opened
 from cytoclip.errors import ExitCode, UserError
 from cytoclip.yardstick import Yardstick, over
 
@@ -48,10 +48,7 @@ def write_adapter(opened: Opened, name: str, folder: Path) -> str:
         )
     for file in _ADAPTER:
         shutil.copyfile(place / file, folder / file)
-    opened.tokenizer.save_pretrained(str(folder))
-    opened.image_processor.save_pretrained(str(folder))
-    if opened.crop != "auto":
-        files.write_json(folder / CROP, {"crop": opened.crop})
+    checkpoint.fill_reading(folder, opened)
     return str(files.read_json(folder / _ADAPTER[0])["base_model_name_or_path"])
 
 
@@ -62,17 +59,12 @@ def embed(
     clip = _model(folder)
     processor, tokenizer = _reading(folder)
     family = held.opened.encoder.family
-    captions = [caption.lower() if family.lower else caption for caption in held.pairs.captions]
 
     def images(some: slice) -> torch.Tensor:
-        shown = [held.shown(row) for row in range(len(held))[some]]
-        return _unit(clip.get_image_features(**processor(images=shown, return_tensors="pt")))
+        return _unit(clip.get_image_features(**processor(images=held.shown(some), return_tensors="pt")))
 
     def texts(some: slice) -> torch.Tensor:
-        padding = "max_length" if family.pads == "context" else True
-        read = tokenizer(
-            captions[some], padding=padding, truncation=True, max_length=held.opened.context, return_tensors="pt"
-        )
+        read = held.read_by(tokenizer, some)
         mask = {"attention_mask": read["attention_mask"]} if family.masks else {}
         return _unit(clip.get_text_features(input_ids=read["input_ids"], **mask))
 
@@ -82,8 +74,6 @@ def embed(
 def usage(opened: Opened, base: str | None = None) -> str:
     """Code that scores some captions against a picture; `base` where the folder holds an adapter for that."""
     family = opened.encoder.family
-    texts = "[text.lower() for text in texts]" if family.lower else "texts"
-    padding = '"max_length"' if family.pads == "context" else "True"
     mask = ', attention_mask=read["attention_mask"]' if family.masks else ""
     head, load = _WHOLE if base is None else (_ADAPTED[0], _ADAPTED[1].format(base=base))
     return f"""import torch
@@ -92,7 +82,7 @@ from PIL import Image
 
 {load}
 pixels = processor(images=[Image.open(picture).convert("RGB")], return_tensors="pt")
-read = tokenizer({texts}, padding={padding}, truncation=True, max_length={opened.context}, return_tensors="pt")
+read = tokenizer({yardstick.reading(opened)}, return_tensors="pt")
 with torch.no_grad():
     image = model.get_image_features(**pixels).pooler_output
     text = model.get_text_features(input_ids=read["input_ids"]{mask}).pooler_output

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import AutoImageProcessor, AutoTokenizer
 
-from cytoclip import files
-from cytoclip.checkpoint import CROP, Opened
-from cytoclip.errors import ExitCode, UserError
+from cytoclip import checkpoint, yardstick
+from cytoclip.checkpoint import Opened
+from cytoclip.errors import ExitCode, UserError, first_line
 from cytoclip.model import DualEncoder
 from cytoclip.yardstick import Yardstick, over
 
@@ -59,10 +59,7 @@ def write(opened: Opened, folder: Path, advance: Callable[[int], None]) -> None:
         del plain, traced
         _quantize(folder, side, large=weights > _LARGE)
         advance(1)
-    opened.tokenizer.save_pretrained(str(folder))
-    opened.image_processor.save_pretrained(str(folder))
-    if opened.crop != "auto":
-        files.write_json(folder / CROP, {"crop": opened.crop})
+    checkpoint.fill_reading(folder, opened)
 
 
 def embed(
@@ -92,9 +89,6 @@ def embed(
 
 def usage(opened: Opened) -> str:
     """Code that embeds a picture and some captions."""
-    family = opened.encoder.family
-    texts = "[text.lower() for text in texts]" if family.lower else "texts"
-    padding = '"max_length"' if family.pads == "context" else "True"
     return f"""import numpy as np
 import onnxruntime
 from PIL import Image
@@ -106,7 +100,7 @@ images = onnxruntime.InferenceSession(f"{{folder}}/image.onnx")  # or image.fp16
 captions = onnxruntime.InferenceSession(f"{{folder}}/text.onnx")
 
 pixels = processor(images=[Image.open(picture).convert("RGB")], return_tensors="np")["pixel_values"]
-ids = tokenizer({texts}, padding={padding}, truncation=True, max_length={opened.context}, return_tensors="np")
+ids = tokenizer({yardstick.reading(opened)}, return_tensors="np")
 image = images.run(None, {{"pixel_values": pixels}})[0]
 text = captions.run(None, {{"input_ids": ids["input_ids"].astype(np.int64)}})[0]
 cosines = image @ text.T"""
@@ -138,19 +132,13 @@ class _Text(nn.Module):
 def _read_by(folder: Path, held: Yardstick) -> dict[str, Callable[[slice], torch.Tensor]]:
     processor = AutoImageProcessor.from_pretrained(str(folder), backend="pil", trust_remote_code=False)
     tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    family, context = held.opened.encoder.family, held.opened.context
-    captions = [caption.lower() if family.lower else caption for caption in held.pairs.captions]
-    padding = "max_length" if family.pads == "context" else True
 
     def images(some: slice) -> torch.Tensor:
-        shown = [held.shown(row) for row in range(len(held))[some]]
-        floats: torch.Tensor = processor(images=shown, return_tensors="pt")["pixel_values"]
+        floats: torch.Tensor = processor(images=held.shown(some), return_tensors="pt")["pixel_values"]
         return floats
 
     def texts(some: slice) -> torch.Tensor:
-        ids: torch.Tensor = tokenizer(
-            captions[some], padding=padding, truncation=True, max_length=context, return_tensors="pt"
-        )["input_ids"]
+        ids: torch.Tensor = held.read_by(tokenizer, some)["input_ids"]
         return ids
 
     return {"image": images, "text": texts}
@@ -201,7 +189,7 @@ def _last_words(error: BaseException) -> str:
     """Of what it came from: the exporter's own text is advice to those who write models."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return first_line(error)
 
 
 def _made_unit(proto: Any, name: str) -> Any:

@@ -16,16 +16,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from cytoclip import adapters, files, from_open_clip, openclip, towers
-from cytoclip.checkpoint import CROP, Opened
+from cytoclip import adapters, checkpoint, files, from_open_clip, openclip, towers
+from cytoclip.checkpoint import Opened
 from cytoclip.errors import ExitCode, UserError, counted
 from cytoclip.families import FAMILIES
 from cytoclip.model import DualEncoder
 from cytoclip.openclip import Unmapped
 from cytoclip.pixels import PixelSpec
 from cytoclip.yardstick import Yardstick, over
-
-_OPENAI = "openai/clip-vit-base-patch32"  # whose tokenizer is that of 49,408 tokens
 
 
 def write(opened: Opened, folder: Path, hub_id: str | None = None) -> list[str]:
@@ -53,8 +51,7 @@ def write(opened: Opened, folder: Path, hub_id: str | None = None) -> list[str]:
     files.write_json(folder / openclip.CONFIG, {"model_cfg": model_cfg, "preprocess_cfg": preprocess})
     save_file(state, folder / openclip.WEIGHTS, {"format": "pt"})
     opened.tokenizer.save_pretrained(str(folder))
-    if opened.crop != "auto":
-        files.write_json(folder / CROP, {"crop": opened.crop})
+    checkpoint.write_crop(folder, opened)
     return notes
 
 
@@ -156,7 +153,7 @@ def _tokenizer_name(opened: Opened, hub_id: str | None) -> str:
         return hub_id
     tokenizer = opened.tokenizer
     openai = (len(tokenizer), tokenizer.bos_token, tokenizer.eos_token) == (49408, "<|startoftext|>", "<|endoftext|>")
-    return _OPENAI if openai else "beside-the-weights"
+    return from_open_clip.OPENAI if openai else "beside-the-weights"
 
 
 def _preprocess(spec: PixelSpec) -> tuple[dict[str, Any], list[str]]:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cytoclip import checkpoint, files
-from cytoclip.checkpoint import CROP, Opened
+from cytoclip.checkpoint import Opened
 from cytoclip.errors import UserError
 from cytoclip.yardstick import Yardstick, over
 
@@ -55,8 +55,7 @@ def write(opened: Opened, folder: Path) -> None:
     shutil.rmtree(plain)
     reading = {"processor_kwargs": _READING, "do_lower_case": family.lower}  # which its `save` does not write
     files.write_json(folder / _SETTINGS, {**files.read_json(folder / _SETTINGS), **reading})
-    if opened.crop != "auto":
-        files.write_json(folder / CROP, {"crop": opened.crop})
+    checkpoint.write_crop(folder, opened)
 
 
 _READING = {"backend": "pil"}  # pictures resized as in training; torchvision's resize differs
@@ -73,7 +72,7 @@ def embed(
         return model.encode(some, batch_size=len(some), show_progress_bar=False)
 
     def images(some: slice) -> Any:
-        return encoded([held.shown(row) for row in range(len(held))[some]])
+        return encoded(held.shown(some))
 
     def texts(some: slice) -> Any:
         return encoded(list(held.pairs.captions[some]))

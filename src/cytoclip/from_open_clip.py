@@ -19,7 +19,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.utils import logging as transformers_logging
 
 from cytoclip import files, openclip
-from cytoclip.errors import ExitCode, UserError
+from cytoclip.errors import ExitCode, UserError, first_line
 from cytoclip.model import DualEncoder
 from cytoclip.openclip import CONFIG, Unmapped
 from cytoclip.towers import TwoTowers, TwoTowersConfig
@@ -35,7 +35,7 @@ _TOKENIZER = (
     "merges.txt",
     "vocab.txt",
 )
-_OPENAI = "openai/clip-vit-base-patch32"
+OPENAI = "openai/clip-vit-base-patch32"  # whose tokenizer is that of 49,408 tokens
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # where nothing is said
 _TRIED = ["A round cell with a blue nucleus.", "clean background"]
 LOGITS = 1e-4  # by which logits may differ from open_clip's: rounding only
@@ -223,7 +223,7 @@ def openai_tokenizer() -> Any:
     for place in places:
         if place.is_file():
             return _from_merges(gzip.decompress(place.read_bytes()).decode("utf-8").split("\n"))
-    return CLIPTokenizer.from_pretrained(_OPENAI)
+    return CLIPTokenizer.from_pretrained(OPENAI)
 
 
 def _from_merges(lines: list[str]) -> Any:
@@ -266,9 +266,10 @@ def _downloaded(hub_id: str) -> Path:
         if not any((place / file).is_file() for file in _WEIGHTS[:2]):
             place = fetched(_WEIGHTS[2])
     except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"cannot get {HUB}{hub_id}: {reason}", "check the name and the network, or name a folder", ExitCode.MODEL
+            f"cannot get {HUB}{hub_id}: {first_line(error)}",
+            "check the name and the network, or name a folder",
+            ExitCode.MODEL,
         ) from None
     return place
 

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from cytoclip.console import Console
-from cytoclip.errors import ExitCode, UserError
+from cytoclip.errors import ExitCode, UserError, first_line
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
@@ -36,9 +36,8 @@ def upload(folder: Path, repository: str, console: Console) -> str:
             repo_id=repository, folder_path=folder, commit_message="Exported with cytoclip", ignore_patterns=[".*"]
         )
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{folder} is exported, but could not be uploaded to {repository}: {reason}",
+            f"{folder} is exported, but could not be uploaded to {repository}: {first_line(error)}",
             f"log in with `hf auth login` and a token that may write, then: hf upload {repository} {folder}",
             ExitCode.SYSTEM,
         ) from error

@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from cytoclip import encoder, entries, files, index_faiss, index_plan, index_rows, liveness, manifest, model
+from cytoclip import encoder, entries, files, index_faiss, index_plan, index_rows, liveness, manifest
 from cytoclip.console import Console
 from cytoclip.encoder import Encoder
 from cytoclip.entries import Entry
@@ -121,8 +121,7 @@ def build(
 
 def weights_of(made: Encoder) -> str:
     """What must be the same in a query's model: weights and how pictures and texts are read, at any precision."""
-    read = made.opened
-    return model.digest_of(read.encoder.clip, read.tokenizer, read.pixels, read.context)
+    return made.opened.digest()
 
 
 def _claim(folder: Path, made: Encoder, how: How, stack: ExitStack) -> None:

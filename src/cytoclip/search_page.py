@@ -16,9 +16,9 @@ import fastapi
 import gradio as gr
 
 from cytoclip import desk, pages
-from cytoclip.desk import Desk, Kind
+from cytoclip.desk import Desk
 from cytoclip.errors import ExitCode, UserError, counted
-from cytoclip.search import Hit
+from cytoclip.search import Hit, Kind
 
 FILTERS = 8  # keys that have a menu; the API takes all of them
 SHOWN = (12, 24, 48, 96)

@@ -213,14 +213,17 @@ def captions(path: Path, rows: int, width: int) -> list[tuple[list[str], NDArray
 
 def identity(root: int | None, file: str, offset: int | None) -> int:
     """The id of a picture."""
-    written = f"{root}\0{file}\0{offset}".encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.sha256(written).digest()[:8], "big") >> 11
+    return hashed(f"{root}\0{file}\0{offset}") >> 10
 
 
 def digest(*said: Any) -> int:
     """63 bits of what is said of a row, never 0."""
-    written = repr(said).encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.sha256(written).digest()[:8], "big") >> 1 or 1
+    return hashed(repr(said)) or 1
+
+
+def hashed(text: str) -> int:
+    """63 bits of its SHA-256."""
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big") >> 1
 
 
 def relative(place: Path | Piece, roots: Sequence[str]) -> tuple[int, str] | None:

@@ -58,11 +58,22 @@ class Yardstick:
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def shown(self, row: int) -> Image.Image:
+    def shown(self, some: slice) -> list[Image.Image]:
         """What another library's processor is given; already padded, where no processor could do that."""
         if self.opened.pixels.pad:
-            return Image.fromarray(self.pixels_N3HW[row].transpose(1, 2, 0))
-        return self.pictures(row)
+            return [Image.fromarray(picture.transpose(1, 2, 0)) for picture in self.pixels_N3HW[some]]
+        return [self.pictures(row) for row in range(len(self))[some]]
+
+    def read_by(self, tokenizer: Any, some: slice) -> Any:
+        """The captions as a tokenizer of transformers reads them, told what `reading` says."""
+        family = self.opened.encoder.family
+        return tokenizer(
+            [caption.lower() if family.lower else caption for caption in self.pairs.captions[some]],
+            padding="max_length" if family.pads == "context" else True,
+            truncation=True,
+            max_length=self.opened.context,
+            return_tensors="pt",
+        )
 
     def floats(self, some: slice) -> torch.Tensor:
         """What the image tower reads: float32 (B, 3, H, W)."""
@@ -95,6 +106,14 @@ def make(opened: Opened, name: str, console: Console, most: int = MOST) -> Yards
         image_ND = over(len(pairs), lambda some: encoder.images(torch.from_numpy(ready[some])), bar.advance)
         text_ND = over(len(pairs), lambda some: encoder.texts(made.ids(some)), bar.advance)
     return replace(made, image_ND=image_ND, text_ND=text_ND)
+
+
+def reading(opened: Opened) -> str:
+    """What a card's code tells a tokenizer of transformers, for captions called `texts`."""
+    family = opened.encoder.family
+    texts = "[text.lower() for text in texts]" if family.lower else "texts"
+    padding = '"max_length"' if family.pads == "context" else "True"
+    return f"{texts}, padding={padding}, truncation=True, max_length={opened.context}"
 
 
 @torch.no_grad()
@@ -139,7 +158,7 @@ def _evenly(pairs: Pairs, most: int) -> Pairs:
     if len(pairs) <= most:
         return pairs
     rows = np.linspace(0, len(pairs) - 1, most).round().astype(int).tolist()
-    return Pairs(**{name: tuple(column[row] for row in rows) for name, column in vars(pairs).items()})
+    return pairs.take(rows)
 
 
 def _drawn(most: int) -> tuple[str, Pairs, Callable[[int], Image.Image]]:
