@@ -193,24 +193,24 @@ def test_trials_at_once_and_one_whose_process_dies(
 ) -> None:
     """Two at a time, with the values that one at a time would have had while none depends on another."""
     asked = Asked(tmp_path / "search", trials=3, jobs=2, space=space_file, share=0.25)
-    validated, killed = tune._Book.validated, []
+    hear, killed = trials._hear, []
 
-    def killing(book: Any, number: int, step: int, score: float) -> bool:
-        if number == 1 and not killed:
-            killed.extend(child.pid for child in multiprocessing.active_children())
-            for pid in killed[:1]:
-                os.kill(pid, signal.SIGKILL)
-        return validated(book, number, step, score)
+    def killing(worker: Any, heard: Heard) -> None:
+        """The process that asks whether trial 1 is to go on dies before it is told."""
+        if worker.trial.number == 1 and not killed:
+            killed.append(worker.process.pid)
+            os.kill(worker.process.pid, signal.SIGKILL)
+        hear(worker, heard)
 
-    monkeypatch.setattr(tune._Book, "validated", killing)
+    monkeypatch.setattr(trials, "_hear", killing)
     found = tune.tune(wanted, asked, Console())
-    assert len(killed) == 2
+    assert len(killed) == 1
     states = [one.state for one in found.trials]
-    assert states.count(tuned.FAILED) == 1
     assert len(states) == 3
+    assert states.count(tuned.FAILED) == 1
     (failed,) = [one for one in found.trials if one.state == tuned.FAILED]
-    assert failed.error == "its process ended by signal 9"
-    assert re.search(rf"trial {failed.number} failed( [.\d]+)?: its process ended by signal 9", capsys.readouterr().err)
+    assert (failed.number, failed.error) == (1, "its process ended by signal 9")
+    assert re.search(r"trial 1 failed( [.\d]+)?: its process ended by signal 9", capsys.readouterr().err)
     assert not multiprocessing.active_children()
 
 
