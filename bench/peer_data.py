@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +63,14 @@ class Place:
 def write(place: Place, pairs: int, names: list[str]) -> None:
     """Draw the pairs and save a starting model of each name."""
     said = [one.caption for one in cells.sample(64, 0, range(4))]
+    drawn = [one.image.convert("RGB") for one in cells.sample(16, 0, range(4))]
     captions, tokenizer = _captions(said, pairs + HELD_OUT)
     for split, some in {"train": captions[:pairs], "val": captions[pairs:]}.items():
         folder = place.data / split
         (folder / "imgs").mkdir(parents=True)
         files = [f"{i:05}.jpg" for i in range(len(some))]
-        with ProcessPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(_draw, [folder / "imgs" / file for file in files], range(len(files)), chunksize=16))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # processes forked behind a tokenizer's threads can hang
+            list(pool.map(_draw, [folder / "imgs" / file for file in files], range(len(files)), repeat(drawn)))
         entries = [{"img": file, "caption": caption} for file, caption in zip(files, some, strict=True)]
         (folder / demo.LIST_NAME).write_text(json.dumps(entries))
     for name in names:
@@ -89,19 +91,14 @@ def _captions(said: list[str], count: int) -> tuple[list[str], Any]:
     return found, tokenizer
 
 
-def _draw(file: Path, number: int) -> None:
+def _draw(file: Path, number: int, drawn: list[Image.Image]) -> None:
     """A field of drawn cells, out of focus and with a sensor's noise: a JPEG as large as one of a photograph."""
-    global _DRAWN
-    _DRAWN = _DRAWN or [one.image.convert("RGB") for one in cells.sample(16, 0, range(4))]
     field = Image.new("RGB", (384, 384))
     for k in range(9):
-        field.paste(_DRAWN[(number + k * 5) % len(_DRAWN)], (k % 3 * 128, k // 3 * 128))
+        field.paste(drawn[(number + k * 5) % len(drawn)], (k % 3 * 128, k // 3 * 128))
     blurred = field.resize(SIDE, Image.Resampling.BICUBIC).filter(ImageFilter.GaussianBlur(1))
     noisy = np.asarray(blurred).astype(np.float32) + np.random.default_rng(number).normal(0, 3, (SIDE[1], SIDE[0], 3))
     Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(file, quality=90)
-
-
-_DRAWN: list[Image.Image] = []
 
 
 def _write_model(folder: Path, shape: Shape, tokenizer: Any) -> None:

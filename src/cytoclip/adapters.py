@@ -55,7 +55,7 @@ def set_moving(encoder: DualEncoder, wanted: Model, bias: bool = True) -> PeftMo
     for tower, mode in towers.items():
         if mode == "full":
             getattr(clip, tower).requires_grad_(True)
-    if wanted.projections == "full":
+    if wanted.projections != "frozen":
         for projection in family.projections:
             getattr(clip, projection).requires_grad_(True)
     encoder.logit_scale.requires_grad_(True)  # peft freezes it, and modules_to_save cannot name a bare parameter

@@ -124,6 +124,7 @@ FAMILIES[KIND] = replace(
     such_as="hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224",
     opens=TwoTowers,
 )
+JOINED = ("vision-text-dual-encoder", KIND)  # two towers that may never have met
 
 # Kinds that look like one of ours and are not: the reason is the message.
 REFUSED = {
@@ -164,9 +165,9 @@ def refuse_unsupported(family: Family, image_tower: str, model: Model, train: Tr
             f"model.context_length: {model.context_length} is refused for {family.title}: {family.no_stretch}",
             "delete model.context_length; it is for CLIP",
         )
-    if not family.projections and model.projections == "frozen":
+    if not family.projections and model.projections != "full":
         raise UserError(
-            f"model.projections: frozen, but {family.title} has no projections apart from its towers",
+            f"model.projections: {model.projections}, but {family.title} has no projections apart from its towers",
             "delete model.projections; the towers' heads move with the towers",
         )
     if not family.projections and {model.image_tower, model.text_tower} == {"frozen"}:

@@ -64,7 +64,7 @@ def of_pictures(
             rows[torch.from_numpy(batch.indices != np.array(cut)).to(rows.device)] = torch.nan
             yield rows
 
-    return Rows(place.table(key, len(first), batch_size, blocks, "features of the frozen image tower"), of)
+    return Rows(place.table(key, len(first), batch_size, blocks, "features of the image tower"), of)
 
 
 def of_captions(encoder: DualEncoder, pairs: Pairs, tokens: Tokens, batch_size: int, place: Place) -> Rows:
@@ -79,7 +79,7 @@ def of_captions(encoder: DualEncoder, pairs: Pairs, tokens: Tokens, batch_size: 
             with place.world.autocast():
                 yield encoder.text_features(tokens_BL)
 
-    return Rows(place.table(key, len(first), batch_size, blocks, "features of the frozen text tower"), of)
+    return Rows(place.table(key, len(first), batch_size, blocks, "features of the text tower"), of)
 
 
 class Place:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,11 +27,13 @@ from cytoclip import (
     model,
     optim,
     plan,
+    projection_fit,
     repeats,
     shard,
 )
 from cytoclip.augment import Variation
 from cytoclip.averages import Averages
+from cytoclip.canonical import Fit
 from cytoclip.checkpoint import Opened, RunFolder
 from cytoclip.config import Config
 from cytoclip.console import Console
@@ -72,6 +74,8 @@ class Job:
         Pairs of `validate.keep` and how they are read, where it is given.
     inputs
         Digests of all that the run was begun with.
+    fitted
+        The projections that training begins with, where they are other than those of the starting model.
     watcher
         Hears of each validation after the start, in the first process.
     """
@@ -95,11 +99,22 @@ class Job:
     test: Pairs | None
     keep: tuple[Pairs, Reading] | None
     inputs: dict[str, str]
+    fitted: Fit | None = None
     watcher: Watcher | None = None
 
 
-def prepare(wanted: Config, run: RunFolder, world: World, console: Console, storing: bool = True) -> Job:
-    """Read, open and build all that a run needs; `storing` False computes no features, as a dry run wants it."""
+def prepare(
+    wanted: Config, run: RunFolder, world: World, console: Console, storing: bool = True, begins: bool = False
+) -> Job:
+    """Read, open and build all that a run needs.
+
+    Parameters
+    ----------
+    storing
+        False computes no features, as a dry run wants it.
+    begins
+        Whether the run begins: only then is anything fitted that training begins with.
+    """
     journal.check_trackers(wanted.track.to)
     found = world.once(lambda: intake.find(wanted, console))
     opened = checkpoint.open_start(wanted)
@@ -125,6 +140,8 @@ def prepare(wanted: Config, run: RunFolder, world: World, console: Console, stor
     place = Place(run.path, world, console)
     ready = intake.open_up(wanted, opened, found, splits, steps, reading, place, storing)
     keep = _keep(wanted, opened, splits, reading, place, storing)
+    fits = begins and wanted.model.projections == "fitted"
+    fitted = projection_fit.fit(wanted, opened, splits["train"], reading, place) if fits else None
     if wanted.train.shard:
         shard.share_out(encoder, world, console)
     optimizer = optim.build(encoder, wanted.train)
@@ -149,9 +166,19 @@ def prepare(wanted: Config, run: RunFolder, world: World, console: Console, stor
         test=spread(splits["test"]) if "test" in splits else None,
         keep=keep,
         inputs=_digests(wanted, opened, began_from, found, splits, world),
+        fitted=fitted,
     )
     _say_what_is_odd(job, ready.truncated)
     return job
+
+
+def begun(job: Job) -> Job:
+    """`job` as it goes into its first step, when the starting model has been looked at."""
+    if job.fitted is None:
+        return job
+    projection_fit.put(job.fitted, job.opened.encoder)
+    ema = job.config.train.ema
+    return replace(job, averages=Averages(job.opened.encoder.moving(), ema) if ema else None)
 
 
 def typical(job: Job, feed: FromDisk) -> Repeats:

@@ -85,7 +85,7 @@ def default(wanted: Config, facts: Facts) -> Space:
     for name, mode in moving.items():
         low, high = (5e-5, 5e-3) if mode == "lora" else (3e-6, 5e-4)
         found[f"train.{name}_learning_rate"] = _rate(train.learning_rate, low, high)
-    if facts.projections and model.projections == "full":
+    if facts.projections and model.projections != "frozen":
         found["train.projection_learning_rate"] = _rate(train.learning_rate, 1e-5, 1e-2)
     found["train.warmup_steps"] = Choice(tuple(sorted({round(share * facts.steps) for share in _WARMUPS})))
     found["train.schedule"] = Choice(("constant", "cosine", "linear"))

@@ -102,10 +102,11 @@ def fit(wanted: Config, console: Console, watcher: Watcher | None = None) -> Run
             return done
         console.say(jobs.first_line(wanted, world))
         behind = world.once(lambda: _behind(run, console))
-        job = replace(jobs.prepare(wanted, run, world, console), watcher=watcher)
+        job = replace(jobs.prepare(wanted, run, world, console, begins=not behind), watcher=watcher)
         world.once(lambda: plan.check_disk(job.plan, run.path))
         world.once(lambda: _begin(run, job.config))
         progress = _resume(job, *behind) if behind else validation.begin(job)
+        job = job if behind else jobs.begun(job)
         _train(job, progress)
         return _finish(job, progress)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cytoclip import alarms, checkpoint, embeddings, encode, evaluation, files, report, selection, shard
+from cytoclip import alarms, checkpoint, embeddings, encode, evaluation, families, files, report, selection, shard
 from cytoclip.checkpoint import RunFolder
 from cytoclip.embeddings import Owner
 from cytoclip.evaluation import Question
@@ -71,6 +71,11 @@ def begin(job: Job) -> Progress:
         progress.kept["before"] = seen.keep
     _write_embeddings(job, "before", seen, job.inputs["model"])
     job.console.say(f"before: {_line(job, seen)}")
+    if _is_new(job) and alarms.at_chance(seen.val):
+        job.console.say(
+            "the two towers know nothing of each other yet: with model.projections=fitted, training begins where a "
+            "closed form brings them"
+        )
     return progress
 
 
@@ -138,6 +143,12 @@ def best_weights(run: RunFolder) -> str:
     """Digest of the weights in best/."""
     files.recover(run.best)
     return checkpoint.weights_digest(run.best)
+
+
+def _is_new(job: Job) -> bool:
+    """Whether towers were joined, and what joins them could be fitted."""
+    kind = job.opened.encoder.clip.config.model_type
+    return kind in families.JOINED and job.config.model.projections == "full"
 
 
 def _write_embeddings(job: Job, name: str, seen: Seen, weights: str) -> None:

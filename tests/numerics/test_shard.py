@@ -27,6 +27,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "one of each, averaged": ("lora", "full", {"ema": 0.5}),
     "frozen, in one chunk": ("full", "frozen", {"micro_batch_size": 12}),
     "checkpointed": ("full", "full", {"gradient_checkpointing": True}),
+    "fitted": ("lora", "full", {}),
 }
 
 
@@ -72,6 +73,16 @@ def test_saved_models_are_equal(name: str, trained: dict[str, tuple[Path, Path]]
             assert max(np.abs(tensors[key] - two[file][key]).max() for key in tensors) < 1e-9
 
 
+def test_projections_were_fitted_on_one_and_on_two(base: Path, trained: dict[str, tuple[Path, Path]]) -> None:
+    """Five steps of 1e-3 do not come so far."""
+    before = load_file(base / "model.safetensors")
+    for run in trained["fitted"]:
+        after = load_file(run / "model" / "model.safetensors")
+        moved = {name: float(np.abs(after[name] - before[name]).max()) for name in before if name in after}
+        assert max(moved, key=lambda name: moved[name]) in ("visual_projection.weight", "text_projection.weight")
+        assert moved["text_projection.weight"] > 0.1
+
+
 def test_a_shared_run_goes_on_whole_and_shared(root: Path, base: Path, trained: Any, tmp_path: Path) -> None:
     """What a checkpoint holds is whole: two processes that were stopped go on as two, and then as one."""
     case = _case(root, base, tmp_path / "run", "one of each, averaged")
@@ -108,7 +119,10 @@ def _case(root: Path, base: Path, output: Path, name: str) -> dict[str, Any]:
     return {
         "config": {
             "data": {"root": str(root), "workers": 0},
-            "model": {"name": str(base), "image_tower": image_tower, "text_tower": text_tower},
+            "model": {
+                "name": str(base), "image_tower": image_tower, "text_tower": text_tower,
+                "projections": "fitted" if name == "fitted" else "full",
+            },
             "train": {
                 "steps": 5, "batch_size": 12, "micro_batch_size": 3, "learning_rate": 1e-3, "warmup_steps": 2,
                 "weight_decay": 0.1, "max_grad_norm": 0.5, "precision": "no", "device": "cpu", **train,
