@@ -46,6 +46,15 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `root` with 240 training pairs: from so many even random towers tell something of pairs that were not seen."""
+    folder = tmp_path_factory.mktemp("many")
+    write_split(folder / "train", 240, seed=1)
+    write_split(folder / "val", 20, seed=2)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def loose(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same pairs with nothing in common but captions; by source and group all of `root` belongs together."""
     folder = shutil.copytree(root, tmp_path_factory.mktemp("loose"), dirs_exist_ok=True)

@@ -27,6 +27,16 @@ NAMES = ("visual_projection.weight", "text_projection.weight")
 FITTED = {"projections": "fitted"}
 
 
+@pytest.fixture
+def experiment(experiment: Experiment, many: Path) -> Experiment:
+    """On pairs of which a fit learns something."""
+
+    def made(**sections: Any) -> Config:
+        return experiment(**{**sections, "data": {"root": str(many), **sections.get("data", {})}})
+
+    return made
+
+
 def test_the_run_begins_where_the_fit_is(experiment: Experiment, tmp_path: Path) -> None:
     """After a step at no rate the projections are those of the closed form, and all else is what it was."""
     wanted = ran(experiment, tmp_path, "run", model=FITTED, train={"steps": 1, "learning_rate": 1e-12})
@@ -37,7 +47,7 @@ def test_the_run_begins_where_the_fit_is(experiment: Experiment, tmp_path: Path)
         assert not np.allclose(saved[name], before[name], atol=1e-3)
     assert all(np.allclose(saved[name], before[name], atol=1e-6) for name in before if name not in NAMES)
     assert found.mrr is not None
-    said = rf"projections: fitted to 48 pairs, ridges {found.ridges[0]:g} and {found.ridges[1]:g}: mrr {found.mrr:.4f}"
+    said = rf"projections: fitted to 240 pairs, ridges {found.ridges[0]:g} and {found.ridges[1]:g}: mrr {found.mrr:.4f}"
     assert re.search(said, log(wanted))
 
 

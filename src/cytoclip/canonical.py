@@ -26,7 +26,7 @@ from cytoclip import retrieval
 from cytoclip.errors import ExitCode, UserError
 from cytoclip.pairs import Identity
 
-RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0)  # tried on each side, times the mean variance of a direction
+RIDGES = (0.004, 0.012, 0.035, 0.1, 0.3, 1.0)  # tried on each side, times the mean variance of a direction
 UNTRIED = (0.1, 0.1)  # where pairs cannot be held out; what was chosen for 740 pairs of two towers of width 384
 POWER = 2  # of a component's correlation, its weight on each side; 1, 3 and 4 were worse there (docs/log.md)
 

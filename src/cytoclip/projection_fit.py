@@ -23,7 +23,7 @@ from cytoclip.model import DualEncoder
 from cytoclip.pairs import Pairs, identities, spread
 
 MOST = 20_000  # pairs that are looked at: ten times and more as many as the towers are wide
-FOLDS = 3
+FOLDS = 5
 
 
 def fit(wanted: Config, opened: Opened, train: Pairs, reading: Reading, place: Place) -> Fit | None:

@@ -32,11 +32,15 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="module")
-def trained(root: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+def trained(
+    root: Path, many: Path, base: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Path, Path]]:
     """The run folders (whole on one process, shared by two) of every case."""
     folder = tmp_path_factory.mktemp("shard")
     for processes in (1, 2):
-        cases = [_case(root, base, folder / f"{name}-{processes}", name) for name in CASES]
+        cases = [
+            _case(many if name == "fitted" else root, base, folder / f"{name}-{processes}", name) for name in CASES
+        ]
         if processes == 1:
             for case in cases:
                 run(case)
@@ -76,8 +80,8 @@ def test_saved_models_are_equal(name: str, trained: dict[str, tuple[Path, Path]]
 def test_projections_were_fitted_on_one_and_on_two(base: Path, trained: dict[str, tuple[Path, Path]]) -> None:
     """Five steps of 1e-3 do not come so far."""
     before = load_file(base / "model.safetensors")
-    for run in trained["fitted"]:
-        after = load_file(run / "model" / "model.safetensors")
+    for folder in trained["fitted"]:
+        after = load_file(folder / "model" / "model.safetensors")
         moved = {name: float(np.abs(after[name] - before[name]).max()) for name in before if name in after}
         assert max(moved, key=lambda name: moved[name]) in ("visual_projection.weight", "text_projection.weight")
         assert moved["text_projection.weight"] > 0.1
