@@ -27,15 +27,15 @@ AUGMENT: dict[str, dict[str, Any] | None] = {
     },
     "microscopy": {"preset": "microscopy"},  # stain and hue too, and the captions name colours
 }
-TARGETS: dict[str, Any] = {  # of a DINOv2 and a BERT
-    "qkv": "auto",
-    "all": ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2", "query", "key", "value", "dense"],
-    "mlp": ["fc1", "fc2", "intermediate.dense", "output.dense"],
+TARGETS: dict[str, tuple[list[str], list[str]]] = {  # of a DINOv2, and of a BERT
+    "qkv": (["q_proj", "k_proj", "v_proj"], ["query", "key", "value"]),
+    "all": (["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"], ["query", "key", "value", "dense"]),
+    "mlp": (["fc1", "fc2"], ["intermediate.dense", "output.dense"]),
 }
 RATE = FloatDistribution(1e-6, 3e-3, log=True)
 WARMUP = CategoricalDistribution((0.02, 0.05, 0.1, 0.2, 0.3676))  # of the steps; 0.3676 of 272: the original's 100
 _COMMON: dict[str, BaseDistribution] = {
-    "projection_rate": FloatDistribution(1e-4, 1e-2, log=True),
+    "projection_rate": FloatDistribution(1e-6, 1e-2, log=True),
     "scale_rate": FloatDistribution(1e-5, 1e-2, log=True),
     "warmup": WARMUP,
     "weight_decay": CategoricalDistribution((0.001, 0.01, 0.05, 0.2)),
@@ -68,6 +68,7 @@ SPACES: dict[str, dict[str, BaseDistribution]] = {
         "targets": CategoricalDistribution(tuple(TARGETS)),
         "dropout": CategoricalDistribution((0.0, 0.1)),
         "last_layers": CategoricalDistribution((0, 6, 3)),
+        "text_tower": CategoricalDistribution(("lora", "frozen")),
     },
 }
 GIVEN: Params = {"rate": 1e-5, "warmup": 0.3676}  # the original's recipe, as given
@@ -76,21 +77,22 @@ _PLAIN: Params = {
     "positives": "groups", "label_smoothing": 0.0, "ema": 0.0, "patch_dropout": 0.0, "augment": "views",
     "fitted": True, "first": 0.0, "first_rate": 3e-3,
 }  # fmt: skip
-_FULL: Params = {**_PLAIN, "image_rate": 5e-5, "text_rate": 5e-5, "layer_decay": 0.9, "text_tower": "full"}
+_FITTED: Params = {"projection_rate": 2e-5, "text_rate": 1e-5, "text_tower": "frozen"}
+_FULL: Params = {**_PLAIN, **_FITTED, "image_rate": 5e-5, "layer_decay": 0.8}
 _LORA: Params = {
-    **_PLAIN, "image_rate": 5e-4, "text_rate": 5e-4, "rank": 16, "dora": False, "targets": "all", "dropout": 0.0,
+    **_PLAIN, **_FITTED, "image_rate": 5e-4, "text_rate": 1e-4, "rank": 16, "dora": False, "targets": "all", "dropout": 0.0,
     "last_layers": 0,
 }  # fmt: skip
 PRIORS: dict[str, list[Params]] = {  # tried first
     "baseline": [GIVEN, {"rate": 1e-4, "warmup": 0.1}, {"rate": 5e-5, "warmup": 0.2}, {"rate": 3e-4, "warmup": 0.05}],
     "full": [
         _FULL,
-        {**_FULL, "image_rate": 1e-4, "text_rate": 1e-4, "layer_decay": 0.8},
-        {**_FULL, "first": 0.1, "batch": 128, "image_rate": 1e-4, "text_rate": 1e-4},
-        {**_FULL, "augment": "none", "positives": "pairs", "batch": 32},
+        {**_FULL, "image_rate": 1e-4},
+        {**_FULL, "image_rate": 2.5e-5, "projection_rate": 1e-5},
+        {**_FULL, "image_rate": 1e-4, "batch": 128},
     ],
-    "lora": [_LORA, {**_LORA, "rank": 32, "image_rate": 2e-3, "text_rate": 1e-3}, {**_LORA, "first": 0.1, "batch": 128},
-             {**_LORA, "augment": "none", "batch": 32}],
+    "lora": [_LORA, {**_LORA, "image_rate": 2e-4}, {**_LORA, "rank": 32, "image_rate": 1e-3},
+             {**_LORA, "batch": 128, "image_rate": 1e-3}],
 }  # fmt: skip
 # Each option as the original has it: what the best recipe loses without ours.
 PLAIN: Params = {
@@ -137,8 +139,9 @@ def runs(params: Params, budget: int, seed: int) -> list[dict[str, Any]]:
     if "rank" in params:
         last = {"last_layers": params["last_layers"]} if params["last_layers"] else {}
         lora = {"rank": params["rank"], "alpha": float(params["rank"]), "dora": params["dora"]}
-        lora |= {"dropout": params["dropout"], "targets": TARGETS[params["targets"]], **last}
-        model |= {"image_tower": "lora", "text_tower": "lora", "lora": lora}
+        image, texts = TARGETS[params["targets"]]
+        lora |= {"dropout": params["dropout"], "targets": image + texts if text == "lora" else image, **last}
+        model |= {"image_tower": "lora", "lora": lora}
     return [*found, {"data": {"augment": augment} if augment else {}, "model": model, "train": train}]
 
 
