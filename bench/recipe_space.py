@@ -80,8 +80,8 @@ _PLAIN: Params = {
 _FITTED: Params = {"projection_rate": 2e-5, "text_rate": 1e-5, "text_tower": "frozen"}
 _FULL: Params = {**_PLAIN, **_FITTED, "image_rate": 5e-5, "layer_decay": 0.8}
 _LORA: Params = {
-    **_PLAIN, **_FITTED, "image_rate": 5e-4, "text_rate": 1e-4, "rank": 16, "dora": False, "targets": "all", "dropout": 0.0,
-    "last_layers": 0,
+    **_PLAIN, **_FITTED, "image_rate": 5e-4, "text_rate": 1e-4, "rank": 16, "dora": False, "targets": "all",
+    "dropout": 0.0, "last_layers": 0,
 }  # fmt: skip
 PRIORS: dict[str, list[Params]] = {  # tried first
     "baseline": [GIVEN, {"rate": 1e-4, "warmup": 0.1}, {"rate": 5e-5, "warmup": 0.2}, {"rate": 3e-4, "warmup": 0.05}],
