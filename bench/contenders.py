@@ -24,7 +24,7 @@ RATE, WARM_UP = 1e-5, 100  # learning rate and warm-up steps, of all
 LONG = 200  # times that the list of pairs is repeated for those who start a loader anew in each epoch
 
 
-def ours(task: Task, gate: Gate, cache: bool = False, **options: Any) -> None:
+def ours(task: Task, gate: Gate, cache: bool = False, chunks: bool = False, **options: Any) -> None:
     """`training.fit`; the gate stands behind its step."""
     from cytoclip import config, training
     from cytoclip.console import Console
@@ -38,7 +38,7 @@ def ours(task: Task, gate: Gate, cache: bool = False, **options: Any) -> None:
 
     training._step = gated
     never = 10**6
-    share = {"micro_batch_size": task.chunk} if task.chunk < task.batch else {}
+    share = {"micro_batch_size": task.chunk} if chunks else {}
     wanted = config.made(
         {
             "data": {"root": str(task.here.data), "workers": task.workers, "cache": cache},
@@ -335,6 +335,7 @@ WAYS: dict[str, Callable[[Task, Gate], None]] = {
     "ours": ours,
     "ours, cached pictures": lambda task, gate: ours(task, gate, cache=True),
     "ours, compiled": lambda task, gate: ours(task, gate, compile=True),
+    "ours, in chunks": lambda task, gate: ours(task, gate, chunks=True),
     "ours, not compiled": lambda task, gate: ours(task, gate, cache=True, compile=False),
     "the original's way": original,
     "transformers Trainer": trainer,

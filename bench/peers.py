@@ -6,8 +6,8 @@
 Every way is a process of its own that trains for the whole time (`bench/contenders.py` says each): the original's way
 written anew from its description, transformers' Trainer in the way of its contrastive example, sentence-transformers'
 trainer with its loss and with the cached one, open_clip's loop where torchvision is there, and ours: as it is, with
-`data.cache`, with `train.compile`. All have the same pictures (drawn cells, JPEGs of 360×363), captions of 40 to 48
-tokens, starting weights, batch, precision (bf16), threads and loader processes.
+`data.cache`, with `train.compile`, in chunks as the cached loss is. All have the same pictures (drawn cells, JPEGs of
+360×363), captions of 40 to 48 tokens, starting weights, batch, precision (bf16), threads and loader processes.
 
 The ways take turns, a segment of steps each, and are stopped by a signal with all their loader processes while it is
 another's turn: nobody works ahead, and whatever else the machine does falls on all alike. Medians over the rounds, and
@@ -44,8 +44,9 @@ from contenders import WAYS
 from peer_data import SHAPES, Place, write
 from peer_gate import Task
 
-CPU_WAYS = ("ours", "ours, cached pictures", "ours, compiled", "the original's way", "transformers Trainer",
-            "sentence-transformers", "sentence-transformers, cached loss", "open_clip")  # fmt: skip
+CPU_WAYS = ("ours", "ours, cached pictures", "ours, compiled", "ours, in chunks", "the original's way",
+            "transformers Trainer", "sentence-transformers", "sentence-transformers, cached loss",
+            "open_clip")  # fmt: skip
 FEW = (
     "ours, cached pictures",
     "ours",
@@ -54,7 +55,7 @@ FEW = (
     "sentence-transformers",
     "open_clip",
 )
-GPU_WAYS = (*FEW, "sentence-transformers, cached loss", "ours, not compiled", "open_clip, compiled")
+GPU_WAYS = (*FEW, "sentence-transformers, cached loss", "ours, in chunks", "ours, not compiled", "open_clip, compiled")
 STEPS = {"23M": 3, "B/32": 2}  # of a segment on a CPU
 BATCH = {"cpu": {"23M": 32}, "cuda": {"B/16": 512, "B/32": 1024, "L/14": 128}}  # where not 16: all stay in memory
 LIMIT = {"cpu": 1.25, "cuda": 1.3}  # times the best peer
@@ -272,7 +273,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, help="of a segment on a CPU")
     parser.add_argument("--batch", type=int)
-    parser.add_argument("--chunk", type=int, help="pairs held at once by the cached loss; default: a quarter")
+    parser.add_argument("--chunk", type=int, help="pairs held at once by those in chunks; default: a quarter")
     parser.add_argument(
         "--workers", type=int, help="loader processes of each; default: 1, on a GPU two less than cores"
     )
