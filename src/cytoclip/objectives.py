@@ -230,23 +230,23 @@ class _Half:
     positives: Positives
 
     def reduce(self, smoothing: float) -> _Sums:
-        lse, target, counts, candidates, hits = [], [], [], [], []
+        # Filled in place: small tensors that stay between large ones that go would scatter glibc's heap (docs/log.md).
+        found = _Sums(*(self.query_bD.new_empty(len(self.query_bD)) for _ in range(4)), self._nothing()[1])
         for rows in self._blocks():
             scores_RB, (right_RB, out_RB) = self._scores(rows), self._targets(rows)
-            counts.append(right_RB.sum(dim=1, dtype=scores_RB.dtype))  # bool ÷ int64 would be float32 in a float64 run
-            candidates.append(len(self.answer_BD) - _row_sums(out_RB, counts[-1]))
-            mean = (scores_RB * right_RB).sum(dim=1) / counts[-1]
+            counts_R, candidates_R = found.counts[rows], found.candidates[rows]
+            counts_R.copy_(right_RB.sum(dim=1, dtype=scores_RB.dtype))  # bool ÷ int64 is float32 in a float64 run
+            candidates_R.copy_(len(self.answer_BD) - _row_sums(out_RB, counts_R))
+            mean = (scores_RB * right_RB).sum(dim=1) / counts_R
             if smoothing:
                 kept_RB = scores_RB if out_RB is None else scores_RB.masked_fill(out_RB, 0)
-                mean = (1 - smoothing) * mean + smoothing * kept_RB.sum(dim=1) / candidates[-1]
-            target.append(mean)
+                mean = (1 - smoothing) * mean + smoothing * kept_RB.sum(dim=1) / candidates_R
+            found.target[rows] = mean
             if out_RB is not None:
                 scores_RB.masked_fill_(out_RB, -math.inf)
-            lse.append(scores_RB.logsumexp(dim=1))
-            hits.append(_hits(scores_RB, right_RB))
-        return _Sums(
-            torch.cat(lse), torch.cat(target), torch.cat(counts), torch.cat(candidates), torch.stack(hits).sum()
-        )
+            found.lse[rows] = scores_RB.logsumexp(dim=1)
+            found.hits.add_(_hits(scores_RB, right_RB))
+        return found
 
     def gradient(
         self,
