@@ -231,7 +231,8 @@ class _Half:
 
     def reduce(self, smoothing: float) -> _Sums:
         # Filled in place: small tensors that stay between large ones that go would scatter glibc's heap (docs/log.md).
-        found = _Sums(*(self.query_bD.new_empty(len(self.query_bD)) for _ in range(4)), self._nothing()[1])
+        lse, target, counts, candidates = self.query_bD.new_empty(4, len(self.query_bD))
+        found = _Sums(lse, target, counts, candidates, self._nothing()[1])
         for rows in self._blocks():
             scores_RB, (right_RB, out_RB) = self._scores(rows), self._targets(rows)
             counts_R, candidates_R = found.counts[rows], found.candidates[rows]
