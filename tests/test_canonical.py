@@ -76,7 +76,7 @@ def test_cosines_are_those_of_the_twin(
     """With fewer dimensions than components, as many, and more."""
     monkeypatch.setattr(canonical, "UNTRIED", ridges)
     features, new = drawn(200), drawn(30, seed=1)
-    found = canonical.fit(features, given(dimensions), apart(200), None)
+    found = canonical.fit(features, given(dimensions), apart(200), [])
     assert found.image_DP.shape == (dimensions, 12)
     assert found.text_DQ.shape == (dimensions, 9)
     # The direction of the mean counts for nothing, so that 8 of 9 components are left.
@@ -85,7 +85,7 @@ def test_cosines_are_those_of_the_twin(
 
 def test_each_projection_has_the_norm_of_the_one_that_it_replaces() -> None:
     old = given(16)
-    found = canonical.fit(drawn(100), old, apart(100), None)
+    found = canonical.fit(drawn(100), old, apart(100), [])
     for new, before in zip((found.image_DP, found.text_DQ), old, strict=True):
         assert float(new.norm()) == pytest.approx(float(before.norm()), rel=1e-6)
     assert (found.image_DP.norm(dim=1) > 0).all(), "no dimension is empty"
@@ -94,7 +94,7 @@ def test_each_projection_has_the_norm_of_the_one_that_it_replaces() -> None:
 def test_what_all_rows_have_in_common_counts_for_nothing() -> None:
     """Not the mean, nor how far it is from the origin."""
     features = drawn(200)
-    found = canonical.fit(features, given(16), apart(200), None)
+    found = canonical.fit(features, given(16), apart(200), [])
     for rows, weights in zip(features, (found.image_DP, found.text_DQ), strict=True):
         assert float((weights @ rows.mean(0)).norm()) < 1e-9 * float((weights @ (rows - rows.mean(0)).T).norm())
 
@@ -115,8 +115,8 @@ def test_correlations_are_those_that_were_drawn() -> None:
 def test_ridges_are_those_that_serve_pairs_which_were_not_seen() -> None:
     """Few pairs of many features need a large one, where many of few need none; and their score is stated."""
     fold_N = np.arange(60) % 3
-    few = canonical.fit(drawn(60, widths=(40, 40)), given(16, (40, 40)), apart(60), fold_N)
-    many = canonical.fit(drawn(3000), given(16), apart(3000), np.arange(3000) % 3)
+    few = canonical.fit(drawn(60, widths=(40, 40)), given(16, (40, 40)), apart(60), canonical.rounds(fold_N))
+    many = canonical.fit(drawn(3000), given(16), apart(3000), canonical.rounds(np.arange(3000) % 3))
     assert min(few.ridges) > max(many.ridges)
     assert few.mrr is not None
     assert few.mrr_given is not None
@@ -135,12 +135,12 @@ def test_ridges_are_those_that_serve_pairs_which_were_not_seen() -> None:
 def test_a_tower_that_says_the_same_of_all_is_refused() -> None:
     image, text = drawn(30)
     with pytest.raises(UserError, match="the text tower says the same of all 30 pairs"):
-        canonical.fit((image, text[:1].expand(30, 9)), given(8), apart(30), None)
+        canonical.fit((image, text[:1].expand(30, 9)), given(8), apart(30), [])
 
 
 def test_the_first_and_the_last_bit_do_not_depend_on_who_asks() -> None:
     """A run that is stopped before its first checkpoint begins with the same projections again."""
-    one, two = (canonical.fit(drawn(90), given(16), apart(90), np.arange(90) % 3) for _ in range(2))
+    one, two = (canonical.fit(drawn(90), given(16), apart(90), canonical.rounds(np.arange(90) % 3)) for _ in range(2))
     assert one.ridges == two.ridges
     assert torch.equal(one.image_DP, two.image_DP)
     assert torch.equal(one.text_DQ, two.text_DQ)
@@ -151,3 +151,14 @@ def test_the_basis_is_at_a_right_angle_to_the_mean() -> None:
     side = Side.of(image, "image")
     assert float((side.basis_PP.T @ image.mean(0)).abs().max()) < 1e-10
     assert float(side.variance_P.min()) >= 0
+
+
+def test_rounds_hold_out_each_fold_until_it_is_enough() -> None:
+    few = canonical.rounds(np.arange(900) % 5)
+    assert [len(held) for _, held in few] == [180] * 5
+    assert sorted(np.concatenate([held for _, held in few])) == list(range(900))
+    many = canonical.rounds(np.arange(20_000) % 5)
+    assert [len(held) for _, held in many] == [canonical.ENOUGH // 2] * 2
+    for seen, held in (*few, *many):
+        assert not set(seen % 5) & set(held % 5)
+        assert len(seen) == (720 if len(held) == 180 else 16_000)

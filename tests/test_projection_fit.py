@@ -65,7 +65,7 @@ def by_hand(wanted: Config) -> canonical.Fit:
             sides[1].append(encoder.text_features(tokens.batch(np.array([row])))[0])
     given = opened.encoder.clip.visual_projection.weight.detach(), opened.encoder.clip.text_projection.weight.detach()
     both = torch.stack(sides[0]), torch.stack(sides[1])
-    return canonical.fit(both, given, projection_fit.identities(pairs), projection_fit.folds(pairs))
+    return canonical.fit(both, given, projection_fit.identities(pairs), canonical.rounds(projection_fit.folds(pairs)))
 
 
 def test_the_start_is_scored_as_it_was_given(experiment: Experiment, tmp_path: Path) -> None:

@@ -48,7 +48,10 @@ def fit(wanted: Config, opened: Opened, train: Pairs, reading: Reading, place: P
         sides = image.batch(there), text.batch(there)
         pairs = said if len(there) == len(said) else said.take(there.tolist())
         given = tuple(weight.detach() for weight in _weights(encoder))
-        return canonical.fit(sides, (given[0], given[1]), identities(pairs), folds(pairs))
+        fold_N = folds(pairs)
+        rounds = [] if fold_N is None else canonical.rounds(fold_N)
+        with console.progress("fitting projections", len(canonical.EVERY) * len(rounds)) as bar:
+            return canonical.fit(sides, (given[0], given[1]), identities(pairs), rounds, bar.advance)
 
     found = place.world.once(fitted)
     better = found.mrr is None or found.mrr_given is None or found.mrr > found.mrr_given
