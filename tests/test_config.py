@@ -151,7 +151,7 @@ def test_an_unknown_option_near_nothing_says_where_all_are_listed(load: Callable
         ("checkpoint: {every: 0}", "checkpoint.every", "0 is refused"),
         ("track: {to: [wandbb]}", "track.to", "'wandb'"),
         ("model: {image_tower: half}", "model.image_tower", "'full', 'frozen' or 'lora'"),
-        ("model: {projections: lora}", "model.projections", "'full' or 'frozen'"),
+        ("model: {projections: lora}", "model.projections", "'full', 'frozen' or 'fitted'"),
         ('output: ""', "output", "at least 1 character"),
     ],
 )
