@@ -397,9 +397,9 @@ def test_memory_does_not_grow_over_five_epochs(kept: bool, base: Path, tmp_path:
         assert held[1] < held[0]
     batch, told = 16 * 3 * 224 * 224, [f"{size / 1e6:.1f} MB" for size in held]
     # Three batches are read ahead, others are in hand, and the allocator keeps some: it settles in the first epochs
-    # (up to six batches were seen), and then nothing may come on top.
+    # (up to six batches were seen, on a busy machine as late as in the fifth). What leaks does so in every epoch.
     assert held[-1] - held[1 if kept else 0] < 8 * batch, told
-    assert held[-1] - held[-3] < 2 * batch, told
+    assert min(np.diff(held[-4:])) < batch / 4, told
 
 
 def test_other_decoders_have_tables_of_their_own(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

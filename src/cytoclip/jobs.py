@@ -106,22 +106,13 @@ class Job:
 def prepare(
     wanted: Config, run: RunFolder, world: World, console: Console, storing: bool = True, begins: bool = False
 ) -> Job:
-    """Read, open and build all that a run needs.
+    """Read, open and build all that a run needs; `storing` False computes no features, as a dry run wants it.
 
-    Parameters
-    ----------
-    storing
-        False computes no features, as a dry run wants it.
-    begins
-        Whether the run begins: only then is anything fitted that training begins with.
+    Only for a run that `begins` are projections fitted.
     """
     journal.check_trackers(wanted.track.to)
     found = world.once(lambda: intake.find(wanted, console))
-    opened = checkpoint.open_start(wanted)
-    if opened.crop == "pad":
-        console.warn("data.crop=pad: plain transformers, which cannot say it, would cut the saved model's pictures")
-    image_tower = opened.encoder.clip.config.vision_config.model_type
-    families.refuse_unsupported(opened.encoder.family, image_tower, wanted.model, wanted.train)
+    opened = _start(wanted, console)
     objective = _objective(wanted, opened)
     began_from = model.fingerprint(opened.encoder.clip)
     start = copy.deepcopy(opened.encoder).to(world.device).eval().requires_grad_(False) if objective.anchored else None
@@ -205,6 +196,16 @@ def first_line(wanted: Config, world: World) -> str:
         f"(from {world.precision_from}), global batch {wanted.train.batch_size} = {world.size} × "
         f"{wanted.train.batch_size // world.size}"
     )
+
+
+def _start(wanted: Config, console: Console) -> Opened:
+    """The checkpoint to start from, refused where its family cannot do what is asked."""
+    opened = checkpoint.open_start(wanted)
+    if opened.crop == "pad":
+        console.warn("data.crop=pad: plain transformers, which cannot say it, would cut the saved model's pictures")
+    image_tower = opened.encoder.clip.config.vision_config.model_type
+    families.refuse_unsupported(opened.encoder.family, image_tower, wanted.model, wanted.train)
+    return opened
 
 
 def _keep(
