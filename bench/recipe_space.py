@@ -135,20 +135,22 @@ def runs(params: Params, budget: int, seed: int) -> list[dict[str, Any]]:
         **_length(steps - ahead, params["warmup"], params["batch"], seed),
     }
     augment = AUGMENT[params["augment"]]
-    model: dict[str, Any] = {"text_tower": text, "projections": "fitted" if params["fitted"] and not ahead else "full"}
+    model: dict[str, Any] = {"text_tower": text}
     if "rank" in params:
         last = {"last_layers": params["last_layers"]} if params["last_layers"] else {}
         lora = {"rank": params["rank"], "alpha": float(params["rank"]), "dora": params["dora"]}
         image, texts = TARGETS[params["targets"]]
         lora |= {"dropout": params["dropout"], "targets": image + texts if text == "lora" else image, **last}
         model |= {"image_tower": "lora", "lora": lora}
-    return [*found, {"data": {"augment": augment} if augment else {}, "model": model, "train": train}]
+    found.append({"data": {"augment": augment} if augment else {}, "model": model, "train": train})
+    found[0]["model"]["projections"] = "fitted" if params["fitted"] else "full"
+    return found
 
 
 def _first(params: Params, steps: int, seed: int) -> dict[str, Any]:
     train = {"learning_rate": params["first_rate"], "weight_decay": params["weight_decay"]}
     train |= {"positives": params["positives"], "label_smoothing": params["label_smoothing"]}
-    towers = {"image_tower": "frozen", "text_tower": "frozen", "projections": "fitted" if params["fitted"] else "full"}
+    towers = {"image_tower": "frozen", "text_tower": "frozen"}
     return {"data": {}, "model": towers, "train": {**train, **_length(steps, 0.1, params["batch"], seed)}}
 
 

@@ -39,19 +39,13 @@ KEY_BIAS = "k_proj.bias"
 @pytest.fixture(scope="session")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data root with 48 training and 20 validation pairs of drawn cells; captions repeat, some with groups."""
-    folder = tmp_path_factory.mktemp("data")
-    write_split(folder / "train", 48, seed=1)
-    write_split(folder / "val", 20, seed=2)
-    return folder
+    return write_root(tmp_path_factory.mktemp("data"), 48)
 
 
 @pytest.fixture(scope="session")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As `root` with 240 training pairs: from so many even random towers tell something of pairs that were not seen."""
-    folder = tmp_path_factory.mktemp("many")
-    write_split(folder / "train", 240, seed=1)
-    write_split(folder / "val", 20, seed=2)
-    return folder
+    return write_root(tmp_path_factory.mktemp("many"), 240)
 
 
 @pytest.fixture(scope="session")
@@ -149,6 +143,13 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return Outcome(int(caught.value.code or 0), *capsys.readouterr())
 
     return typed
+
+
+def write_root(folder: Path, pairs: int) -> Path:
+    """So many training pairs and 20 to validate."""
+    write_split(folder / "train", pairs, seed=1)
+    write_split(folder / "val", 20, seed=2)
+    return folder
 
 
 def write_split(folder: Path, count: int, seed: int) -> list[dict[str, str]]:

@@ -376,7 +376,7 @@ def test_two_processes_of_a_run_share_it(experiment: Experiment, own: Path, tmp_
 
 @pytest.mark.slow  # 6 s
 @pytest.mark.parametrize("kept", [False, True])
-def test_memory_does_not_grow_over_five_epochs(kept: bool, base: Path, tmp_path: Path) -> None:
+def test_memory_does_not_grow_over_eight_epochs(kept: bool, base: Path, tmp_path: Path) -> None:
     """Of this process and its loading ones, after each epoch of 288 pictures of 224×224 (43 MB decoded)."""
     (tmp_path / "imgs").mkdir()
     entries = []
@@ -387,7 +387,7 @@ def test_memory_does_not_grow_over_five_epochs(kept: bool, base: Path, tmp_path:
     (tmp_path / "img_text_pair.json").write_text(json.dumps(entries))
     part = part_of(tmp_path, replace(checkpoint.open_model(str(base)).pixels, resize=224, crop=(224, 224)))
     pictures = part.pictures.kept_in(cache.opened(part)) if kept else part.pictures
-    me, share = psutil.Process(), Share(Order(288, 16, seed=0), 0, 6 * 18, rank=0, size=1)
+    me, share = psutil.Process(), Share(Order(288, 16, seed=0), 0, 9 * 18, rank=0, size=1)
     source, held = iter(batches.loader(pictures, None, share, 2, CPU)), []
     for step in range(len(share)):
         batches.next_batch(source)
@@ -397,9 +397,9 @@ def test_memory_does_not_grow_over_five_epochs(kept: bool, base: Path, tmp_path:
         assert held[1] < held[0]
     batch, told = 16 * 3 * 224 * 224, [f"{size / 1e6:.1f} MB" for size in held]
     # Three batches are read ahead, others are in hand, and the allocator keeps some: it settles in the first epochs
-    # (up to six batches were seen, on a busy machine as late as in the fifth). What leaks does so in every epoch.
+    # (up to six batches were seen, on a busy machine as late as in the fifth), and then nothing may come on top.
     assert held[-1] - held[1 if kept else 0] < 8 * batch, told
-    assert min(np.diff(held[-4:])) < batch / 4, told
+    assert held[-1] - held[-3] < 2 * batch, told
 
 
 def test_other_decoders_have_tables_of_their_own(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

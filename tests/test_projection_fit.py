@@ -121,7 +121,8 @@ def test_towers_in_training_say_what_frozen_ones_say(experiment: Experiment, tmp
     found = []
     for number, kind in enumerate(kinds):
         wanted = experiment(output=str(tmp_path / str(number) / "run"), model={**FITTED, **kind})
-        job = jobs.begun(prepared(wanted))
+        job = prepared(wanted)
+        jobs.begin_fitted(job)
         found.append([getattr(job.opened.encoder.clip, name.split(".")[0]).weight.detach().clone() for name in NAMES])
         assert job.opened.encoder.training
     for other in found[1:]:

@@ -38,6 +38,10 @@ class Averages:
     def __init__(self, moving: Mapping[str, torch.nn.Parameter], decay: float) -> None:
         self._moving = dict(moving)
         self._decay = decay
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin anew at the weights as they are."""
         self._averages = {name: parameter.detach().clone() for name, parameter in self._moving.items()}
 
     @torch.no_grad()

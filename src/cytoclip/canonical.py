@@ -56,6 +56,11 @@ class Fit:
     mrr: float | None = None
     mrr_given: float | None = None
 
+    @property
+    def better(self) -> bool:
+        """Whether it tells pairs that it has not seen apart better than what was there, as far as that is known."""
+        return self.mrr is None or self.mrr_given is None or self.mrr > self.mrr_given
+
 
 def rounds(fold_N: NDArray[np.int64]) -> list[Round]:
     """Rows that are fitted and rows that are held out, fold by fold, until enough were held out."""
@@ -90,15 +95,12 @@ def fit(
     UserError
         Where a tower says the same of all pairs.
     """
-    image_NP, text_NQ = (side.double().cpu() for side in features)
+    image_NP, text_NQ, given_DP, given_DQ = (each.double().cpu() for each in (*features, *given))
     ridges, mrr, before = UNTRIED, None, None
     if rounds:
-        ridges, mrr, before = _chosen(image_NP, text_NQ, given, identity, rounds, advance)
-    directions = Correlated.of(image_NP, text_NQ).weighted(ridges, len(given[0]))
-    image_DP, text_DQ = (
-        _spread_out(side, old) for side, old in zip(directions, (each.double().cpu() for each in given), strict=True)
-    )
-    return Fit(image_DP, text_DQ, ridges, mrr, before)
+        ridges, mrr, before = _chosen(image_NP, text_NQ, (given_DP, given_DQ), identity, rounds, advance)
+    image_PR, text_QR = Correlated.of(image_NP, text_NQ).weighted(ridges, len(given_DP))
+    return Fit(_spread_out(image_PR, given_DP), _spread_out(text_QR, given_DQ), ridges, mrr, before)
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,7 @@ def _chosen(
         for ridges in EVERY:
             scores_FK[-1].append(_mrr(*sides, *known.weighted(ridges, len(given[0])), answers))
             advance()
-        before.append(_mrr(*sides, given[0].double().cpu().T, given[1].double().cpu().T, answers))
+        before.append(_mrr(*sides, given[0].T, given[1].T, answers))
     mean_K = np.mean(scores_FK, axis=0)
     best = int(mean_K.argmax())
     return EVERY[best], float(mean_K[best]), float(np.mean(before))

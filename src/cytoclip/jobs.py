@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -163,13 +163,13 @@ def prepare(
     return job
 
 
-def begun(job: Job) -> Job:
-    """`job` as it goes into its first step, when the starting model has been looked at."""
+def begin_fitted(job: Job) -> None:
+    """Give the model the projections that training begins with, once the starting model has been looked at."""
     if job.fitted is None:
-        return job
+        return
     projection_fit.put(job.fitted, job.opened.encoder)
-    ema = job.config.train.ema
-    return replace(job, averages=Averages(job.opened.encoder.moving(), ema) if ema else None)
+    if job.averages:
+        job.averages.restart()
 
 
 def typical(job: Job, feed: FromDisk) -> Repeats:

@@ -54,9 +54,8 @@ def fit(wanted: Config, opened: Opened, train: Pairs, reading: Reading, place: P
             return canonical.fit(sides, (given[0], given[1]), identities(pairs), rounds, bar.advance)
 
     found = place.world.once(fitted)
-    better = found.mrr is None or found.mrr_given is None or found.mrr > found.mrr_given
-    console.say(_line(found, len(said), better))
-    return found if better else None
+    console.say(_line(found, len(said)))
+    return found if found.better else None
 
 
 def put(found: Fit, encoder: DualEncoder) -> None:
@@ -95,16 +94,13 @@ def _weights(encoder: DualEncoder) -> Iterator[torch.nn.Parameter]:
         yield getattr(encoder.clip, projection).weight
 
 
-def _line(found: Fit, pairs: int, better: bool) -> str:
+def _line(found: Fit, pairs: int) -> str:
+    fitted = f"fitted to {counted(pairs, 'pair')}"
+    ridges = f"ridges {found.ridges[0]:g} and {found.ridges[1]:g}"
     if found.mrr is None or found.mrr_given is None:
-        return (
-            f"model.projections: fitted to {counted(pairs, 'pair')}, too few or too alike to hold any out: ridges "
-            f"{found.ridges[0]:g} and {found.ridges[1]:g}"
-        )
-    worth = f"mrr {found.mrr:.4f} for pairs held out of the fit, and {found.mrr_given:.4f} by those of the model"
-    if better:
-        return (
-            f"model.projections: fitted to {counted(pairs, 'pair')}, ridges {found.ridges[0]:g} and "
-            f"{found.ridges[1]:g}: {worth}"
-        )
-    return f"model.projections: those of the model stay, which know more than fitted ones: {worth}"
+        return f"model.projections: {fitted}, too few or too alike to hold any out: {ridges}"
+    which = f"{fitted}, {ridges}" if found.better else "those of the model stay, which know more than fitted ones"
+    return (
+        f"model.projections: {which}: mrr {found.mrr:.4f} for pairs held out of the fit, and {found.mrr_given:.4f} by "
+        "those of the model"
+    )

@@ -106,7 +106,7 @@ def fit(wanted: Config, console: Console, watcher: Watcher | None = None) -> Run
         world.once(lambda: plan.check_disk(job.plan, run.path))
         world.once(lambda: _begin(run, job.config))
         progress = _resume(job, *behind) if behind else validation.begin(job)
-        job = job if behind else jobs.begun(job)
+        jobs.begin_fitted(job)
         _train(job, progress)
         return _finish(job, progress)
 
