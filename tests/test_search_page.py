@@ -335,7 +335,9 @@ def test_axe_finds_nothing(opened: Opened, sample: served.Sample, scheme: str) -
     rules = "{runOnly: 'color-contrast'}" if scheme == "dark" else "{}"
     audit(page, rules)
     drop(page, "drop-query", sample.picture(8))
+    expect(page.locator("#results .said")).to_contain_text("nearest to the picture")  # or it is renewed in the audit
     search(page, sample.entries[1]["caption"])
+    expect(page.locator("#results .said")).to_contain_text("and the picture")
     audit(page, rules)
     page.locator("#results .open").first.click()
     expect(page.locator("dialog.large")).to_be_visible()
