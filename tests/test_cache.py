@@ -29,7 +29,7 @@ from cytoclip.order import Order, Share
 from cytoclip.pictures import Pictures
 from cytoclip.pixels import PixelSpec
 from tests.conftest import weights
-from tests.numerics.test_processes import spawn
+from tests.numerics.nursery import spawn
 from tests.test_training import stop_after
 
 Experiment = Callable[..., Config]

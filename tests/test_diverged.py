@@ -20,7 +20,7 @@ from cytoclip.diverged import refuse_non_finite
 from cytoclip.errors import ExitCode, UserError
 from cytoclip.order import Order
 from tests.conftest import weights
-from tests.numerics.test_processes import spawn
+from tests.numerics.nursery import spawn
 from tests.test_training import QUIET, Experiment, losses
 
 ALONE = World(torch.device("cpu"))

@@ -18,7 +18,7 @@ from cytoclip.config import Config
 from cytoclip.console import Console
 from cytoclip.errors import ExitCode, UserError
 from tests.conftest import weights
-from tests.numerics.test_processes import spawn
+from tests.numerics.nursery import spawn
 from tests.test_training import stop_after
 
 Experiment = Callable[..., Config]

@@ -19,7 +19,7 @@ from cytoclip.errors import UserError
 from cytoclip.order import Order, Wording
 from cytoclip.pairs import Pairs, identities, right_answers
 from tests.conftest import weights
-from tests.numerics.test_processes import spawn
+from tests.numerics.nursery import spawn
 from tests.test_training import stop_after
 
 Experiment = Callable[..., Config]

@@ -19,7 +19,7 @@ from cytoclip.errors import ExitCode, UserError
 from cytoclip.pairs import Pairs
 from tests import tiny
 from tests.conftest import weights, write_split
-from tests.numerics.test_processes import spawn
+from tests.numerics.nursery import spawn
 
 QUIET = Console(quiet=True)
 Experiment = Callable[..., Config]

@@ -13,8 +13,8 @@ from cytoclip import loss
 from cytoclip.device import World
 from cytoclip.objectives import Objective
 from tests.numerics import gradients_of_one_rank as one_rank
+from tests.numerics.nursery import spawn
 from tests.numerics.test_loss import textbook
-from tests.numerics.test_processes import spawn
 
 ALONE = World(torch.device("cpu"))
 PROCESSES = (1, 2, 4)

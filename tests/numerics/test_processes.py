@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import KEY_BIAS, weights
-from tests.group import free_port
+from tests.numerics.nursery import spawn
 from tests.numerics.one_rank import run
 
 TOWERS = [("full", "full"), ("lora", "full"), ("frozen", "full")]
@@ -101,29 +98,6 @@ def _config(root: Path, base: Path, towers: tuple[str, str]) -> dict[str, Any]:
         "checkpoint": {"every": 100},
         "track": {"to": []},
     }  # fmt: skip
-
-
-def spawn(module: str, arguments: list[str], processes: int, code: int = 0) -> None:
-    """Run a module of these tests as a gloo group; each must end with `code`, and with the word done if that is 0."""
-    port = free_port()
-    group = [
-        subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
-            env={
-                **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-            },
-            cwd=Path(__file__).parents[2],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(processes)
-    ]  # fmt: skip
-    for process in group:
-        said, _ = process.communicate(timeout=300)
-        assert process.returncode == code, said
-        assert code or said.strip().endswith("done")
 
 
 def _losses(folder: Path) -> list[dict[str, float]]:

@@ -22,8 +22,8 @@ from cytoclip import selection, state, training, validation
 from cytoclip.config import parse
 from cytoclip.console import Console
 from tests.conftest import weights
+from tests.numerics.nursery import spawn
 from tests.numerics.one_rank import run
-from tests.numerics.test_processes import spawn
 
 TOWERS = {"full": {}, "lora with dropout": {"text_tower": "lora", "lora": {"dropout": 0.3}}}
 STEPS, EVERY, DIES = 9, 3, 5  # 4 steps an epoch: the kill and the resume fall into different epochs

@@ -15,8 +15,8 @@ from cytoclip import checkpoint, shard
 from cytoclip.console import Console
 from cytoclip.device import World
 from cytoclip.errors import UserError
+from tests.numerics.nursery import spawn
 from tests.numerics.one_rank import run
-from tests.numerics.test_processes import spawn
 
 pytestmark = pytest.mark.slow  # two processes, and two more that are stopped and started again: two minutes
 
