@@ -21,10 +21,10 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 RATE, WARM_UP = 1e-5, 100  # learning rate and warm-up steps, of all
-LONG = 200  # times that the list of pairs is repeated for those who start a loader anew in each epoch
+ROWS = 250_000  # to which the list of pairs is repeated for those who start a loader anew in each epoch
 
 
-def ours(task: Task, gate: Gate, cache: bool = False, chunks: bool = False, **options: Any) -> None:
+def ours(task: Task, gate: Gate, cache: bool = False, chunks: bool = False, compiled: bool = False) -> None:
     """`training.fit`; the gate stands behind its step."""
     from cytoclip import config, training
     from cytoclip.console import Console
@@ -44,7 +44,7 @@ def ours(task: Task, gate: Gate, cache: bool = False, chunks: bool = False, **op
             "data": {"root": str(task.here.data), "workers": task.workers, "cache": cache},
             "model": {"name": str(task.here.model(task.model))},
             "train": {"steps": never, "batch_size": task.batch, "learning_rate": RATE, "warmup_steps": WARM_UP,
-                      "precision": "bf16", "device": task.device, **share, **options},
+                      "precision": "bf16", "device": task.device, "compile": compiled, **share},
             "validate": {"every": never, "ks": [1]},
             "checkpoint": {"every": never},
             "track": {"to": []},
@@ -103,12 +103,13 @@ class Pairs(Dataset[dict[str, torch.Tensor]]):
     """Files and captions, through the transformers processor one pair at a time."""
 
     def __init__(self, files: list[str], captions: list[str], processor: Any) -> None:
-        self.files, self.captions, self.processor = files * LONG, captions * LONG, processor
+        self.files, self.captions, self.processor = files, captions, processor
 
     def __len__(self) -> int:
-        return len(self.files)
+        return ROWS
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        index %= len(self.files)
         image = Image.open(self.files[index]).convert("RGB")
         found = self.processor(text=self.captions[index], images=image, return_tensors="pt", padding="max_length",
                                truncation=True, max_length=77)  # fmt: skip
@@ -146,7 +147,7 @@ class Tokenised(Dataset[dict[str, torch.Tensor]]):
         self.files, self.tokens, self.transform = files, tokens, transform
 
     def __len__(self) -> int:
-        return LONG * len(self.files)
+        return ROWS
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         index %= len(self.files)
@@ -170,7 +171,8 @@ def sentence_transformers(task: Task, gate: Gate, cached: bool = False) -> None:
     from sentence_transformers.losses import CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss
 
     files, captions = task.here.pairs()
-    pairs = Table.from_dict({"image": files * LONG, "caption": captions * LONG}).cast_column("image", Picture())
+    times = -(-ROWS // len(files))
+    pairs = Table.from_dict({"image": files * times, "caption": captions * times}).cast_column("image", Picture())
     model = SentenceTransformer(str(task.here.model(task.model)), device=task.device)
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(_fresh(task, "st")),
@@ -194,7 +196,8 @@ def open_clip(task: Task, gate: Gate, compiled: bool = False) -> None:
     device = torch.device(task.device)
     files, captions = task.here.pairs()
     table = _fresh(task, "open_clip").with_suffix(".tsv")
-    table.write_text("filepath\ttitle\n" + "".join(f"{f}\t{c}\n" for f, c in zip(files, captions, strict=True)) * LONG)
+    rows = "".join(f"{file}\t{caption}\n" for file, caption in zip(files, captions, strict=True))
+    table.write_text("filepath\ttitle\n" + rows * -(-ROWS // len(files)))
     tokenizer = processor_of(task).tokenizer
     vision, text, width = _open_clip_shape(task)
 
@@ -333,10 +336,10 @@ def _fresh(task: Task, name: str) -> Path:
 
 WAYS: dict[str, Callable[[Task, Gate], None]] = {
     "ours": ours,
+    "ours, compiled": lambda task, gate: ours(task, gate, compiled=True),
     "ours, cached pictures": lambda task, gate: ours(task, gate, cache=True),
-    "ours, compiled": lambda task, gate: ours(task, gate, compile=True),
+    "ours, cached and compiled": lambda task, gate: ours(task, gate, cache=True, compiled=True),
     "ours, in chunks": lambda task, gate: ours(task, gate, chunks=True),
-    "ours, not compiled": lambda task, gate: ours(task, gate, cache=True, compile=False),
     "the original's way": original,
     "transformers Trainer": trainer,
     "transformers Trainer, compiled": lambda task, gate: trainer(task, gate, torch_compile=True),

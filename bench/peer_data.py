@@ -82,12 +82,12 @@ def _captions(said: list[str], count: int) -> tuple[list[str], Any]:
     random = np.random.default_rng(0)
     long = [", ".join(said[i] for i in random.integers(len(said), size=8)) for _ in range(count)]
     tokenizer = demo.train_tokenizer(long)
+    ends = tokenizer(long, return_offsets_mapping=True)["offset_mapping"]
     found = []
-    for text in long:
-        wanted, words = random.integers(TOKENS[0], TOKENS[1], endpoint=True), text.split()
-        while len(tokenizer(" ".join(words))["input_ids"]) > wanted:
-            words.pop()
-        found.append(" ".join(words))
+    for text, end in zip(long, ends, strict=True):
+        wanted = int(random.integers(TOKENS[0], TOKENS[1], endpoint=True))
+        at = end[wanted - 2][1]  # where the last token that is still wanted ends, the first and the last left out
+        found.append(text[: at if text[at : at + 1] in ("", " ") else text.rfind(" ", 0, at)])
     return found, tokenizer
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cytoclip import (
+    __version__,
     checkpoint,
     classify,
     device,
@@ -70,8 +71,9 @@ def results(job: Job, progress: Progress) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Of what decides a number: our own and the libraries' below us, and Python's."""
-    names = ("cytoclip", "torch", "transformers", "accelerate", "peft")
-    return {**{name: importlib.metadata.version(name) for name in names}, "python": platform.python_version()}
+    below = ("torch", "transformers", "accelerate", "peft")
+    found = {"cytoclip": __version__, **{name: importlib.metadata.version(name) for name in below}}
+    return {**found, "python": platform.python_version()}
 
 
 def _held_out(job: Job, progress: Progress) -> dict[str, dict[str, Scores]]:
