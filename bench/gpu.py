@@ -19,7 +19,7 @@ Parts, each in a process of its own with a time limit, so that one that fails en
 - run: `train.fit` of that model from the cache, with and without data.augment: what of the speed arrives.
 - compiled, lora-compiled: with train.compile.
 
-A JSON line for each measurement as soon as it is there.
+A JSON line for each measurement as soon as it is there; what is wanted of them at the end (`gpu_card.py`).
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 
 import torch
+from gpu_card import card
 from gpu_cost import REHEARSAL, Line, Scale, auto, cached, compiled, lora, lora_compiled, plain
 from gpu_same import augment, exact, repeats, run, runs
 
@@ -84,6 +85,7 @@ def main() -> int:
     given = parser.parse_args()
 
     def write(part: str, line: Line) -> None:
+        """Lines of children come by the file alone."""
         text = json.dumps({"part": part, **line})
         print(text, flush=True)
         with given.to.open("a") as out:
@@ -99,6 +101,7 @@ def main() -> int:
         return 0
     if not given.rehearse and not torch.cuda.is_available():
         parser.error("there is no CUDA device here; --rehearse runs it in small on the CPU")
+    given.to.unlink(missing_ok=True)
     write("facts", facts(torch.device("cpu" if given.rehearse else "cuda")))
     failed = 0
     for part in given.only:
@@ -108,7 +111,8 @@ def main() -> int:
         except subprocess.SubprocessError as error:
             failed += 1
             write(part, {"failed": str(error)[-300:]})
-    return int(failed > 0)
+    wanted = card([json.loads(text) for text in given.to.read_text().splitlines()])
+    return int(failed > 0 or any(not one["reached"] for one in wanted))
 
 
 if __name__ == "__main__":

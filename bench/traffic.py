@@ -1,6 +1,6 @@
 """What the processes of a step say to each other, in bytes, on paper: for 8 to 1,024 GPUs.
 
-    python bench/traffic.py [--parameters 149620737] [--moving 149620737] [--batch 32768] [--width 512]
+    python bench/traffic.py [--parameters 149620737] [--moving 149620737] [--batch 32768] [--width 512] [--micro 512]
 
 A step of B pairs over W processes, embeddings of D numbers, m parameters that move, all float32 (4 bytes). A ring sends
 (W − 1)/W of the whole from each process for a gather, and twice that for a sum:
@@ -10,10 +10,11 @@ A step of B pairs over W processes, embeddings of D numbers, m parameters that m
     sum of gradients                4 · 2 · m · (W − 1)/W
     sum of the loss and its like    a few numbers
 
-With `train.shard` the sum is a reduce-scatter, half of it, and each chunk gathers all M parameters for each of its
-three passes (two forward, one backward; two where there is one chunk):
+With `train.shard`, in chunks of `--micro` pairs, each chunk gathers all M parameters for each of its three passes (two
+forward, one backward; two where there is one chunk), and scatters what its backward pass found of the sum:
 
     gathers of parameters           4 · M · passes · chunks · (W − 1)/W
+    scattered sums of gradients     4 · m · chunks · (W − 1)/W
 
 The plain way, a gather with gradient, sends the gradient of the gathered embeddings back as well: twice the first line.
 A card, and one JSON line last.
@@ -44,7 +45,7 @@ def main() -> None:
     parser.add_argument("--moving", type=int, help="m; default: all")
     parser.add_argument("--batch", type=int, default=32768)
     parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--chunks", type=int, default=1, help="of each process, for train.shard")
+    parser.add_argument("--micro", type=int, default=512, help="pairs of a chunk, for train.shard")
     given = parser.parse_args()
     moving, rows = given.moving or given.parameters, []
     print(f"B = {given.batch:,}, D = {given.width}, m = {moving:,}: MB that each process sends in a step")
@@ -54,11 +55,11 @@ def main() -> None:
     for power in range(3, 11):
         processes = 2**power
         parts = sent(processes, given.batch, given.width, moving)
-        passes = 2 if given.chunks == 1 else 3
-        gathers = FLOAT * given.parameters * passes * given.chunks * (processes - 1) / processes / 1e6
-        sharded = parts["embeddings"] + parts["sums"] + parts["gradients"] / 2 + gathers
+        chunks = -(-given.batch // processes // given.micro)
+        gathers = FLOAT * given.parameters * (2 if chunks == 1 else 3) * chunks * (processes - 1) / processes / 1e6
+        sharded = parts["embeddings"] + parts["sums"] + parts["gradients"] / 2 * chunks + gathers
         row = {"gpus": processes, "pairs each": given.batch // processes, **parts, "in all": sum(parts.values()),
-               "sharded": sharded}  # fmt: skip
+               "chunks": chunks, "sharded": sharded}  # fmt: skip
         rows.append({key: round(value, 2) for key, value in row.items()})
         print(f"{processes:>6} {row['pairs each']:>11,} {parts['embeddings']:>11.1f} {parts['sums']:>6.2f} "
               f"{parts['gradients']:>10.1f} {row['in all']:>8.1f} {sharded:>9.1f}")  # fmt: skip

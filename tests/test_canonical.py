@@ -31,6 +31,10 @@ def apart(pairs: int) -> Identity:
     return Identity(each, each, -np.ones(pairs, np.int64))
 
 
+def halves(pairs: int) -> list[canonical.Round]:
+    return canonical.rounds(np.arange(pairs) % 2)
+
+
 def given(dimensions: int, widths: tuple[int, int] = (12, 9)) -> Features:
     torch.manual_seed(3)
     return torch.randn(dimensions, widths[0]) * 0.02, torch.randn(dimensions, widths[1]) * 0.05
@@ -74,9 +78,9 @@ def test_cosines_are_those_of_the_twin(
     dimensions: int, ridges: tuple[float, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With fewer dimensions than components, as many, and more."""
-    monkeypatch.setattr(canonical, "UNTRIED", ridges)
+    monkeypatch.setattr(canonical, "EVERY", [ridges])
     features, new = drawn(200), drawn(30, seed=1)
-    found = canonical.fit(features, given(dimensions), apart(200), [])
+    found = canonical.fit(features, given(dimensions), apart(200), halves(200))
     assert found.image_DP.shape == (dimensions, 12)
     assert found.text_DQ.shape == (dimensions, 9)
     # The direction of the mean counts for nothing, so that 8 of 9 components are left.
@@ -85,7 +89,7 @@ def test_cosines_are_those_of_the_twin(
 
 def test_each_projection_has_the_norm_of_the_one_that_it_replaces() -> None:
     old = given(16)
-    found = canonical.fit(drawn(100), old, apart(100), [])
+    found = canonical.fit(drawn(100), old, apart(100), halves(100))
     for new, before in zip((found.image_DP, found.text_DQ), old, strict=True):
         assert float(new.norm()) == pytest.approx(float(before.norm()), rel=1e-6)
     assert (found.image_DP.norm(dim=1) > 0).all(), "no dimension is empty"
@@ -94,7 +98,7 @@ def test_each_projection_has_the_norm_of_the_one_that_it_replaces() -> None:
 def test_what_all_rows_have_in_common_counts_for_nothing() -> None:
     """Not the mean, nor how far it is from the origin."""
     features = drawn(200)
-    found = canonical.fit(features, given(16), apart(200), [])
+    found = canonical.fit(features, given(16), apart(200), halves(200))
     for rows, weights in zip(features, (found.image_DP, found.text_DQ), strict=True):
         assert float((weights @ rows.mean(0)).norm()) < 1e-9 * float((weights @ (rows - rows.mean(0)).T).norm())
 
@@ -135,7 +139,7 @@ def test_ridges_are_those_that_serve_pairs_which_were_not_seen() -> None:
 def test_a_tower_that_says_the_same_of_all_is_refused() -> None:
     image, text = drawn(30)
     with pytest.raises(UserError, match="the text tower says the same of all 30 pairs"):
-        canonical.fit((image, text[:1].expand(30, 9)), given(8), apart(30), [])
+        canonical.fit((image, text[:1].expand(30, 9)), given(8), apart(30), halves(30))
 
 
 def test_the_first_and_the_last_bit_do_not_depend_on_who_asks() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -178,6 +179,31 @@ def test_folds_have_nothing_in_common(root: Path, loose: Path) -> None:
     tied = replace(pairs, sources=("one slide",) * len(pairs))
     assert np.array_equal(projection_fit.folds(tied), fold_N), "by caption alone where all come from one source"
     assert projection_fit.folds(replace(pairs, captions=("the same",) * len(pairs))) is None
+    # Each picture with two captions of its own, sources of four: only what goes by all of them keeps them together.
+    own = replace(pairs, captions=tuple(f"caption {i}" for i in range(len(pairs))), groups=("",) * len(pairs))
+    for tied in (
+        replace(own, contents=tuple(str(i // 2) for i in range(len(pairs)))),
+        replace(own, sources=tuple(str(i // 4) for i in range(len(pairs)))),
+        replace(own, groups=tuple(str(i // 3) for i in range(len(pairs)))),
+    ):
+        fold_N = projection_fit.folds(tied)
+        assert fold_N is not None
+        for each in (tied.contents, tied.sources, tied.groups):
+            some = {value: {int(f) for v, f in zip(each, fold_N, strict=True) if v == value} for value in each if value}
+            assert all(len(folds) == 1 for folds in some.values())
+
+
+def test_what_cannot_be_compared_is_not_fitted(experiment: Experiment, many: Path, tmp_path: Path) -> None:
+    """Of one caption nothing can be held out: the projections stay, and the run says so."""
+    root = shutil.copytree(many, tmp_path / "alike")
+    listed = root / "train" / "img_text_pair.json"
+    listed.write_text(json.dumps([{**entry, "caption": "a cell"} for entry in json.loads(listed.read_text())]))
+    wanted = ran(
+        experiment, tmp_path, "run", data={"root": str(root)}, model=FITTED, train={"steps": 1, "learning_rate": 1e-12}
+    )
+    assert "those of the model stay: 240 pairs are too few or too alike to compare a fit on" in log(wanted)
+    before, after = weights(Path(wanted.model.name)), weights(tmp_path / "run" / "model")
+    assert all(np.allclose(before[name], after[name], atol=1e-6) for name in NAMES)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ down directions that few pairs have shown (Vinod 1976, doi 10.1016/0304-4076(76)
 by a power of its correlation, as arXiv 1212.4522 does for retrieval. The ridges are chosen by how well pairs that a fit
 has not seen are told apart.
 
-A linear projection has no bias to take the mean away with, and cosines suffer from a common mean (hit@10 of
-held-out pairs .61 without it and .22 with it: docs/log.md). So the whole direction of the mean is taken away, one of P.
+A linear projection has no bias to take the mean away with, and cosines suffer from a common mean (docs/log.md: it
+cost two thirds of the score). So the whole direction of the mean is taken away, one of P.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from cytoclip.pairs import Identity
 
 RIDGES = (0.004, 0.012, 0.035, 0.1, 0.3, 1.0)  # tried on each side, times the mean variance of a direction
 EVERY = list(product(RIDGES, RIDGES))
-UNTRIED = (0.1, 0.1)  # where pairs cannot be held out; what was chosen for 740 pairs of two towers of width 384
 ENOUGH = 2_000  # pairs that are held out in all, half of them at once: an MRR is known to .01 by then
 POWER = 2  # of a component's correlation, its weight on each side; 1, 3 and 4 were worse there (docs/log.md)
 
@@ -47,19 +46,19 @@ class Fit:
         Of the image side and the text side.
     mrr, mrr_given
         Mean reciprocal rank of pairs held out of the fit, both directions and every right answer counted: by the fit,
-        and by the projections that were there. None where no pairs could be held out.
+        of which it is the best of `EVERY`, and by the projections that were there.
     """
 
     image_DP: torch.Tensor
     text_DQ: torch.Tensor
     ridges: tuple[float, float]
-    mrr: float | None = None
-    mrr_given: float | None = None
+    mrr: float
+    mrr_given: float
 
     @property
     def better(self) -> bool:
-        """Whether it tells pairs that it has not seen apart better than what was there, as far as that is known."""
-        return self.mrr is None or self.mrr_given is None or self.mrr > self.mrr_given
+        """Whether it tells pairs that it has not seen apart better than what was there."""
+        return self.mrr > self.mrr_given
 
 
 def rounds(fold_N: NDArray[np.int64]) -> list[Round]:
@@ -86,7 +85,7 @@ def fit(
     identity
         Of the N pairs, as numpy arrays.
     rounds
-        In which ridges are compared (`rounds`); without any, `UNTRIED` is taken.
+        In which ridges are compared: one or more (`rounds`).
     advance
         Called after each of `EVERY` in each round.
 
@@ -96,10 +95,9 @@ def fit(
         Where a tower says the same of all pairs.
     """
     image_NP, text_NQ, given_DP, given_DQ = (each.double().cpu() for each in (*features, *given))
-    ridges, mrr, before = UNTRIED, None, None
-    if rounds:
-        ridges, mrr, before = _chosen(image_NP, text_NQ, (given_DP, given_DQ), identity, rounds, advance)
-    image_PR, text_QR = Correlated.of(image_NP, text_NQ).weighted(ridges, len(given_DP))
+    whole = Correlated.of(image_NP, text_NQ)
+    ridges, mrr, before = _chosen(image_NP, text_NQ, (given_DP, given_DQ), identity, rounds, advance)
+    image_PR, text_QR = whole.weighted(ridges, len(given_DP))
     return Fit(_spread_out(image_PR, given_DP), _spread_out(text_QR, given_DQ), ridges, mrr, before)
 
 
@@ -156,7 +154,7 @@ class Correlated:
         """The first `most` canonical directions of each side as columns, (P, R) and (Q, R), weighted."""
         image_P, text_Q = self.image.shrunk(ridges[0]), self.text.shrunk(ridges[1])
         white_PQ = image_P[:, None] * self.together_PQ * text_Q
-        # Eigenvectors of the smaller product take a fifth of the time of singular vectors. What they lose, correlations
+        # Eigenvectors of one side's product take a fifth of the time of singular vectors. What they lose, correlations
         # below 1e-8, weighs nothing; and a left vector is white · right ÷ ρ, of which ρ² leaves white · right · ρ.
         squared_Q, right_QQ = torch.linalg.eigh(white_PQ.T @ white_PQ)
         best_R = squared_Q.argsort(descending=True)[: min(most, *white_PQ.shape)]

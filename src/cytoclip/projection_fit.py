@@ -24,10 +24,13 @@ from cytoclip.pairs import Pairs, identities, spread
 
 MOST = 20_000  # pairs that are looked at: ten times and more as many as the towers are wide
 FOLDS = 5
+_STAY = "those of the model stay"
 
 
 def fit(wanted: Config, opened: Opened, train: Pairs, reading: Reading, place: Place) -> Fit | None:
     """The projections to begin with; None where those that are there tell held-out pairs apart as well.
+
+    Where nothing can be held out they stay too: a fit that was not compared is not to be trusted.
 
     All processes look at pairs together; the first one fits.
 
@@ -37,6 +40,12 @@ def fit(wanted: Config, opened: Opened, train: Pairs, reading: Reading, place: P
         For a picture that cannot be read, unless `data.on_bad_image` is skip; where a tower says the same of all.
     """
     said, console = _some(spread(train), wanted.train.seed), place.console
+    fold_N = folds(said)
+    if fold_N is None:
+        console.say(
+            f"model.projections: {_STAY}: {counted(len(said), 'pair')} are too few or too alike to compare a fit on"
+        )
+        return None
     tokens = captions.tokenise(opened.tokenizer, said.captions, opened.context, opened.encoder.family)
     encoder, each, skips = opened.encoder.eval(), reading.batch_size, wanted.data.on_bad_image == "skip"
     image = features.of_pictures(encoder, said, opened.pixels, each, reading.workers, place, skips)
@@ -48,8 +57,7 @@ def fit(wanted: Config, opened: Opened, train: Pairs, reading: Reading, place: P
         sides = image.batch(there), text.batch(there)
         pairs = said if len(there) == len(said) else said.take(there.tolist())
         given = tuple(weight.detach() for weight in _weights(encoder))
-        fold_N = folds(pairs)
-        rounds = [] if fold_N is None else canonical.rounds(fold_N)
+        rounds = canonical.rounds(fold_N[there])
         with console.progress("fitting projections", len(canonical.EVERY) * len(rounds)) as bar:
             return canonical.fit(sides, (given[0], given[1]), identities(pairs), rounds, bar.advance)
 
@@ -95,12 +103,8 @@ def _weights(encoder: DualEncoder) -> Iterator[torch.nn.Parameter]:
 
 
 def _line(found: Fit, pairs: int) -> str:
-    fitted = f"fitted to {counted(pairs, 'pair')}"
-    ridges = f"ridges {found.ridges[0]:g} and {found.ridges[1]:g}"
-    if found.mrr is None or found.mrr_given is None:
-        return f"model.projections: {fitted}, too few or too alike to hold any out: {ridges}"
-    which = f"{fitted}, {ridges}" if found.better else "those of the model stay, which know more than fitted ones"
+    fitted = f"fitted to {counted(pairs, 'pair')}, ridges {found.ridges[0]:g} and {found.ridges[1]:g}"
     return (
-        f"model.projections: {which}: mrr {found.mrr:.4f} for pairs held out of the fit, and {found.mrr_given:.4f} by "
-        "those of the model"
+        f"model.projections: {fitted if found.better else f'{_STAY}, which know more than fitted ones'}: "
+        f"mrr {found.mrr:.4f} for pairs held out of the fit, and {found.mrr_given:.4f} by those of the model"
     )
