@@ -13,9 +13,9 @@ Every run is a whole `training.fit`, in a pool of processes that share the devic
    with three seeds each; scored once, after the last step, on val.
 4. without: what the best full recipe and the best LoRA lose without each of their options, on the three cuts.
 
-Nothing is selected by val. A JSON line for each finished run in OUT/recipe.jsonl at once: the same command goes on,
-also with --from a former one. --seconds is kept: what is not finished is lost, and earlier stages leave time for later
-ones.
+With --trials 0 nothing is searched: the finals are of the first guesses. Nothing is selected by val. A JSON line for
+each finished run is in OUT/recipe.jsonl at once: the same command goes on, also with --from a former one. --seconds is
+kept: what is not finished is lost, and earlier stages leave time for later ones.
 """
 
 from __future__ import annotations
@@ -43,13 +43,14 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 import optuna
 from recipe_result import summary
-from recipe_space import GIVEN, PLAIN, PRIORS, SPACES, Params, runs
+from recipe_space import GIVEN, PLAIN, PRIORS, SPACES, Params, runs, without
 
 Line = dict[str, Any]
 BUDGET = 17_440  # pairs seen: 20 epochs of 872
 QUARTERS = {1: 35.0, 2: 50.0}  # percentile of its arm under which a trial ends there
 ENOUGH = 8  # trials at a quarter before any ends
 KS = [1, 5, 10, 50]
+SELECTION = 0.15  # of train
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def work(task: Task, model: str, root: str, home: Path, device: str) -> Line:
     folder, line = home / "runs" / name, dict(vars(task))
     at: list[float] = []
     try:
-        parts = runs(task.params, task.budget, task.seed)
+        parts = runs(task.params, task.budget, task.seed, _pairs(root, task))
         for number, sections in enumerate(parts):
             last, output = number == len(parts) - 1, folder / str(number)
             wanted = config.parse(_complete(sections, task, model, root, output, device), str(output))
@@ -165,10 +166,16 @@ def work(task: Task, model: str, root: str, home: Path, device: str) -> Line:
     return {**line, "at": at, "seconds": round(time.monotonic() - began, 1)}
 
 
+def _pairs(root: str, task: Task) -> int:
+    """Of the training split, or of what a cut leaves of it, more or less."""
+    listed = len(json.loads(Path(root, "train", "img_text_pair.json").read_text()))
+    return listed if task.cut is None else round((1 - SELECTION) * listed)
+
+
 def _complete(sections: dict[str, Any], task: Task, model: str, root: str, output: Path, device: str) -> dict[str, Any]:
     """The sections of one run as a whole configuration; what is final is ranked before and after, and not between."""
     steps, held = sections["train"]["steps"], task.cut is not None
-    cut = {"hold_out": {"share": 0.15, "seed": task.cut}} if held else {}
+    cut = {"hold_out": {"share": SELECTION, "seed": task.cut}} if held else {}
     precision = {"device": device, "precision": "bf16"}
     return {
         "data": {"root": root, "workers": 0, "cache": True, **cut, **sections["data"]},
@@ -293,9 +300,9 @@ def without_tasks(bench: Bench) -> list[Task]:
     for cut in (0, 1, 2):
         for arm in ("full", "lora"):
             best = chosen(bench, arm)
-            for option, plain in PLAIN.items():
-                if best and option in best and best[option] != plain:
-                    less = {**best, option: plain}
+            for option in PLAIN:
+                if best and option in best and without(best, option) != best:
+                    less = without(best, option)
                     found.append(Task("without", arm, less, cut, cut, bench.given.budget, f"{arm} without {option}"))
     return found
 
@@ -376,14 +383,18 @@ def prepare(given: argparse.Namespace) -> Bench:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     given.to.mkdir(parents=True, exist_ok=True)
     (given.work / "runs").mkdir(parents=True, exist_ok=True)
-    if not (given.work / "data").is_dir():
-        shutil.copytree(given.data_root, given.work / "data")  # the cache of pictures lies beside them
+    if not (given.work / "data").is_dir():  # the cache of pictures lies beside them
+        shutil.rmtree(given.work / "data.new", ignore_errors=True)
+        shutil.copytree(given.data_root, given.work / "data.new").rename(given.work / "data")
     bench = Bench(given, given.work, time.monotonic() + given.seconds)
-    former = [path for path in (given.work / "recipe.jsonl", given.former) if path and path.is_file()]
-    if former:
-        bench.lines = [json.loads(text) for text in former[0].read_text().splitlines()]
-        for place in {given.work / "recipe.jsonl", given.to / "recipe.jsonl"} - {former[0]}:
-            shutil.copyfile(former[0], place)
+    own = given.work / "recipe.jsonl"
+    if given.former and own.is_file():
+        sys.exit(f"error: --from {given.former}, but {own} is there\nhint: give another --work, or leave --from out")
+    former = given.former or own
+    if former.is_file():
+        bench.lines = [json.loads(text) for text in former.read_text().splitlines()]
+        for place in {own, given.to / "recipe.jsonl"} - {former}:
+            shutil.copyfile(former, place)
     if not list(given.work.glob("rungs-*")):
         for line in bench.done("search"):
             for quarter, reached in enumerate(line["at"], start=1):

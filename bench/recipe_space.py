@@ -97,25 +97,29 @@ PRIORS: dict[str, list[Params]] = {  # tried first
 # Each option as the original has it: what the best recipe loses without ours.
 PLAIN: Params = {
     "augment": "none", "positives": "pairs", "fitted": False, "first": 0.0, "batch": 64, "schedule": "constant",
-    "layer_decay": 1.0,
-    "ema": 0.0, "label_smoothing": 0.0, "patch_dropout": 0.0, "weight_decay": 0.001, "warmup": 0.3676,
-    "text_tower": "full", "dora": False, "targets": "qkv", "last_layers": 0, "dropout": 0.0,
+    "layer_decay": 1.0, "ema": 0.0, "label_smoothing": 0.0, "patch_dropout": 0.0, "weight_decay": 0.001,
+    "warmup": 0.3676, "text_tower": "moving", "dora": False, "targets": "qkv", "last_layers": 0, "dropout": 0.0,
 }  # fmt: skip
 
 
-PAIRS = 872  # of the training split: a closed form sees each once, and they count
+def without(params: Params, option: str) -> Params:
+    """`params` with one option as in `PLAIN`, and what goes with it: random projections need their own rate."""
+    more: Params = {"projection_rate": _PLAIN["projection_rate"]} if option == "fitted" else {}
+    moving = "lora" if "rank" in params else "full"
+    return {**params, **more, option: moving if option == "text_tower" else PLAIN[option]}
 
 
-def runs(params: Params, budget: int, seed: int) -> list[dict[str, Any]]:
+def runs(params: Params, budget: int, seed: int, pairs: int) -> list[dict[str, Any]]:
     """The sections `data`, `model` and `train` of the one or two runs that `params` stand for, of `budget` pairs.
 
-    The second begins at the end of the first, in which only the projections moved.
+    The second begins at the end of the first, in which only the projections moved. A closed form sees each of the
+    `pairs` of the training split once, and they count.
     """
     if "rate" in params:
         steps = max(2, budget // 64)
         train = {"learning_rate": params["rate"], "weight_decay": 0.001, "schedule": "constant", "positives": "pairs"}
         return [{"data": {}, "model": {}, "train": {**train, **_length(steps, params["warmup"], 64, seed)}}]
-    looked_at = PAIRS if params["fitted"] else 0
+    looked_at = pairs if params["fitted"] else 0
     steps = max(2, (budget - looked_at) // params["batch"])
     ahead = round(params["first"] * steps)
     found = [_first(params, ahead, seed)] if ahead else []
