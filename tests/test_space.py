@@ -14,7 +14,7 @@ from cytoclip.config import Config
 from cytoclip.errors import UserError
 from cytoclip.space import Choice, Facts, Span
 
-ALL = Facts(steps=200, projections=True, layers=True, patches=True, repeats=True, softmax=True)
+ALL = Facts(steps=200, projections=True, layers=True, patches=True, repeats=True, softmax=True, joined=True)
 
 
 def made(**sections: Any) -> Config:
@@ -28,11 +28,11 @@ def values(of: Choice | Span) -> tuple[Any, ...]:
 @pytest.mark.parametrize(
     ("sections", "varied"),
     [
-        ({}, 13),
-        ({"model": {"image_tower": "lora", "text_tower": "lora"}}, 15),
-        ({"model": {"image_tower": "frozen"}}, 10),
-        ({"model": {"image_tower": "frozen", "text_tower": "frozen"}}, 8),
-        ({"model": {"projections": "frozen"}, "data": {"root": "x", "augment": {"blur": 1.0}}}, 12),
+        ({}, 15),
+        ({"model": {"image_tower": "lora", "text_tower": "lora"}}, 17),
+        ({"model": {"image_tower": "frozen"}}, 11),
+        ({"model": {"image_tower": "frozen", "text_tower": "frozen"}}, 9),
+        ({"model": {"projections": "frozen"}, "data": {"root": "x", "augment": {"blur": 1.0}}}, 13),
     ],
 )
 def test_every_default_value_is_one_that_the_run_takes(sections: dict[str, Any], varied: int) -> None:
@@ -51,14 +51,27 @@ def test_every_default_value_is_one_that_the_run_takes(sections: dict[str, Any],
 def test_what_has_no_effect_is_left_out() -> None:
     whole = set(space.default(made(), ALL))
     left_out = {
-        "projections": "train.projection_learning_rate",
-        "layers": "train.layer_decay",
-        "patches": "train.patch_dropout",
-        "repeats": "train.positives",
-        "softmax": "train.label_smoothing",
+        "projections": {"train.projection_learning_rate"},
+        "layers": {"train.layer_decay"},
+        "patches": {"train.patch_dropout"},
+        "repeats": {"train.positives"},
+        "softmax": {"train.label_smoothing"},
+        "joined": {"model.projections", "model.text_tower"},
     }
-    for fact, option in left_out.items():
-        assert whole - set(space.default(made(), replace(ALL, **{fact: False}))) == {option}
+    for fact, some in left_out.items():
+        assert whole - set(space.default(made(), replace(ALL, **{fact: False}))) == some
+
+
+def test_of_joined_towers_only_what_the_run_takes_is_varied() -> None:
+    """No closed form beside an anchor; no text tower that is frozen where it alone has adapters."""
+    anchored = space.default(made(train={"anchor": {"embeddings": 1.0}}), ALL)
+    assert "model.projections" not in anchored
+    assert "model.text_tower" in anchored
+    assert "model.text_tower" not in space.default(made(model={"text_tower": "lora"}), ALL)
+    chosen = {"model.text_tower": "frozen", "train.text_learning_rate": 1e-4, "model.projections": "fitted"}
+    found = space.applied(made(train={"text_learning_rate": 1e-5}), chosen, "a trial")
+    assert (found.model.text_tower, found.train.text_learning_rate) == ("frozen", None)
+    assert found.model.projections == "fitted"
 
 
 def test_rates_hold_the_one_given() -> None:

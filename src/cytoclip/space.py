@@ -66,6 +66,8 @@ class Facts:
         Whether some training pairs share a caption, a picture or a group.
     softmax
         Whether the objective is one.
+    joined
+        Whether the model is two towers that were joined, so that its projections may know nothing.
     """
 
     steps: int
@@ -74,6 +76,7 @@ class Facts:
     patches: bool
     repeats: bool
     softmax: bool
+    joined: bool
 
 
 def default(wanted: Config, facts: Facts) -> Space:
@@ -87,6 +90,8 @@ def default(wanted: Config, facts: Facts) -> Space:
         found[f"train.{name}_learning_rate"] = _rate(train.learning_rate, low, high)
     if facts.projections and model.projections != "frozen":
         found["train.projection_learning_rate"] = _rate(train.learning_rate, 1e-5, 1e-2)
+    if facts.joined:
+        found |= _of_joined(wanted)
     found["train.warmup_steps"] = Choice(tuple(sorted({round(share * facts.steps) for share in _WARMUPS})))
     found["train.schedule"] = Choice(("constant", "cosine", "linear"))
     found["train.weight_decay"] = Span(1e-4, 0.3, log=True)
@@ -107,6 +112,22 @@ def default(wanted: Config, facts: Facts) -> Space:
         if facts.patches:
             found["train.patch_dropout"] = Choice((0.0, 0.25, 0.5))
     return {name: of for name, of in found.items() if isinstance(of, Span) or len(of.values) > 1}
+
+
+def _of_joined(wanted: Config) -> Space:
+    """What was worth more than any rate where two towers were joined (docs/log.md, 2026-11-26)."""
+    found: Space = {}
+    try:
+        applied(wanted, {"model.projections": "fitted"}, "fitted")
+    except UserError:  # an anchor, or pairs from afar
+        pass
+    else:
+        if wanted.model.projections != "frozen":
+            found["model.projections"] = Choice(("fitted", "full"))
+    image, text = wanted.model.image_tower, wanted.model.text_tower
+    if text != "frozen" and image != "frozen" and (image == "lora" or text == "full"):
+        found["model.text_tower"] = Choice((text, "frozen"))
+    return found
 
 
 def read(path: Path, wanted: Config) -> Space:
@@ -156,7 +177,10 @@ def dimension(name: str, given: Any, whole: bool, place: Path) -> Choice | Span:
 
 
 def applied(wanted: Config, chosen: Mapping[str, Any], place: str) -> Config:
-    """`wanted` with the chosen values; where LoRA's rank is chosen and its alpha is not, alpha ÷ rank stays.
+    """`wanted` with the chosen values.
+
+    Where LoRA's rank is chosen and its alpha is not, alpha ÷ rank stays; where a tower is chosen to be frozen, its rate
+    is nobody's.
 
     Raises
     ------
@@ -169,6 +193,9 @@ def applied(wanted: Config, chosen: Mapping[str, Any], place: str) -> Config:
     lora = wanted.model.lora
     if lora and "model.lora.rank" in chosen and "model.lora.alpha" not in chosen:
         chosen = {**chosen, "model.lora.alpha": lora.alpha * chosen["model.lora.rank"] / lora.rank}
+    for tower in ("image", "text"):
+        if chosen.get(f"model.{tower}_tower") == "frozen":
+            chosen = {**chosen, f"train.{tower}_learning_rate": None}
     for name, value in chosen.items():
         *sections, key = name.split(".")
         inner = given

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cytoclip import batches, checkpoint, config, files, space, split_reader, trials, tuned
+from cytoclip import batches, checkpoint, config, files, space, split_reader, towers, trials, tuned
 from cytoclip.checkpoint import Opened, RunFolder
 from cytoclip.config import Config
 from cytoclip.console import Bar, Console
@@ -184,7 +184,7 @@ def _refuse_other(there: dict[str, Any], held: Config, asked: Asked, prints: dic
 def _facts(held: Config, pairs: Pairs, steps: int) -> Facts:
     opened: Opened = checkpoint.open_start(held)
     encoder = opened.encoder
-    towers = {encoder.image_tower: held.model.image_tower, encoder.text_tower: held.model.text_tower}
+    modes = {encoder.image_tower: held.model.image_tower, encoder.text_tower: held.model.text_tower}
     identity = identities(spread(pairs))
     grouped = identity.group[identity.group >= 0]
     columns = (identity.caption, identity.image, grouped)
@@ -192,12 +192,13 @@ def _facts(held: Config, pairs: Pairs, steps: int) -> Facts:
     found = Facts(
         steps=steps,
         projections=bool(encoder.family.projections),
-        layers=all(len(layers(tower)) for tower, mode in towers.items() if mode != "frozen"),
+        layers=all(len(layers(tower)) for tower, mode in modes.items() if mode != "frozen"),
         patches=encoder.clip.config.vision_config.model_type in PATCH_TOWERS and encoder.patches > 1,
         repeats=any(len(set(column.tolist())) < len(column) for column in columns),
         softmax=objective == "infonce",
+        joined=encoder.clip.config.model_type == towers.KIND,
     )
-    del opened, encoder, towers
+    del opened, encoder, modes
     gc.collect()
     return found
 
