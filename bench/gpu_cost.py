@@ -176,7 +176,7 @@ def _forget(device: torch.device) -> None:
 
 
 def plain(scale: Scale) -> Iterator[Line]:
-    yield {"matrix TFLOP/s": matrix_rate(scale), "GFLOP a pair": round(model_flops(scale) / 1e9, 2)}
+    yield {"matrix TFLOP/s": matrix_rate(scale), "GFLOP a pair": float(f"{model_flops(scale) / 1e9:.5g}")}
     encoder = encoder_of(scale)
     for size in scale.plain:
         line = measured(encoder, scale, inputs(scale, size), size, 4)
@@ -189,7 +189,7 @@ def matrix_rate(scale: Scale) -> float:
     """bf16, square, random: the median of ten."""
     a, b = (torch.randn(scale.matrix, scale.matrix, device=scale.device).bfloat16() for _ in range(2))
     took = seconds_of(lambda: torch.mm(a, b), scale, 10, 3)  # type: ignore[arg-type,return-value]
-    return round(2 * scale.matrix**3 / statistics.median(took) / 1e12, 1)
+    return float(f"{2 * scale.matrix**3 / statistics.median(took) / 1e12:.4g}")
 
 
 def model_flops(scale: Scale, pairs: int = 1024) -> float:
