@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -26,6 +27,13 @@ if TYPE_CHECKING:
     from tests import served
 
 torch.set_num_threads(1)  # tiny models have no use for more, and the bits are the same on any machine
+
+
+def pytest_collection_finish() -> None:
+    """Whatever imports made stays: a run collects garbage four times, which took as long as the rest of a tiny one."""
+    gc.collect()
+    gc.freeze()
+
 
 TINY = demo.Shape(
     image_size=32, patch_size=16, image_width=32, image_layers=2, text_width=32, text_layers=2, heads=2, embedding=16

@@ -9,6 +9,7 @@ negative for a signal, or null for one that was killed because it took too long.
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import os
 import runpy
@@ -102,5 +103,6 @@ if __name__ == "__main__":
 
     from cytoclip import training  # noqa: F401
 
+    gc.freeze()  # or each fork copies what its first collection touches
     for line in sys.stdin:
         print(json.dumps(_answer(json.loads(line))), flush=True)
