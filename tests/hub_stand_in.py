@@ -83,7 +83,8 @@ class _Answers(BaseHTTPRequestHandler):
     def log_message(self, *_: Any) -> None: ...
 
     def do_GET(self) -> None:
-        self.answer(None)
+        listed = [{"type": "file", "path": path, "oid": "0" * 40, "size": 1} for path in self.hub.files]
+        self.answer(listed if "/tree/main" in self.path else None)
 
     def do_PUT(self) -> None:
         self.hub.stored[self.path.rpartition("/")[2]] = self.body()

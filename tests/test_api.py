@@ -134,7 +134,7 @@ def test_health_says_what_is_served(client: TestClient, sample: served.Sample) -
         ("GET", "/search", {"params": {"text": "a", "k": 0}}, 422, "k: Input should be greater"),
         ("GET", "/search", {"params": {"text": "a", "k": 201}}, 422, "k: Input should be less"),
         ("GET", "/search", {"params": {"text": "a", "kind": "x"}}, 422, "kind: Input should be 'images' or 'captions'"),
-        ("GET", "/search", {"params": {"text": "a", "where": "label"}}, 422, "where 'label' names no value"),
+        ("GET", "/search", {"params": {"text": "a", "where": "label"}}, 422, "where 'label' is not key=value"),
         ("GET", "/search", {"params": {"text": "a", "where": "labl=x"}}, 422, "labl"),
         ("GET", "/search", {"params": {"text": "<start> <end>"}}, 422, "end token"),
         ("POST", "/search", {"data": {"k": 3}}, 422, "there is nothing to look for"),
@@ -165,6 +165,7 @@ def test_health_says_what_is_served(client: TestClient, sample: served.Sample) -
         ("GET", "/image/1.png", {}, 404, "there is nothing here"),
         ("DELETE", "/search", {}, 405, "Method Not Allowed"),
         ("GET", "/nothing", {}, 404, "there is nothing here"),
+        ("GET", "/search", {"params": {"text": "a", "where": ["label=x", "label=y"]}}, 422, "no hit is both"),
     ],
 )
 def test_a_refusal_is_one_line_and_a_hint(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +28,12 @@ def png(width: int, height: int, **how: object) -> bytes:
     written = io.BytesIO()
     Image.new("RGB", (width, height), (200, 90, 120)).save(written, "PNG", **how)
     return written.getvalue()
+
+
+def saved(form: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (30, 30), (200, 10, 90)).save(buffer, form)
+    return buffer.getvalue()
 
 
 def test_a_picture_is_taken_and_asked_with(at: Desk, sample: served.Sample) -> None:
@@ -78,6 +85,8 @@ def test_scores_and_embeddings_are_the_encoders(at: Desk, sample: served.Sample)
         (png(30, 30)[:60], "truncated"),
         (png(7200, 7000), "claims 7200x7000 pixels"),
         (png(6000, 100), "a picture of 6000x100 is too narrow"),
+        (saved("PPM"), "not a picture of a known format"),
+        (saved("ICO"), "not a picture of a known format"),
         (png(9, 9) + b"\0" * desk.UPLOAD_BYTES, "20,000,000 are allowed"),
     ],
 )
@@ -94,6 +103,22 @@ def test_what_is_no_picture_or_too_large_says_so(at: Desk, given: bytes, said: s
         assert caught.value.hint
 
 
+def test_the_formats_of_uploads_are_read(at: Desk) -> None:
+    for form in ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF", "JPEG2000", "AVIF"):
+        assert desk.decode(saved(form)).size == (30, 30)
+    assert len(at.embed([saved("PNG"), saved("TIFF")], ["a"])[0]) == 2
+
+
+def test_a_text_is_bounded_for_those_who_ask_without_the_page(at: Desk) -> None:
+    with pytest.raises(UserError, match="a text of 2,001 characters"):
+        at.search("x" * (desk.TEXT + 1), None, 3)
+
+
+def test_captions_like_a_picture_of_the_index(at: Desk, sample: served.Sample) -> None:
+    (one,) = at.like(at.search(None, sample.picture(3).read_bytes(), 1)[0].id, 1, kind="captions")
+    assert one == at.search(None, sample.picture(3).read_bytes(), 1, kind="captions")[0]
+
+
 def test_a_claim_is_refused_before_a_pixel_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(_: Image.Image) -> Image.Image:
         raise AssertionError
@@ -103,6 +128,20 @@ def test_a_claim_is_refused_before_a_pixel_is_decoded(monkeypatch: pytest.Monkey
     assert len(bomb) < 200_000
     with pytest.raises(UserError, match="claims"):
         desk.decode(bomb)
+
+
+def test_a_message_loses_whole_folders_and_no_words(sample: served.Sample, tmp_path: Path) -> None:
+    """An index that is called `index` is in every message; where pictures were moved to is in none."""
+    moved = shutil.copytree(sample.root, tmp_path / "elsewhere" / "root")
+    there = Desk(Index.open(sample.index, roots=[moved / "train" / "imgs"] * len(Index.open(sample.index).roots)))
+    row = there.search("cell", None, 1)[0].id
+    shutil.rmtree(moved)
+    with pytest.raises(UserError) as caught:
+        there.image(row, thumb=True)
+    assert str(tmp_path) not in caught.value.lines()
+    object.__setattr__(there.index, "folder", Path("index"))
+    with pytest.raises(UserError, match="the index has no picture"):
+        there.like(10**12, 3)
 
 
 def test_messages_name_no_folder_of_this_machine(at: Desk, sample: served.Sample, tmp_path: Path) -> None:

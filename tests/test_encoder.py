@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -119,6 +120,12 @@ def test_digest_tells_weights_tokenizers_and_precisions_apart(
     assert len(digests) == len(bases) == 5
     assert cytoclip.load(base).digest in digests
     assert cytoclip.load(base, precision="bf16").digest not in digests
+    # what no weight shows: another activation computes another embedding
+    other = shutil.copytree(base, tmp_path / "other")
+    settings = json.loads((other / "config.json").read_text())
+    settings["text_config"]["hidden_act"] = "gelu"
+    (other / "config.json").write_text(json.dumps(settings))
+    assert cytoclip.load(other).digest not in digests
 
 
 def test_formats_of_a_caller(base: Path, root: Path, pictures: list[Path]) -> None:

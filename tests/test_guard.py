@@ -233,6 +233,30 @@ def test_few_bodies_are_read_at_a_time_and_none_is_lost(app: Noting, monkeypatch
     assert sorted(asyncio.run(many(50))) == [200] * 20 + [503] * 30
 
 
+def test_slow_pictures_do_not_hold_up_a_question() -> None:
+    """As many as are read at once never end; what is small goes past them."""
+
+    async def both() -> int:
+        open_ = guard.guarded(Noting(), RULES)
+
+        async def never() -> Any:
+            await asyncio.sleep(3600)
+
+        scope = {"type": "http", "method": "POST", "path": "/take", "headers": [(b"host", b"localhost")]}
+        slow = [asyncio.create_task(open_(scope, never, send)) for _ in range(guard.BODIES)]
+        await asyncio.sleep(0.01)
+        try:
+            found = await asyncio.wait_for(asked(open_, "/say", "POST", (b"x",)), 5)
+        finally:
+            for each in slow:
+                each.cancel()
+        return int(found[0])
+
+    async def send(_: Any) -> None: ...
+
+    assert asyncio.run(both()) == 200
+
+
 def test_answers_say_that_nothing_is_asked_elsewhere(app: Noting) -> None:
     _, headers, _ = ask(guard.guarded(app, RULES), "/say")
     policy = headers["content-security-policy"]

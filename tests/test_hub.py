@@ -42,6 +42,11 @@ def test_an_export_is_uploaded_whole_and_private(base: Path, tmp_path: Path) -> 
         assert there.files == {path.name: path.read_bytes() for path in out.iterdir()}
         assert "model.safetensors" in there.files
 
+        there.files["adapter_config.json"] = b"{}"  # on top of a model, transformers would put an adapter
+        again = (*words[:2], str(tmp_path / "again"), *words[3:], "--push", "lab/pap-clip")
+        mixed = pushed(there.address, tmp_path, *again)
+        assert mixed.returncode == ExitCode.SYSTEM
+        assert "lab/pap-clip holds files that are not of it: adapter_config.json" in mixed.stderr
         there.refuses, there.files = True, {}
         refused = pushed(there.address, tmp_path, *words[:2], str(tmp_path / "kept"), *words[3:], "--push", "lab/other")
         assert refused.returncode == ExitCode.SYSTEM

@@ -253,7 +253,7 @@ def test_what_is_damaged_is_made_anew_when_told_to(pictures: Path, base: Path, t
     with pytest.raises(UserError, match="no index that can be used") as caught:
         built(base, pictures, to)
     assert "--rebuild" in caught.value.hint
-    built(base, pictures, to, rebuild=True)
+    assert built(base, pictures, to, rebuild=True).embedded == 12, "nobody knows which shards were of the index"
     (path,) = (to / "shards").iterdir()
     path.write_bytes(path.read_bytes()[:200] + bytes(500) + path.read_bytes()[700:])
     with pytest.raises(UserError, match="cannot be used") as caught:
@@ -261,6 +261,25 @@ def test_what_is_damaged_is_made_anew_when_told_to(pictures: Path, base: Path, t
     assert "--rebuild" in caught.value.hint
     assert built(base, pictures, to, rebuild=True).embedded == 12
     assert len(Index.open(to).search("a cell", k=100)) == 12
+
+
+def test_a_damaged_shard_that_no_manifest_names_is_as_good_as_none(pictures: Path, base: Path, tmp_path: Path) -> None:
+    to = tmp_path / "index"
+    built(base, pictures, to)
+    (path,) = (to / "shards").iterdir()
+    whole = path.read_bytes()
+    (to / "shards" / "99.parquet").write_bytes(whole[:200] + bytes(500) + whole[700:])
+    assert built(base, pictures, to).embedded == 0
+    assert [one.name for one in (to / "shards").iterdir()] == [path.name]
+
+
+def test_an_index_that_is_made_anew_forgets_folders_that_are_gone(pictures: Path, base: Path, tmp_path: Path) -> None:
+    to, moved = tmp_path / "index", tmp_path / "moved"
+    built(base, pictures, to)
+    pictures.rename(moved)
+    assert built(base, moved, to).manifest.roots == [str(pictures), str(moved)]
+    assert built(base, moved, to, rebuild=True).manifest.roots == [str(moved)]
+    assert Index.open(to, roots=[moved]).search("a cell", k=1)[0].file
 
 
 def test_only_a_folder_of_ours_is_written_to(pictures: Path, base: Path, tmp_path: Path) -> None:

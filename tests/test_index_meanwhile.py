@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
-from cytoclip import files, index, ivf, manifest, vector_shards
+from cytoclip import demo, files, index, ivf, manifest, vector_shards
 from cytoclip.console import Console
 from cytoclip.errors import UserError
 from cytoclip.search import Index
 from tests import group
+from tests.conftest import TINY
 from tests.test_index import assert_same, built, draw, draw_all
 
 
@@ -168,6 +169,24 @@ def test_a_large_index_brought_up_to_date_is_as_made_at_once(
         )  # type: ignore[arg-type]
         assert one == other
         assert one
+
+
+@pytest.mark.usefixtures("large")
+def test_lists_of_another_model_s_vectors_are_not_gone_on_with(
+    pictures: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, to = tmp_path / "other", tmp_path / "index"
+    other.mkdir()
+    demo.write_base(other, ["a cell of kind 1", "a cell of kind 3"], TINY, seed=5)
+    built(base, pictures, to)
+    given: list[object] = []
+    real = ivf.sort_into_lists
+    monkeypatch.setattr(ivf, "sort_into_lists", lambda *all_: (given.append(all_[4]), real(*all_))[1])
+    built(other, pictures, to, rebuild=True)
+    assert given == [None]
+    built(other, pictures, to, rebuild=True)
+    assert len(given) == 2
+    assert given[1] is not None, "the same model's are"
 
 
 @pytest.mark.usefixtures("large")

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import cytoclip
-from cytoclip import encoder, index, ivf, manifest
+from cytoclip import encoder, index, ivf, manifest, search
 from cytoclip.console import Console
 from cytoclip.encoder import Encoder
 from cytoclip.errors import ExitCode, UserError
@@ -350,3 +350,15 @@ def test_the_index_command_says_what_it_did(run: Run, root: Path, base: Path, tm
     assert "20 embedded, 0 kept, 0 removed, 0 left out" in outcome.out
     document = json.loads(run(*words, "--json").out)
     assert (document["embedded"], document["kept"], document["index"]["pictures"]) == (0, 20, 20)
+
+
+def test_filters_are_one_value_a_key() -> None:
+    assert search.filters(("a=b=c", "d=", "a=b=c"), "--where") == {"a": "b=c", "d": ""}
+    for written, message in (
+        (("a",), "is not key=value"),
+        (("=b",), "is not key=value"),
+        (("a=1", "a=2"), "no hit is both"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            search.filters(written, "--where")
+        assert caught.value.hint

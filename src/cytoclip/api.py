@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, Field
 from cytoclip import __version__, desk, pages
 from cytoclip.desk import Desk
 from cytoclip.errors import UserError
-from cytoclip.search import Hit, Kind
+from cytoclip.search import Hit, Kind, filters
 
 PATHS = re.compile(r"/(healthz|docs|openapi\.json|search|embed|score|picture|(similar|image)/-?[0-9]{1,20})")
 BODIES = {  # the form's own lines beside the pictures
@@ -155,7 +155,7 @@ def _search_routes(app: fastapi.FastAPI, at: Desk) -> None:
         where: Annotated[Where, Query()] = [],  # noqa: B006 - FastAPI copies it
     ) -> Hits:
         """The nearest pictures, or captions, to a text."""
-        return _hits(at.search(text, None, k, kind=kind, where=_filters(where)))
+        return _hits(at.search(text, None, k, kind=kind, where=filters(where, "where")))
 
     @app.post("/search")
     def search(
@@ -167,7 +167,7 @@ def _search_routes(app: fastapi.FastAPI, at: Desk) -> None:
         where: Annotated[Where, Form()] = [],  # noqa: B006
     ) -> Hits:
         """The nearest to a picture, to a text, or to both."""
-        return _hits(at.search(text, image.file.read() if image else None, k, weight, kind, _filters(where)))
+        return _hits(at.search(text, image.file.read() if image else None, k, weight, kind, filters(where, "where")))
 
     @app.get("/similar/{id}")
     def similar(
@@ -176,7 +176,7 @@ def _search_routes(app: fastapi.FastAPI, at: Desk) -> None:
         where: Annotated[Where, Query()] = [],  # noqa: B006
     ) -> Hits:
         """The nearest pictures to one of the index."""
-        return _hits(at.like(row, k, _filters(where)))
+        return _hits(at.like(row, k, filters(where, "where")))
 
     @app.get("/image/{id}", response_class=Response, responses={200: {"content": {"image/jpeg": {}}}})
     def image(row: Annotated[Row, Path(alias="id")], thumb: Annotated[Flag, Query()] = False) -> Response:
@@ -237,16 +237,6 @@ def _hits(hits: Sequence[Hit]) -> Hits:
             for hit in hits
         ]
     )
-
-
-def _filters(where: Sequence[str]) -> dict[str, str]:
-    filters = {}
-    for one in where:
-        key, equals, value = one.partition("=")
-        if not equals:
-            raise UserError(f"where {one[:80]!r} names no value", "write key=value")
-        filters[key] = value
-    return filters
 
 
 def _answer_problems(app: fastapi.FastAPI) -> None:

@@ -10,7 +10,6 @@ from typing import Annotated
 import typer
 
 from cytoclip import arguments
-from cytoclip.errors import UserError
 
 
 class Format(StrEnum):
@@ -79,9 +78,9 @@ def search(  # noqa: PLR0913 - each is an option
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Search an index by text, by a picture, or by both."""
-    from cytoclip.search import Index, document, table
+    from cytoclip.search import Index, document, filters, table
 
-    wanted = _pairs(where or ())
+    wanted = filters(where or (), "--where")
     opened = Index.open(index, model=model, roots=root or ())
     hits = opened.search(text, image, k=k, weight=weight, kind="captions" if captions else "images", where=wanted)
     console = arguments.console()
@@ -108,13 +107,3 @@ def serve(
 
     where = serving.Where(host, port, password, public)
     raise SystemExit(128 + serving.serve(index, where, arguments.console(), model, root or ()))
-
-
-def _pairs(written: list[str] | tuple[()]) -> dict[str, str]:
-    found = {}
-    for one in written:
-        key, equals, value = one.partition("=")
-        if not equals or not key:
-            raise UserError(f"--where {one} is not key=value", "such as --where label=HSIL")
-        found[key] = value
-    return found

@@ -23,7 +23,9 @@ from cytoclip.errors import ExitCode, UserError
 from cytoclip.search import Hit, Index, Kind
 
 UPLOAD_BYTES = 20_000_000
-UPLOAD_PIXELS = 50_000_000  # 400 MB while it is decoded; microscope cameras have up to 25 million
+UPLOAD_PIXELS = 50_000_000  # 0.45 GB while RGB is decoded, 1.7 for floats; microscope cameras have up to 25 million
+# Those whose decoders are libraries. In others a part is Python's: 200 kB of one may take seconds of every user.
+UPLOAD_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF", "JPEG2000", "AVIF")
 NARROWEST = 50  # times longer than wide: the shortest edge is brought to the model's, whatever the other becomes
 TEXT = 2_000  # characters: no text tower reads as many
 CAPTIONS = 100  # to score a picture against
@@ -133,15 +135,19 @@ class Desk:
         text = text.strip() if text else None
         if not text and picture is None:
             raise UserError("there is nothing to look for", "give a text, a picture, or both")
+        if text and len(text) > TEXT:  # the page's own bound is kept by the browser alone
+            raise UserError(f"a text of {len(text):,} characters", f"at most {TEXT:,}")
         decoded = None
         with self._turn, self._asked():
             if picture is not None:
                 decoded = decode(picture)
             return self.index.search(text or None, decoded, k=k, weight=weight, kind=kind, where=where or None)
 
-    def like(self, row: int, k: int, where: Mapping[str, str] | None = None) -> list[Hit]:
-        """The k pictures nearest to one of the index, without itself."""
+    def like(self, row: int, k: int, where: Mapping[str, str] | None = None, kind: Kind = "images") -> list[Hit]:
+        """The k pictures nearest to one of the index, without itself; or the captions nearest to it."""
         with self._turn, self._asked(row):
+            if kind == "captions":
+                return self.index.search(None, self.index.picture(row), k=k, kind=kind, where=where or None)
             return self.index.like(row, k=k, where=where or None)
 
     def score(self, picture: bytes, captions: Sequence[str]) -> list[Scored]:
@@ -160,8 +166,11 @@ class Desk:
     def embed(self, pictures: Sequence[bytes], texts: Sequence[str]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Unit embeddings: (N, D) of the pictures, (M, D) of the texts."""
         encoder = self.index.encoder
-        with self._turn:  # one picture decoded at a time: thirty-two of the largest would take 13 GB
-            image_ND = [encoder.embed_images(decode(one)) for one in pictures]
+        image_ND = []
+        for one in pictures:  # a turn each: thirty-two of the largest would hold up all others for long
+            with self._turn:
+                image_ND.append(encoder.embed_images(decode(one)))
+        with self._turn:
             text_MD = encoder.embed_texts(list(texts))
         return np.concatenate([np.empty((0, encoder.width), np.float32), *image_ND]), text_MD
 
@@ -186,9 +195,10 @@ class Desk:
         try:
             yield
         except UserError as error:
-            places = sorted((str(self.index.folder), *self.index.manifest.roots), key=len, reverse=True)
+            every = (str(self.index.folder), *self.index.manifest.roots, *self.index.roots)
+            places = {str(place) for place in every if Path(place).is_absolute() and len(Path(place).parts) > 1}
             message, hint = error.message, error.hint
-            for place in places:
+            for place in sorted(places, key=len, reverse=True):
                 message, hint = message.replace(place, "the index"), hint.replace(place, "the index")
             about_row = row is not None and error.code == ExitCode.DATA  # a filter that fits nothing is USAGE
             raise (UnknownRow if about_row else UserError)(message, hint, error.code) from None
@@ -211,7 +221,7 @@ def decode(picture: bytes) -> Image.Image:
             ExitCode.DATA,
         )
     try:
-        decoded = images.decode(picture, most=UPLOAD_PIXELS)
+        decoded = images.decode(picture, most=UPLOAD_PIXELS, formats=UPLOAD_FORMATS)
     except UserError as error:
         why = error.message.removeprefix("a picture: ")
         raise UserError(f"this is no picture that can be read: {why}", _HINT, ExitCode.DATA) from None
@@ -221,4 +231,4 @@ def decode(picture: bytes) -> Image.Image:
     return decoded
 
 
-_HINT = f"JPEG, PNG, TIFF, WebP and what else Pillow opens, up to {UPLOAD_PIXELS // 1_000_000} million pixels"
+_HINT = f"JPEG, PNG, TIFF, BMP, WebP, GIF, JPEG 2000 or AVIF, up to {UPLOAD_PIXELS // 1_000_000} million pixels"

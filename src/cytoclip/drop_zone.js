@@ -1,5 +1,6 @@
 // A picture goes to the server as it is, which answers with a ticket for it: the value of this component.
 const zone = element.querySelector('.zone'), input = zone.querySelector('input');
+let latest = 0;  // of two pictures the one that was given last is meant, whichever arrives first
 const invite = zone.querySelector('.invite'), held = zone.querySelector('.held'), wrong = zone.querySelector('.wrong');
 
 function show(name, told) {
@@ -22,11 +23,13 @@ async function take(file) {
     wrong.textContent = `${file.name} has ${file.size.toLocaleString()} bytes, and ${props.limit.toLocaleString()} are allowed.`;
     return;
   }
+  const turn = ++latest;
   zone.classList.add('busy');
   try {
     const headers = {'content-type': 'application/octet-stream'};
     const answer = await fetch('picture', {method: 'POST', body: file, headers});
     const told = await answer.json();
+    if (turn !== latest) return;
     if (!answer.ok) {
       wrong.textContent = `${file.name}: ${told.error}. ${told.hint}`;
       return;
@@ -35,9 +38,9 @@ async function take(file) {
     set({ticket: told.ticket});
     held.querySelector('button').focus();
   } catch {
-    wrong.textContent = 'The server does not answer.';
+    if (turn === latest) wrong.textContent = 'The server does not answer.';
   } finally {
-    zone.classList.remove('busy');
+    if (turn === latest) zone.classList.remove('busy');
     input.value = '';  // the same file may be chosen again
   }
 }
@@ -54,4 +57,4 @@ document.addEventListener('paste', event => {
   const file = [...(event.clipboardData?.files ?? [])].find(one => one.type.startsWith('image/'));
   if (file && zone.checkVisibility()) { event.preventDefault(); take(file); }
 });
-held.querySelector('button').addEventListener('click', () => { show(); set(null); input.focus(); });
+held.querySelector('button').addEventListener('click', () => { latest++; show(); set(null); input.focus(); });

@@ -20,7 +20,8 @@ App: TypeAlias = Callable[[Message, Receive, Send], Awaitable[None]]
 
 SMALL_BODY = 1_000_000  # what the page itself sends: texts and numbers
 BODY_SECONDS = 60.0  # in which a body has to arrive
-BODIES = 4  # read and worked on at a time: each may be as large as its path allows
+BODIES = 4  # read and worked on at a time, of those that may be large
+SMALL_BODIES = 64  # and of all others: whoever sends a picture slowly must not hold up who asks a question
 WAITING = 1000  # requests with a body that wait for their turn
 WRONG_PASSWORD_SECONDS = 0.5
 
@@ -71,7 +72,7 @@ class Rules:
 
 def guarded(app: App, rules: Rules) -> App:
     """`app` behind `rules`. What is refused is answered with an `error`, a `hint` and the right status."""
-    turns, waiting = asyncio.Semaphore(BODIES), 0
+    turns, small_turns, waiting = asyncio.Semaphore(BODIES), asyncio.Semaphore(SMALL_BODIES), 0
 
     async def answer(scope: Message, receive: Receive, send: Send) -> None:
         nonlocal waiting
@@ -95,7 +96,7 @@ def guarded(app: App, rules: Rules) -> App:
         else:
             waiting += 1
             try:
-                async with turns:
+                async with turns if scope["path"] in rules.bodies else small_turns:
                     await _with_body(app, scope, receive, send, rules.bodies.get(scope["path"], SMALL_BODY))
             finally:
                 waiting -= 1

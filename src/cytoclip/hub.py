@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from cytoclip.console import Console
-from cytoclip.errors import ExitCode, UserError, first_line
+from cytoclip.errors import ExitCode, UserError, first_few, first_line
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
@@ -23,7 +23,8 @@ def upload(folder: Path, repository: str, console: Console) -> str:
     Raises
     ------
     UserError
-        For whatever the hub or the way to it says; the folder stays.
+        For whatever the hub or the way to it says, and for a repository with files that are not among these: an
+        adapter that is there from before would be put on top of the model. The folder stays.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
@@ -31,6 +32,14 @@ def upload(folder: Path, repository: str, console: Console) -> str:
     api = HfApi(library_name="cytoclip")
     try:
         made = api.create_repo(repository, private=True, exist_ok=True)
+        ours = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+        others = sorted(name for name in api.list_repo_files(repository) if name not in ours and name[0] != ".")
+        if others:
+            raise UserError(
+                f"{folder} is exported, but {repository} holds files that are not of it: {first_few(others)}",
+                "name another repository, or delete them there first: they may change what opens",
+                ExitCode.SYSTEM,
+            )
         console.say(f"uploading {folder} to {made}")
         api.upload_folder(
             repo_id=repository, folder_path=folder, commit_message="Exported with cytoclip", ignore_patterns=[".*"]

@@ -55,16 +55,21 @@ _Found = TypeVar("_Found")
 _SCAN_BLOCK = 1024  # files handed to the threads at once: five million futures would take gigabytes
 
 
-def decode(place: Path | Piece | bytes, at_least: int | None = None, most: int | None = None) -> Image.Image:
+def decode(
+    place: Path | Piece | bytes,
+    at_least: int | None = None,
+    most: int | None = None,
+    formats: Sequence[str] = FORMATS,
+) -> Image.Image:
     """Read a file, or the bytes of one, as a plain RGB picture (see `normalise`), completely, or say what is wrong.
 
     With `at_least`, a JPEG comes at the smallest of 1/1, 1/2, 1/4 and 1/8 of its size whose edges have as many pixels:
     libjpeg leaves out the high frequencies of each block of 8×8, so the pixels are nearly those of a full decode that
     is resized to it, in a fraction of the time.
 
-    Only a regular file is opened, in any format of Pillow's but EPS, and what its header claims is held against `most`
-    pixels, by default `MAX_PIXELS`, before one is decoded. Safe in threads and forked workers. Pillow's warnings are
-    silent from the first call on.
+    Only a regular file is opened, in one of `formats` (by default any of Pillow's but EPS), and what its header claims
+    is held against `most` pixels, by default `MAX_PIXELS`, before one is decoded. Safe in threads and forked workers.
+    Pillow's warnings are silent from the first call on.
 
     Raises
     ------
@@ -74,7 +79,7 @@ def decode(place: Path | Piece | bytes, at_least: int | None = None, most: int |
     _hush()
     try:
         with _reading(place) as stream:
-            image = _open(stream, most)
+            image = _open(stream, most, formats)
             if at_least is not None:
                 image.draft(None, (at_least, at_least))  # the mode stays; does nothing but for JPEG
             return normalise(image)
@@ -216,12 +221,14 @@ def _reading(place: Path | Piece | bytes) -> Iterator[BufferedReader | BytesIO]:
             yield stream
 
 
-def _open(stream: BufferedReader | BytesIO, most: int | None = None) -> ImageFile.ImageFile:
+def _open(
+    stream: BufferedReader | BytesIO, most: int | None = None, formats: Sequence[str] = FORMATS
+) -> ImageFile.ImageFile:
     """The header only. Not `Image.open`, which warns on stderr and raises without telling width and height."""
     prefix = stream.read(16)
     recognised = ""
     by_ending = Image.EXTENSION.get(Path(getattr(stream, "name", "")).suffix.lower(), "")
-    for name in (*FORMATS, by_ending) if by_ending in _NO_SIGNATURE else FORMATS:
+    for name in (*formats, by_ending) if by_ending in _NO_SIGNATURE else formats:
         plugin, accepts = Image.OPEN.get(name, (None, None))  # a Pillow may be built without WebP
         if plugin is None or (accepts is not None and accepts(prefix) is not True):
             continue

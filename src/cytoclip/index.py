@@ -128,21 +128,22 @@ def _claim(folder: Path, made: Encoder, how: How, stack: ExitStack) -> None:
     """Hold the folder: an index has one writer. Refuse one that is not ours, or another model's."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file, not a folder", "name another folder for the index")
-    there = _before(folder, how)
+    there = (folder / manifest.NAME).exists()
     ours = {manifest.NAME, "shards", "faiss", ".lock", f".{manifest.NAME}.new"}
     foreign = sorted(p.name for p in folder.iterdir() if p.name not in ours) if folder.is_dir() and not there else []
     if foreign:
         raise UserError(f"{folder} holds what is no index: {first_few(foreign)}", "name an empty or a new folder")
-    if there and there.model.digest != made.digest and not how.rebuild:
-        same = there.model.weights == weights_of(made)
-        why = f"at precision {there.model.precision}" if same else f"by {there.model.name}, with other weights"
-        hint = "--rebuild embeds everything anew; or name another folder, or that model"
-        raise UserError(f"{folder} was made {why}", hint, ExitCode.MODEL)
     for inner in ("shards", "faiss"):
         if (folder / inner).is_symlink():
             raise UserError(f"{folder / inner} is a link", "name a folder of your own", ExitCode.DATA)
     busy = UserError(f"{folder} is being written by another process", "wait for it", ExitCode.SYSTEM)
     stack.enter_context(files.lock(folder / ".lock", busy))
+    before = _before(folder, how)  # which nobody changes from here on
+    if before and before.model.digest != made.digest and not how.rebuild:
+        same = before.model.weights == weights_of(made)
+        why = f"at precision {before.model.precision}" if same else f"by {before.model.name}, with other weights"
+        hint = "--rebuild embeds everything anew; or name another folder, or that model"
+        raise UserError(f"{folder} was made {why}", hint, ExitCode.MODEL)
 
 
 def _before(folder: Path, how: How) -> Manifest | None:
@@ -159,7 +160,7 @@ def _build(made: Encoder, source: str, folder: Path, console: Console, how: How)
     world = made.world
     there = world.once(lambda: _before(folder, how))
     source_of = world.once(lambda: entries.opened(source, how.columns, console))
-    roots = world.once(lambda: _roots(source_of.listed, source_of.root, there))
+    roots = world.once(lambda: _roots(source_of.listed, source_of.root, None if how.rebuild else there))
     header = Header(made.digest, tuple(roots))
     names = world.once(lambda: index_plan.usable(folder, header, made.width, there, how.rebuild))
     numbers = world.once(lambda: _numbers(folder, there))
@@ -249,7 +250,8 @@ def _commit(
     shards = sorted(shards, key=lambda shard: _number(shard.name))
     if not shards:
         raise UserError("not one picture can be used", "cytoclip check says what is wrong with each", ExitCode.DATA)
-    side = index_faiss.make(folder, shards, made.width, made.embed_texts, there, console)
+    same = there if there and there.model.digest == made.digest else None  # lists of another model's vectors are none
+    side = index_faiss.make(folder, shards, made.width, made.embed_texts, same, console)
     new = Manifest(
         model=manifest.Model(made.name, weights_of(made), made.digest, made.world.precision),
         width=made.width,

@@ -213,6 +213,8 @@ def _listed(  # noqa: PLR0913 - each is another thing
     recall = ivf.tune(made, queries)
     said = ", ".join(f"{value:.3f} for {kind}" for kind, value in recall.items())
     console.say(f"{name}: a query looks through {made.probes} of {made.lists} lists; recall@10 {said}")
+    if min(recall.values(), default=1.0) < ivf.TARGET:
+        console.warn(f"{name}: recall@10 {said}, where {ivf.TARGET} was wanted: some of the nearest are missed")
     return Side(len(held), "ivf", {"lists": made.lists, "probes": made.probes}, recall)
 
 

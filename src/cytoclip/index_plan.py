@@ -123,7 +123,12 @@ class Standing:
 
 
 def usable(folder: Path, header: Header, width: int, there: Manifest | None, rebuild: bool) -> list[Shard]:
-    """Shards whose embeddings are this model's: of the index, unless it is rebuilt, and of a run that was cut off."""
+    """Shards whose embeddings are this model's: of the index, unless it is rebuilt, and of a run that was cut off.
+
+    Where a damaged manifest does not tell which is which, an index that is rebuilt has none.
+    """
+    if rebuild and there is None and (folder / manifest.NAME).exists():
+        return []
     listed = {shard.name for shard in there.shards} if there else set()
     found = []
     for path in sorted((folder / "shards").glob("*.parquet"), key=lambda path: (len(path.name), path.name)):
@@ -132,7 +137,8 @@ def usable(folder: Path, header: Header, width: int, there: Manifest | None, reb
             continue
         if said[0].roots != header.roots[: len(said[0].roots)]:
             continue  # its numbers mean other folders
-        if not (rebuild and path.name in listed):
+        # Nobody counts on one that is not listed: where it is damaged, it is as good as none.
+        if not rebuild if path.name in listed else vector_shards.is_whole(path, said[1], width):
             found.append(Shard(path.name, said[1]))
     return found
 

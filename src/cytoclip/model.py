@@ -26,6 +26,8 @@ from cytoclip.families import FAMILIES, REFUSED, Family
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
 CLIP_SCALE_CEILING = math.log(100)  # of the logit scale: CLIP, arXiv 2103.00020, section 2.5
+_DECIDING = ("model_type", "hidden_act", "layer_norm_eps", "num_attention_heads", "eos_token_id", "pad_token_id",
+             "text_pooling")  # fmt: skip
 KEPT_POSITIONS = 20  # of the text tower, when the context is stretched: Long-CLIP, arXiv 2403.15378, section 3.2
 
 
@@ -393,10 +395,17 @@ def _stretched(old_Lh: torch.Tensor, length: int) -> torch.Tensor:
     return torch.cat([old_Lh[:KEPT_POSITIONS], rest_Lh[below] + part * (rest_Lh[below + 1] - rest_Lh[below])])
 
 
-def digest_of(clip: nn.Module, tokenizer: Any, *reading: Any) -> str:
-    """SHA-256 of the weights and of whatever else decides an embedding: words, pixels, context, precision."""
+def digest_of(clip: Any, tokenizer: Any, *reading: Any) -> str:
+    """SHA-256 of the weights and of whatever else decides an embedding: settings, words, pixels, context, precision."""
     words = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
-    return hashlib.sha256(repr((fingerprint(clip), words, *reading)).encode()).hexdigest()
+    settings = _deciding(clip.config.to_dict())
+    return hashlib.sha256(repr((fingerprint(clip), settings, words, *reading)).encode()).hexdigest()
+
+
+def _deciding(settings: dict[str, Any]) -> list[Any]:
+    """What a configuration and those inside it say that decides an embedding and that no weight's shape shows."""
+    inner = ((key, _deciding(value)) for key, value in settings.items() if isinstance(value, dict))
+    return [*((key, settings[key]) for key in _DECIDING if key in settings), *sorted(inner)]
 
 
 def fingerprint(clip: nn.Module) -> str:

@@ -88,6 +88,11 @@ class Index:
         self._images = index_faiss.image_search(folder, found, self._rows.ids)
         self._texts = index_faiss.text_search(folder, found)
 
+    @property
+    def roots(self) -> tuple[str, ...]:
+        """The folders below which its pictures are looked for now."""
+        return self._roots
+
     @classmethod
     def open(
         cls,
@@ -333,6 +338,27 @@ class Index:
             return Piece(path, start, size) if start >= 0 and 0 < size <= path.stat().st_size - start else None
         except (OSError, ValueError):
             return None
+
+
+def filters(written: Sequence[str], option: str) -> dict[str, str]:
+    """What `key=value` lines ask for; `option` is what they are called where they were written.
+
+    Raises
+    ------
+    UserError
+        For a line without a value, and for a key with two values, which no hit can have.
+    """
+    found: dict[str, str] = {}
+    for one in written:
+        key, equals, value = one.partition("=")
+        if not equals or not key:
+            raise UserError(f"{option} {one[:80]!r} is not key=value", f"such as {option} label=HSIL")
+        if found.setdefault(key, value) != value:
+            raise UserError(
+                f"{option} {key} is asked to be {found[key][:80]!r} and {value[:80]!r}: no hit is both",
+                "search once for each",
+            )
+    return found
 
 
 def _near(word: str, known: Sequence[str]) -> str:

@@ -173,7 +173,7 @@ def _answered(at: Desk, keys: Sequence[str], row: Any, *given: Any) -> tuple[str
     both = gr.update(visible=bool(text and str(text).strip() and held))
     where = {key: str(value) for key, value in zip(keys, menus, strict=True) if value not in (None, "", ANY)}
     if row is not None:
-        return _said(lambda: _alike(at, row, int(shown), where)), both, row
+        return _said(lambda: _alike(at, row, int(shown), where, _KINDS[str(kind)])), both, row
     if not held and not str(text or "").strip():
         return pages.render("search_empty.html"), both, None
     asked = (str(text or ""), held, int(shown), float(weight), _KINDS[str(kind)])
@@ -189,12 +189,13 @@ def _found(at: Desk, text: str, held: Any, k: int, weight: float, kind: Kind, wh
     return _listed(hits, kind, f"nearest to {asked}", where, time.perf_counter() - began)
 
 
-def _alike(at: Desk, row: Any, k: int, where: Mapping[str, str]) -> str:
+def _alike(at: Desk, row: Any, k: int, where: Mapping[str, str], kind: Kind) -> str:
     if type(row) is not int:
         raise UserError("this is no number of a picture", "take a button below a picture", ExitCode.DATA)
     began = time.perf_counter()
-    hits = at.like(row, k, where)
-    return _listed(hits, "images", "most like", where, time.perf_counter() - began, chosen=row)
+    hits = at.like(row, k, where, kind)
+    what = "most like" if kind == "images" else "nearest to"
+    return _listed(hits, kind, what, where, time.perf_counter() - began, chosen=row)
 
 
 def _listed(hits: Sequence[Hit], kind: Kind, what: str, where: Mapping[str, str], seconds: float, **values: Any) -> str:

@@ -172,6 +172,15 @@ def read(path: Path, rows: int, width: int, columns: Sequence[str] = LIGHT) -> A
     return table
 
 
+def is_whole(path: Path, rows: int, width: int) -> bool:
+    """Whether every column of a file can be read."""
+    try:
+        read(path, rows, width, _opened(path).schema_arrow.names)
+    except (UserError, *_BROKEN):
+        return False
+    return True
+
+
 def vectors(column: Any, width: int) -> NDArray[np.float32]:
     """A column of embeddings as (N, D); zeros where there is none."""
     chunks = [chunk.fill_null([0.0] * width) if chunk.null_count else chunk for chunk in column.chunks]
