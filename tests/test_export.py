@@ -202,6 +202,13 @@ def test_another_scale_is_a_mismatch_too(base: Path, tmp_path: Path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
+def test_the_folder_that_one_is_in(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    export.export(str(base), Path(), "hf", QUIET)
+    assert (tmp_path / "here" / "model.safetensors").is_file()
+
+
 def test_a_missing_library_says_how_to_get_it(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for form, module in (("onnx", "onnxruntime"), ("sentence-transformers", "sentence_transformers")):
         monkeypatch.setitem(__import__("sys").modules, module, None)

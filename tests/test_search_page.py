@@ -230,6 +230,12 @@ def test_more_like_this_and_enlarging(opened: Opened, index: Index, sample: serv
     choose(page, "label", label)  # a menu goes on about what is shown
     expect(page.locator("#results .said")).to_contain_text(f"label {label}")
     shows(page, index.like(first[2].id, k=24, where={"label": label}))
+    choose(page, "label", "any")
+    choose(page, "Find", "Captions")
+    expect(page.locator("#results .said")).to_contain_text("nearest to")
+    nearest = index.search(None, index.picture(first[2].id), k=24, kind="captions")
+    told = page.locator("#results .lines li").all_inner_texts()
+    assert [one.split(maxsplit=1)[1] for one in told] == [hit.caption for hit in nearest]
 
 
 def test_the_keyboard_is_enough(opened: Opened, index: Index, sample: served.Sample) -> None:

@@ -128,7 +128,7 @@ def export(
         For a model that the format has no place for, a library that is not installed, a folder that is there, or an
         export that gives other embeddings.
     """
-    to = to.absolute()
+    to = to if to.name not in ("", "..") else to.resolve()  # what is written beside it needs a name
     _refuse(to, form, adapter, push)
     opened = checkpoint.open_model(name)
     _refuse_family(opened, form)

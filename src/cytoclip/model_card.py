@@ -24,6 +24,8 @@ _LIMITS = """- The numbers hold for data like that it was scored on; a picture f
   or magnification may be read worse.
 - It ranks; it does not diagnose, and it was not validated for clinical use.
 - What the starting model could do besides may be lost."""
+_READ = """- Pictures were turned upright by their EXIF, put on white where they are transparent, and scaled to 8 bits
+  from 16: no processor does that by itself."""
 _WHOLE = """from transformers import AutoModel
 
 model = AutoModel.from_pretrained(folder)"""
@@ -179,7 +181,7 @@ def _numbers(judged: list[Judged]) -> list[str]:
 def _use(base: str | None, wanted: Config | None, adapter: bool, handed: Handed | None) -> list[str]:
     opened = _ADAPTER.format(base=base or "the checkpoint it began from") if adapter else _WHOLE
     beside = "The tokenizer and the image processor lie in the same folder: `AutoTokenizer`, `AutoImageProcessor`."
-    limits = [_LIMITS]
+    limits = [_LIMITS, _READ]
     if wanted is not None and wanted.data.crop == "pad":
         limits.append("- Pictures were padded to a square in training; the image processor here cuts them instead.")
     return [
