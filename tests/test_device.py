@@ -268,3 +268,28 @@ def test_the_group_ends_before_python_does() -> None:
         said = [process.communicate(timeout=120)[0] for process in group]
     assert [process.returncode for process in group] == [0, 0]
     assert said == ["ended before\n"] * 2
+
+
+FORKS = """
+import os, time
+from cytoclip import device
+slept, sleep = [], time.sleep
+time.sleep = lambda seconds: (slept.append(seconds), sleep(seconds))
+world = device.start("cpu", "no")
+slept.clear()
+for _ in range(2):
+    pid = os.fork()
+    if not pid:
+        os._exit(0)
+    os.waitpid(pid, 0)
+print(slept)
+"""
+
+
+def test_a_group_settles_before_it_forks() -> None:
+    """Else a thread of its own may hold Python's lock of all thread states in that moment, for good in the child."""
+    with started(FORKS, []) as group:
+        said = [process.communicate(timeout=120)[0] for process in group]
+    assert said == [f"{[device._SETTLING] * 2}\n"] * 2
+    with started(FORKS, [], 1) as alone:
+        assert alone[0].communicate(timeout=120)[0] == "[]\n"
