@@ -285,6 +285,14 @@ def test_an_index_that_is_made_anew_forgets_folders_that_are_gone(pictures: Path
 def test_only_a_folder_of_ours_is_written_to(pictures: Path, base: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds what is no index: class 0"):
         built(base, pictures, pictures)
+    site = tmp_path / "site"
+    (site / "shards").mkdir(parents=True)
+    (site / "shards" / "mine.txt").write_text("mine")
+    (site / "manifest.json").write_text('{"name": "a page"}')
+    (site / "index.html").write_text("")
+    with pytest.raises(UserError, match="holds what is no index: index"):
+        built(base, pictures, site, rebuild=True)
+    assert (site / "shards" / "mine.txt").read_text() == "mine"
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
         built(base, pictures, tmp_path / "file")

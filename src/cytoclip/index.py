@@ -128,7 +128,7 @@ def _claim(folder: Path, made: Encoder, how: How, stack: ExitStack) -> None:
     """Hold the folder: an index has one writer. Refuse one that is not ours, or another model's."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file, not a folder", "name another folder for the index")
-    there = (folder / manifest.NAME).exists()
+    there = _before(folder, how)
     ours = {manifest.NAME, "shards", "faiss", ".lock", f".{manifest.NAME}.new"}
     foreign = sorted(p.name for p in folder.iterdir() if p.name not in ours) if folder.is_dir() and not there else []
     if foreign:
