@@ -229,7 +229,6 @@ def _meet(kind: str) -> PartialState:
             dist.barrier()  # NCCL connects in its first exchange
             _set_pg_timeout(PATIENCE)
             atexit.register(_part)
-            os.register_at_fork(before=_settle)
     except RuntimeError as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
@@ -248,8 +247,12 @@ def _settle() -> None:
     that moment leaves locked in the child for good: a worker that never reads, and a run that waits for it (seen once
     in some hundred groups, CPython 3.11.7, gloo; docs/log.md).
     """
-    if dist.is_initialized():
+    if dist.is_initialized() and dist.get_world_size() > 1:
         time.sleep(_SETTLING)
+
+
+if hasattr(os, "register_at_fork"):  # where there are forks; once, however many runs this process has
+    os.register_at_fork(before=_settle)
 
 
 def _part() -> None:

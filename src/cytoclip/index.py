@@ -115,8 +115,8 @@ def build(
     wanted, folder = how or How(), Path(to)
     made = encoder.load(model_name, wanted.device, wanted.precision)
     with liveness.watched(made.world), ExitStack() as stack:
-        made.world.once(lambda: _claim(folder, made, wanted, stack))
-        return _build(made, str(source), folder, console, wanted)
+        there = made.world.once(lambda: _claim(folder, made, wanted, stack))
+        return _build(made, str(source), folder, there, console, wanted)
 
 
 def weights_of(made: Encoder) -> str:
@@ -124,8 +124,8 @@ def weights_of(made: Encoder) -> str:
     return made.opened.digest()
 
 
-def _claim(folder: Path, made: Encoder, how: How, stack: ExitStack) -> None:
-    """Hold the folder: an index has one writer. Refuse one that is not ours, or another model's."""
+def _claim(folder: Path, made: Encoder, how: How, stack: ExitStack) -> Manifest | None:
+    """Hold the folder: an index has one writer. Refuse one that is not ours, or another model's; else what is there."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file, not a folder", "name another folder for the index")
     there = _before(folder, how)
@@ -144,6 +144,7 @@ def _claim(folder: Path, made: Encoder, how: How, stack: ExitStack) -> None:
         why = f"at precision {before.model.precision}" if same else f"by {before.model.name}, with other weights"
         hint = "--rebuild embeds everything anew; or name another folder, or that model"
         raise UserError(f"{folder} was made {why}", hint, ExitCode.MODEL)
+    return before
 
 
 def _before(folder: Path, how: How) -> Manifest | None:
@@ -156,9 +157,8 @@ def _before(folder: Path, how: How) -> Manifest | None:
         raise
 
 
-def _build(made: Encoder, source: str, folder: Path, console: Console, how: How) -> Built:
+def _build(made: Encoder, source: str, folder: Path, there: Manifest | None, console: Console, how: How) -> Built:
     world = made.world
-    there = world.once(lambda: _before(folder, how))
     source_of = world.once(lambda: entries.opened(source, how.columns, console))
     roots = world.once(lambda: _roots(source_of.listed, source_of.root, None if how.rebuild else there))
     header = Header(made.digest, tuple(roots))

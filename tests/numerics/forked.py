@@ -21,12 +21,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Opened by name in a run, so that it is a second of each attempt where it is not imported before.
 import torch
-import transformers.models.clip.image_processing_pil_clip
-import transformers.models.clip.modeling_clip  # noqa: F401
-from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 
+import tests.numerics.preloaded  # noqa: F401 - what each attempt would import by itself
 from cytoclip import checkpoint, files, optim, selection, state, training, validation
 from cytoclip.config import parse
 from cytoclip.console import Console

@@ -9,7 +9,6 @@ negative for a signal, or null for one that was killed because it took too long.
 from __future__ import annotations
 
 import functools
-import gc
 import json
 import os
 import runpy
@@ -98,11 +97,7 @@ def _forked(module: str, arguments: list[str], environment: dict[str, str], said
 
 
 if __name__ == "__main__":
-    # Opened by name in a run, so that each process would import it by itself.
-    from torch.utils.tensorboard import SummaryWriter  # noqa: F401
+    import tests.numerics.preloaded  # noqa: F401 - what the forks would import each by itself
 
-    from cytoclip import training  # noqa: F401
-
-    gc.freeze()  # or each fork copies what its first collection touches
     for line in sys.stdin:
         print(json.dumps(_answer(json.loads(line))), flush=True)
