@@ -23,6 +23,8 @@ _FIXED = ("data.root", "data.train", "data.val", "data.test", "data.hold_out", "
 _WARMUPS = (0.02, 0.05, 0.1, 0.2, 0.4)  # of the steps
 _HORIZONS = (0.02, 0.1)  # of the steps, over which a moving average goes back
 _VIEWS = {"rotation": "right", "flips": True}  # all eight views of a field, and nothing of its colours
+# What long runs gain by (docs/log.md, 2026-11-26).
+_LIGHT = {**_VIEWS, "smallest_crop": 0.85, "brightness": 0.05, "contrast": 0.05}
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def default(wanted: Config, facts: Facts) -> Space:
         found["model.lora.dropout"] = Choice((0.0, 0.1))
     if "image" in moving:
         own = wanted.data.augment.model_dump(mode="json") if wanted.data.augment else None
-        found["data.augment"] = Choice((None, *([own] if own else []), _VIEWS, {"preset": "microscopy"}))
+        found["data.augment"] = Choice((None, *([own] if own else []), _VIEWS, _LIGHT, {"preset": "microscopy"}))
         if facts.patches:
             found["train.patch_dropout"] = Choice((0.0, 0.25, 0.5))
     return {name: of for name, of in found.items() if isinstance(of, Span) or len(of.values) > 1}
