@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import yaml
 
-from cytoclip import cells, demo
+from cytoclip import cells, config, demo
 
 PROJECT = Path(__file__).parents[1]
+PLACES = {"data": {"root": "x"}, "model": {"name": "x"}}
 
 
 @pytest.fixture
@@ -41,6 +42,19 @@ def test_the_shipped_recipe_is_the_one_that_was_measured(bench: Any) -> None:
     assert {key: value for key, value in measured["train"].items() if off.get(key) != value} == shipped["train"]
     assert measured["model"] == {key: value for key, value in shipped["model"].items() if key != "name"}
     assert measured["data"] == {key: value for key, value in shipped["data"].items() if key != "root"}
+
+
+def test_the_recipe_with_lora_in_the_guide_is_the_one_that_was_measured(bench: Any) -> None:
+    space, recipe = bench("recipe_space"), bench("recipe")
+    (measured,) = space.runs(space.PRIORS["lora"][0], recipe.BUDGET, 0, 872)
+    guide = (PROJECT / "docs" / "guide" / "recipes.md").read_text()
+    (said,) = (yaml.safe_load(part.split("```")[0]) for part in guide.split("```yaml")[1:])
+    shipped = yaml.safe_load((PROJECT / "configs" / "recommended.yaml").read_text())
+    whole = config.parse({key: {**shipped[key], **said.get(key, {})} for key in ("data", "model", "train")}, "guide")
+    ours = config.parse({key: {**measured[key], **PLACES.get(key, {})} for key in ("data", "model", "train")}, "bench")
+    assert whole.data.model_copy(update={"root": "x"}) == ours.data
+    assert whole.model.model_copy(update={"name": "x"}) == ours.model
+    assert whole.train == ours.train
 
 
 def test_no_recipe_sees_more_pairs_than_its_budget(bench: Any) -> None:
