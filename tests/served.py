@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from cytoclip import cells, demo, serve, training
 from cytoclip.config import parse
@@ -78,10 +78,17 @@ def chromium() -> Iterator[Browser]:
     found = shutil.which("chromium")
     if not found:
         (pytest.fail if os.environ.get("CI") else pytest.skip)("no chromium on this machine; .ci/browser installs it")
+    expect.set_options(timeout=60_000)  # two tests at once on a machine of two cores take what they take
     with sync_playwright() as driver:
         launched = driver.chromium.launch(executable_path=found)
         yield launched
         launched.close()
+
+
+def resize(page: Page, width: int, height: int = 800) -> None:
+    """Give the window a size, and wait until the page has it: Playwright returns a moment before, on a busy machine."""
+    page.set_viewport_size({"width": width, "height": height})
+    page.wait_for_function("width => window.innerWidth === width", arg=width)
 
 
 def _draw(split: Path, count: int, seed: int) -> list[dict[str, str]]:

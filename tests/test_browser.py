@@ -123,7 +123,7 @@ def test_no_page_is_wider_than_the_screen(opened: Callable[..., Page], name: str
     page = opened(name)
     page.evaluate(OPEN_ALL)
     for width in (320, 390, 768):
-        page.set_viewport_size({"width": width, "height": 800})
+        served.resize(page, width)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Locator, Page, expect
 
 from cytoclip import desk
 from cytoclip.search import Hit, Index
@@ -59,7 +59,7 @@ def opened(browser: Browser, address: str) -> Iterator[Opened]:
         page.on("console", lambda message: said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))
         page.goto(at)
-        expect(text_of(page)).to_be_visible(timeout=60_000)
+        expect(text_of(page)).to_be_visible()
         return page
 
     yield open_
@@ -77,17 +77,22 @@ def text_of(page: Page) -> Any:
 
 def shows(page: Page, hits: list[Hit]) -> None:
     """Wait for these pictures, in this order and no others."""
-    expect(page.locator("#results .hit .name")).to_have_text([hit.name for hit in hits], timeout=60_000)
+    expect(page.locator("#results .hit .name")).to_have_text([hit.name for hit in hits])
 
 
 def shows_first(page: Page, name: str) -> None:
-    expect(page.locator("#results .hit .name").first).to_have_text(name, timeout=60_000)
+    expect(page.locator("#results .hit .name").first).to_have_text(name)
+
+
+def shown_width(shown: Locator) -> int:
+    """Pixels of its picture, once that has come."""
+    return int(shown.locator("img").evaluate("async image => { await image.decode(); return image.naturalWidth; }"))
 
 
 def search(page: Page, text: str) -> None:
     text_of(page).fill(text)
     text_of(page).press("Enter")
-    expect(page.locator("#results .said")).to_contain_text(text[:40], timeout=60_000)
+    expect(page.locator("#results .said")).to_contain_text(text[:40])
 
 
 def drop(page: Page, zone: str, file: Path, name: str = "") -> None:
@@ -120,9 +125,8 @@ def test_a_query_shows_the_right_cells_first(opened: Opened, index: Index, sampl
     expect(first.locator(".score")).to_contain_text(f"{expected[0].score:.3f}")
     keys = [f"{key}: {value}" for key, value in expected[0].keys.items()]
     assert first.locator(".keys li").all_text_contents() == keys
-    shown = first.locator("img")
-    shown.scroll_into_view_if_needed()
-    assert shown.evaluate("async image => { await image.decode(); return image.naturalWidth; }") == 96
+    first.locator("img").scroll_into_view_if_needed()
+    assert shown_width(first) == 96
     spoken = page.locator("[role=status].unseen").first
     expect(spoken).to_contain_text(f"24 pictures nearest to “{entry['caption']}”")
     text_of(page).fill("")
@@ -141,7 +145,7 @@ def test_a_dropped_picture_is_searched_and_weighed_against_a_text(
     shows_first(page, sample.entries[8]["img"])
     held = page.locator("#drop-query .held")
     expect(held).to_contain_text("008.tif · 96×96")
-    assert held.locator("img").evaluate("image => image.naturalWidth") == 96
+    assert shown_width(held) == 96
     weight = page.get_by_label("range slider for Weight of the picture")
     expect(weight).to_have_count(0)
     search(page, sample.entries[3]["caption"])
@@ -257,7 +261,7 @@ def test_the_keyboard_is_enough(opened: Opened, index: Index, sample: served.Sam
     expect(dialog).to_contain_text(hits[1].name)
     page.keyboard.press("Escape")
     expect(dialog).to_be_hidden()
-    assert page.evaluate("document.activeElement.closest('.hit').dataset.id") == str(hits[1].id)
+    expect(page.locator(f"#results .hit[data-id='{hits[1].id}'] .open")).to_be_focused()
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.matches('.more')")
     page.keyboard.press("Enter")
@@ -376,10 +380,10 @@ def test_no_page_is_wider_than_the_screen(opened: Opened, sample: served.Sample)
     drop(page, "drop-query", sample.picture(8), "a-file-whose-name-is-very-long" * 4 + ".tif")
     expect(page.locator("#results .said")).to_contain_text("and the picture")
     for width in (320, 390, 768):
-        page.set_viewport_size({"width": width, "height": 800})
+        served.resize(page, width)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.locator("#results .open").first.click()
-    page.set_viewport_size({"width": 320, "height": 700})
+    served.resize(page, 320, height=700)
     box = page.locator("dialog.large").bounding_box()
     assert box
     assert box["x"] >= 0
