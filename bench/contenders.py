@@ -44,7 +44,7 @@ def ours(task: Task, gate: Gate, cache: bool = False, chunks: bool = False, comp
             "data": {"root": str(task.here.data), "workers": task.workers, "cache": cache},
             "model": {"name": str(task.here.model(task.model))},
             "train": {"steps": never, "batch_size": task.batch, "learning_rate": RATE, "warmup_steps": WARM_UP,
-                      "precision": "bf16", "device": task.device, "compile": compiled, **share},
+                      "precision": task.precision, "device": task.device, "compile": compiled, **share},
             "validate": {"every": never, "ks": [1]},
             "checkpoint": {"every": never},
             "track": {"to": []},
@@ -78,7 +78,7 @@ def original(task: Task, gate: Gate) -> None:
     from accelerate import Accelerator
     from transformers import CLIPModel, get_constant_schedule_with_warmup
 
-    accelerator = Accelerator(mixed_precision="bf16", cpu=task.device == "cpu")
+    accelerator = Accelerator(mixed_precision=task.precision, cpu=task.device == "cpu")
     processor, (files, captions) = processor_of(task), task.here.pairs()
     loader = DataLoader(Pairs(files, captions, processor), task.batch, shuffle=True, num_workers=task.workers,
                         pin_memory=task.device == "cuda")  # fmt: skip
@@ -223,7 +223,8 @@ def open_clip(task: Task, gate: Gate, compiled: bool = False) -> None:
         if next(steps):
             gate()
 
-    asked = {"device": task.device, "precision": "amp_bf16", "distill": False, "accum_freq": 1, "horovod": False,
+    precision = "amp_bf16" if task.precision == "bf16" else "fp32"
+    asked = {"device": task.device, "precision": precision, "distill": False, "accum_freq": 1, "horovod": False,
              "skip_scheduler": False, "grad_clip_norm": 1.0, "rank": 0, "local_rank": 0, "log_every_n_steps": 100,
              "log_local": False, "batch_size": task.batch, "world_size": 1, "wandb": False}  # fmt: skip
     train_one_epoch(
@@ -320,7 +321,7 @@ def _trainer_arguments(task: Task) -> dict[str, Any]:
         "dataloader_drop_last": True,
         "learning_rate": RATE,
         "warmup_steps": WARM_UP,
-        "bf16": True,
+        "bf16": task.precision == "bf16",
         "use_cpu": task.device == "cpu",
         "report_to": "none",
         "save_strategy": "no",

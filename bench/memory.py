@@ -3,8 +3,9 @@
     python bench/memory.py [--batches 256 1024 4096 16384 65536] [--chunk 32] [--plain 256 1024]
     python bench/memory.py --loss 32768 65536 131072 [--width 512] [--plain-loss 8192] [--device cuda]
 
-- step: one exact step of the demo's model as a run has it (bf16, leaner layers, AdamW, which has its moments), at fixed
-  chunks; the plain one has all pairs in one graph and the whole matrix of scores, twice, as most people write it.
+- step: one exact step of the demo's model as a run has it (bf16 where the device has it, else float32; leaner layers;
+  AdamW, which has its moments), at fixed chunks; the plain one has all pairs in one graph and the whole matrix of
+  scores, twice, as most people write it.
 - loss: `objectives.contrast` alone, from embeddings to their gradient; the plain one is cross-entropy of the scores and
   its backward pass. What others say of theirs, for a batch of 32k / 64k / 128k on 8 GPUs: 16.7 / 66.1 / out of memory
   for whole scores, 2.3 / 8.6 / 33.6 for OpenCLIP's share of them, 0.2 / 0.4 / 0.7 GB for Inf-CL (its README).
@@ -70,6 +71,7 @@ def measured(point: Point) -> dict[str, Any]:
 def _step(point: Point) -> Callable[[], Any]:
     import torch
     from mfu import encoder_of
+    from peers import precision_of
     from torch.nn import functional
 
     from cytoclip import loss, optim
@@ -78,7 +80,7 @@ def _step(point: Point) -> Callable[[], Any]:
     from cytoclip.pairs import Identity
 
     where = torch.device(point.device)
-    world = World(where, precision="bf16")
+    world = World(where, precision=precision_of(point.device))
     encoder = encoder_of(Path(point.base), world)
     optimizer, moving = optim.build(encoder, Train(learning_rate=1e-6)), encoder.moving()
     side, end = encoder.clip.config.vision_config.image_size, encoder.clip.config.text_config.eos_token_id
@@ -179,8 +181,12 @@ def main() -> int:
     if all(one is None for one in lists):
         lists = [256, 1024, 4096, 16384, 65536], [256, 1024], [32768], [8192]
     batches, plain, losses, plain_losses = ([] if one is None else one for one in lists)
+    from peers import precision_of
+
     from cytoclip import demo
 
+    precision = precision_of(given.device)
+    print(f"precision {precision}", flush=True)
     with tempfile.TemporaryDirectory() as base:
         demo.write_base(Path(base), ["a round cell", "two cells on a clean background"], demo.Shape(), seed=0)
         step, alone = ("step", given.width, given.device, base), ("loss", given.width, given.device, "")
@@ -191,7 +197,7 @@ def main() -> int:
     ratio = ours[-1] / ours[0] if ours else 1.0
     failed = any(row["chunk"] and "failed" in row for row in found)
     points = [{key: value for key, value in row.items() if key != "base"} for row in found]
-    print(json.dumps({"points": points, "ratio": round(ratio, 3), "limit": LIMIT}))
+    print(json.dumps({"precision": precision, "points": points, "ratio": round(ratio, 3), "limit": LIMIT}))
     return int(ratio > LIMIT or failed)
 
 

@@ -3,11 +3,12 @@
     python bench/mfu.py [--models 23M B/32] [--rounds 5] [--compile] [--end-to-end]
     python bench/mfu.py --device cuda --models B/16 --compile --end-to-end
 
-In each round, one after the other, so that whatever else the machine does falls on all alike: a square product in bf16
-(the machine's rate), the products of the step by themselves in the shapes and layouts that the step has, and the step:
-pictures to gradients in one chunk, clipping, AdamW. Model FLOPs are of one forward and one backward pass with the plain
-loss, counted by torch (`bench/flops.py`, against a hand count in tests/test_bench_flops.py); what is executed beyond
-them is said apart. With --end-to-end also `training.fit` from JPEG files and from the cache, as `bench/peers.py` does.
+In each round, one after the other, so that whatever else the machine does falls on all alike: a square product
+in the precision of the step (the machine's rate; bf16 where the device has it, else float32), the products of the step
+by themselves in the shapes and layouts that the step has, and the step: pictures to gradients in one chunk, clipping,
+AdamW. Model FLOPs are of one forward and one backward pass with the plain loss, counted by torch (`bench/flops.py`,
+against a hand count in tests/test_bench_flops.py); what is executed beyond them is said apart. With --end-to-end also
+`training.fit` from JPEG files and from the cache, as `bench/peers.py` does.
 
 A card for people, and one JSON line last; exit code 1 where the step on a CPU reaches less than 60 % of the rate that
 its products reach alone, or a GPU end to end from the cache less than 40 % of its rate.
@@ -34,9 +35,9 @@ from peer_data import SHAPES, Place, write
 from peer_gate import Task
 from peers import BATCH, facts, on_cpu, on_gpu
 
-from cytoclip import adapters, attention, checkpoint, device, lean, loss, optim
+from cytoclip import adapters, attention, checkpoint, device, last_layer, lean, loss, optim
 from cytoclip.config import Model, Train
-from cytoclip.device import World
+from cytoclip.device import DTYPES, World
 from cytoclip.model import DualEncoder, compile_towers
 from cytoclip.pairs import Identity
 
@@ -50,6 +51,7 @@ def encoder_of(folder: Path, world: World) -> DualEncoder:
     encoder = checkpoint.open_model(str(folder)).encoder
     adapters.set_moving(encoder, Model())
     lean.lighten(encoder.clip)
+    last_layer.shorten(encoder.clip)
     if world.device.type == "cpu":
         attention.quicken(encoder.clip)
         device.keep_memory()
@@ -100,7 +102,7 @@ def measure(encoder: DualEncoder, given: Any, world: World, rounds: int, compile
     step()
     products = flops.alone(noted.found, where)
     side = SQUARE[where.type]
-    a, b = (torch.randn(side, side, device=where).bfloat16() for _ in range(2))
+    a, b = (torch.randn(side, side, device=where, dtype=DTYPES.get(world.precision)) for _ in range(2))
     times = 10
 
     def each_alone() -> None:
@@ -125,7 +127,7 @@ def measure(encoder: DualEncoder, given: Any, world: World, rounds: int, compile
         "GFLOP a pair": round(model_flops / len(pixels) / 1e9, 2),
         "executed beyond them": round(executed / model_flops - 1, 3),
         "pairs/s": round(len(pixels) / took, 2),
-        "bf16 rate GFLOP/s": round(rate / 1e9, 1),
+        "rate GFLOP/s": round(rate / 1e9, 1),
         "of the rate": round(model_flops / took / rate, 3),
         "products alone of the rate": round(model_flops / statistics.median(found["alone"]) / rate, 3),
         "of the same products alone": round(statistics.median(ratios), 3),
@@ -147,8 +149,8 @@ def main() -> int:
     given = parser.parse_args()
     if given.workers is None:
         given.workers = max(1, (os.cpu_count() or 1) - 2) if given.device == "cuda" else 1
-    world = World(torch.device(given.device), precision="bf16")
     about, results = facts(given.device == "cuda"), []
+    world = World(torch.device(given.device), precision=about["precision"])
     with tempfile.TemporaryDirectory() as folder:
         pairs = (2048 if given.device == "cuda" else 256) if given.end_to_end else 32
         write(Place(Path(folder)), pairs, given.models)
@@ -158,7 +160,8 @@ def main() -> int:
             found = measure(encoder, inputs(encoder, batch, world.device), world, given.rounds, given.compile)
             del encoder
             if given.end_to_end:
-                found |= end_to_end(Task(folder, name, batch, batch, given.workers, given.device, 2), given, found)
+                task = Task(folder, name, batch, batch, given.workers, given.device, world.precision, 2)
+                found |= end_to_end(task, given, found)
             results.append({"model": name, "batch": batch, "compiled": given.compile, **found})
             print("\n".join(f"  {key:<28} {value}" for key, value in results[-1].items()) + "\n", flush=True)
     limited, least = LIMITS[given.device]
@@ -177,7 +180,7 @@ def end_to_end(task: Task, given: argparse.Namespace, step: dict[str, float]) ->
         ways = on_gpu([task], {task.model: list(kinds.values())}, until, given.log)[task.model]
     else:
         ways = on_cpu(task, list(kinds.values()), given.rounds, 2, given.log)
-    limit, found = step["bf16 rate GFLOP/s"] / step["GFLOP a pair"], {}
+    limit, found = step["rate GFLOP/s"] / step["GFLOP a pair"], {}
     for kind, way in zip(kinds, ways, strict=True):
         if way.speeds:
             speed = statistics.median(way.speeds)

@@ -34,6 +34,7 @@ class Task:
     chunk: int  # pairs that are held at once, by those who can
     workers: int
     device: str
+    precision: str  # bf16, or no (float32)
     warm: int  # steps before anything is timed
 
     @property

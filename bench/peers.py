@@ -7,8 +7,8 @@ Every way is a process of its own that trains for the whole time (`bench/contend
 written anew from its description, transformers' Trainer in the way of its contrastive example, sentence-transformers'
 trainer with its loss and with the cached one, open_clip's loop where torchvision is there, and ours: as it is, with
 `data.cache`, with `train.compile`, in chunks as the cached loss is. Who is compiled has it in its name. All have the
-same pictures (drawn cells, JPEGs of 360×363), captions of 40 to 48 tokens, batch, precision (bf16), threads, loader
-processes and starting weights (open_clip random ones of its own).
+same pictures (drawn cells, JPEGs of 360×363), captions of 40 to 48 tokens, batch, precision (bf16 where the device has
+it, else float32), threads, loader processes and starting weights (open_clip random ones of its own).
 
 The ways take turns, a segment of steps each, and are stopped by a signal with all their loader processes while it is
 another's turn: nobody works ahead, and whatever else the machine does falls on all alike. Medians over the rounds, and
@@ -264,7 +264,15 @@ def missing(names: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def precision_of(device: str) -> str:
+    """bf16 where the device multiplies it in hardware; elsewhere float32, which is a hundred times faster there."""
+    from cytoclip.device import best_precision
+
+    return "bf16" if best_precision(device) == "bf16" else "no"
+
+
 def facts(gpu: bool) -> dict[str, Any]:
+    """What a number depends on: machine, arithmetic, versions."""
     import torch
 
     names = ("cytoclip", "torch", "transformers", "accelerate", "sentence-transformers", "open_clip_torch", "datasets",
@@ -275,7 +283,8 @@ def facts(gpu: bool) -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    found = {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "load": round(os.getloadavg()[0], 1),
+    found = {"precision": precision_of("cuda" if gpu else "cpu"), "processor": torch.backends.cpu.get_cpu_capability(),
+             "cores": os.cpu_count(), "threads": torch.get_num_threads(), "load": round(os.getloadavg()[0], 1),
              "python": platform.python_version(), "versions": versions}  # fmt: skip
     return found | ({"gpu": torch.cuda.get_device_name()} if gpu else {})
 
@@ -316,7 +325,7 @@ def main() -> int:
         tasks = []
         for model in models:
             batch = given.batch or BATCH[device].get(model, 16)
-            tasks.append(Task(folder, model, batch, given.chunk or batch // 4, workers, device, 2))
+            tasks.append(Task(folder, model, batch, given.chunk or batch // 4, workers, device, about["precision"], 2))
         found = on_gpu(tasks, there, began + given.seconds, given.log) if alone else {}
         results = []
         for task in tasks:

@@ -30,7 +30,7 @@ def work(base: str, batch: int, steps: int) -> None:
     from cytoclip.config import Train
     from cytoclip.pairs import Identity
 
-    world = device.start("cpu", "bf16")
+    world = device.start("cpu")
     encoder = checkpoint.open_model(base).encoder.train()
     optimizer, moving = optim.build(encoder, Train(learning_rate=1e-6)), encoder.moving()
     side, end = encoder.clip.config.vision_config.image_size, encoder.clip.config.text_config.eos_token_id

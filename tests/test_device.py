@@ -118,6 +118,45 @@ def test_best_precision_is_what_the_hardware_multiplies(
     assert device.best_precision(kind) == best
 
 
+def units(monkeypatch: pytest.MonkeyPatch, **there: bool) -> None:
+    for precision, has in there.items():
+        monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{precision}_supported", lambda has=has: has)
+
+
+def test_a_precision_without_units_is_said_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bf16 on a processor with AVX2 alone is a hundred times slower than float32, and nothing shows why."""
+    said: list[str] = []
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    units(monkeypatch, bf16=False, fp16=False)
+    assert device.start("cpu", "bf16", warn=said.append).precision == "bf16"
+    assert device.start("cpu", "auto", warn=said.append).precision == "fp16"
+    assert device.start("cpu", "no", warn=said.append).precision == "no"
+    assert [line.partition(": ")[0] for line in said] == [
+        "this processor has no units for bf16 (from the configuration)",
+        "this processor has no units for fp16 (from the launcher)",
+    ]
+    assert all("precision no" in line for line in said)
+    units(monkeypatch, bf16=True)
+    device.start("cpu", "bf16", warn=said.append)
+    assert len(said) == 2
+    with pytest.warns(UserWarning, match="no units for fp16"):  # in Python, where no console is
+        device.start("cpu", "fp16")
+
+
+def test_only_a_processor_imitates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    units(monkeypatch, bf16=False, fp16=True)
+    asked = [("bf16", "cpu"), ("fp16", "cpu"), ("no", "cpu"), ("auto", "cpu"), ("bf16", "cuda")]
+    assert [device.imitates(*one) for one in asked] == [True, False, False, False, False]
+    monkeypatch.delattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported")
+    monkeypatch.setattr(type(torch.ops.mkldnn), "__getattr__", _refused)
+    assert not device.imitates("bf16", "cpu"), "a torch without oneDNN does not say"
+
+
+def _refused(*_: object) -> None:
+    raise AttributeError
+
+
 @pytest.mark.parametrize("kind", ["cuda", "mps"])
 def test_a_device_that_is_not_there_is_refused_with_those_that_are(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from transformers import AutoTokenizer, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from cytoclip import batches, checkpoint, evaluation, training
+from cytoclip import batches, checkpoint, config, evaluation, training
 from cytoclip.config import Config
 from cytoclip.console import Console
 from cytoclip.device import World
@@ -143,6 +143,25 @@ def test_the_first_line_says_what_is_measured_and_how(
     ):
         assert part in said
     assert "1 processes" not in said
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_a_run_is_measured_in_its_precision_where_that_has_units(
+    has: bool, done: tuple[Config, training.RunResult], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trained on a GPU, looked at on a laptop: in bf16 that would take a hundred times as long."""
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is taken here, which has units for it")
+    run = Path(shutil.copytree(done[0].output, tmp_path / "run"))
+    wanted = config.load(run / "config.yaml", ["train.precision=bf16"])
+    (run / "config.yaml").write_text(config.dump(wanted))
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has)
+    said: list[str] = []
+    monkeypatch.setattr(Console, "say", lambda _, line: said.append(line))
+    evaluation.evaluate([str(run)], root / "val", Question([1]), Console(), How())
+    expected = "bf16 (from the run)" if has else "no (from the device, which has no units for the run's bf16)"
+    assert [line.partition("precision ")[2].rpartition(", ")[0] for line in said if "precision" in line] == [expected]
+    assert evaluation.precision_of([str(run), done[0].output]) == ("no", "runs of several precisions")
 
 
 def test_long_captions_are_said(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -79,7 +79,7 @@ def classify(
     """
     templates, table = prompts.read(asked.templates), labels.read(asked.label_files, console)
     precision, said_by = evaluation.precision_of([name])
-    world = device.start(precision=precision, said_by=said_by)
+    world = device.start(precision=precision, said_by=said_by, warn=console.warn)
     with liveness.watched(world):
         splits = world.once(lambda: _labelled(data_root, asked, table, console))
         opened = checkpoint.open_model(name)

@@ -11,6 +11,7 @@ import gc
 import os
 import platform
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -174,8 +175,15 @@ def placed(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(there, like.device_mesh, like.placements) if isinstance(like, DTensor) else there
 
 
-def start(device: str = "auto", precision: str = "auto", said_by: str = "the configuration") -> World:
+def start(
+    device: str = "auto",
+    precision: str = "auto",
+    said_by: str = "the configuration",
+    warn: Callable[[str], None] = warnings.warn,
+) -> World:
     """Join the processes that the launcher started, and settle device and precision.
+
+    `warn` is told of a precision that this processor only imitates; it is kept, since somebody asked for it.
 
     Raises
     ------
@@ -202,6 +210,9 @@ def start(device: str = "auto", precision: str = "auto", said_by: str = "the con
         )
     chosen, source = settle_precision(precision, os.environ, kind)
     source = source if precision == "auto" else said_by
+    if state.is_main_process and imitates(chosen, kind):
+        slower = "it multiplies a hundred times slower than in float32, which is precision no"
+        warn(f"this processor has no units for {chosen} (from {source}): {slower}")
     return World(state.device, state.process_index, state.num_processes, chosen, source)
 
 
@@ -333,6 +344,15 @@ def best_precision(kind: str) -> str:
         has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         return "bf16" if has_bf16 else "no"
     return "no"
+
+
+def imitates(precision: str, device: str = "auto") -> bool:
+    """Whether `precision` has no units on `device`: products of 1024 columns were 140 times slower than in float32.
+
+    That was with AVX2 alone (docs/log.md, 2026-11-26); with plain AVX-512 oneDNN has kernels of its own.
+    """
+    has_kernels = getattr(torch.ops.mkldnn, f"_is_mkldnn_{precision}_supported", None)
+    return precision in DTYPES and _device_kind(device) == "cpu" and has_kernels is not None and not has_kernels()
 
 
 def _device_kind(device: str) -> str:

@@ -162,7 +162,11 @@ def load(path: str | Path, device: str = "auto", precision: str = "no") -> Encod
     >>> encoder.similarity("picture.png", ["one round cell", "a sheet of cells"]).shape
     (1, 2)
     """
-    world = start(device, precision, "the call")
+    return opened_in(start(device, precision, "the call"), path)
+
+
+def opened_in(world: World, path: str | Path) -> Encoder:
+    """What `load` opens, on a device and in a precision that are settled."""
     opened = checkpoint.open_model(str(path))
     opened.encoder.to(world.device).eval()
     return Encoder(opened, world)

@@ -138,7 +138,7 @@ def evaluate(models: Sequence[str], folder: Path, question: Question, console: C
         For a model or split that cannot be used.
     """
     precision, said_by = precision_of(models)
-    world = device.start(precision=precision, said_by=said_by)
+    world = device.start(precision=precision, said_by=said_by, warn=console.warn)
     with liveness.watched(world):
         pairs = world.once(lambda: spread(batches.open_split(folder, console)))
         for k in question.ks:
@@ -166,11 +166,16 @@ def evaluate(models: Sequence[str], folder: Path, question: Question, console: C
 def precision_of(models: Sequence[str]) -> tuple[str, str]:
     """That of the runs among them, so that their results come again, else the launcher's, else float32; who says so.
 
-    Runs of several precisions are compared in float32.
+    Runs of several precisions are compared in float32, and so are those of one that this processor only imitates.
     """
-    runs = [config.load(run.config).train.precision for run in map(checkpoint.run_of, models) if run]
+    runs = {config.load(run.config).train.precision for run in map(checkpoint.run_of, models) if run}
+    if len(runs) > 1:
+        return "no", "runs of several precisions"
     if runs:
-        return (runs[0], "the run") if len(set(runs)) == 1 else ("no", "runs of several precisions")
+        precision = runs.pop()
+        if device.imitates(precision):
+            return "no", f"the device, which has no units for the run's {precision}"
+        return precision, "the run"
     return ("auto", "") if os.environ.get("ACCELERATE_MIXED_PRECISION") else ("no", "the default of evaluation")
 
 

@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from cytoclip import encoder, entries, files, index_faiss, index_plan, index_rows, liveness, manifest
+from cytoclip import device, encoder, entries, files, index_faiss, index_plan, index_rows, liveness, manifest
 from cytoclip.console import Console
 from cytoclip.encoder import Encoder
 from cytoclip.entries import Entry
@@ -113,7 +113,7 @@ def build(
         or where not one picture can be used.
     """
     wanted, folder = how or How(), Path(to)
-    made = encoder.load(model_name, wanted.device, wanted.precision)
+    made = encoder.opened_in(device.start(wanted.device, wanted.precision, "the call", console.warn), model_name)
     with liveness.watched(made.world), ExitStack() as stack:
         there = made.world.once(lambda: _claim(folder, made, wanted, stack))
         return _build(made, str(source), folder, there, console, wanted)

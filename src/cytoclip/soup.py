@@ -185,7 +185,8 @@ def soup(path: Path, asked: Asked, console: Console) -> Soup:
     run = RunFolder(path)
     wanted, finished = _finished(run)
     alphas, root = _alphas(asked.alphas), asked.keep or wanted.validation.keep
-    world = device.start(precision=wanted.train.precision, said_by="the run")
+    precision, said_by = evaluation.precision_of([str(run.path)])
+    world = device.start(precision=precision, said_by=said_by, warn=console.warn)
     busy = UserError(f"{path} is in use by another process", "wait for it", ExitCode.RUN)
     with liveness.watched(world), ExitStack() as held:
         world.once(lambda: held.enter_context(files.lock(run.lock, busy)))
@@ -197,7 +198,10 @@ def soup(path: Path, asked: Asked, console: Console) -> Soup:
         readings = {name: _reading(wanted, asked, opened, pairs, place) for name, pairs in splits.items()}
         members = _members(run, finished, world.once(lambda: state.whole(run.checkpoints, console.warn)))
         recipes = [*(Recipe(alpha=alpha) for alpha in alphas), *_of_steps(members, finished)]
-        console.say(f"{counted(len(recipes), 'mixture')} on {world.device.type}, precision {world.precision}")
+        console.say(
+            f"{counted(len(recipes), 'mixture')} on {world.device.type}, precision {world.precision} "
+            f"(from {world.precision_from})"
+        )
         tasted = []
         for recipe in _mixed(opened, recipes, wanted, run, members):
             scores = {

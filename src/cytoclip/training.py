@@ -91,7 +91,7 @@ def fit(wanted: Config, console: Console, watcher: Watcher | None = None) -> Run
     UserError
         For anything that the user can mend; before the first step wherever it can be known by then.
     """
-    world = device.start(wanted.train.device, wanted.train.precision)
+    world = device.start(wanted.train.device, wanted.train.precision, warn=console.warn)
     run = RunFolder(Path(wanted.output))
     wanted = jobs.settled(wanted, world, run)
     plan.check_batch(wanted, world.size)
@@ -113,7 +113,7 @@ def fit(wanted: Config, console: Console, watcher: Watcher | None = None) -> Run
 
 def dry_run(wanted: Config, console: Console) -> Plan:
     """Everything that `fit` checks and counts before its first step, and nothing written."""
-    world = device.start(wanted.train.device, wanted.train.precision)
+    world = device.start(wanted.train.device, wanted.train.precision, warn=console.warn)
     run = RunFolder(Path(wanted.output))
     wanted = jobs.settled(wanted, world, run)
     plan.check_batch(wanted, world.size)
