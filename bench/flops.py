@@ -46,7 +46,7 @@ def of_model(encoder: DualEncoder, pixels: torch.Tensor, tokens: torch.Tensor) -
     return found
 
 
-def by_hand(settings: Any, pairs: int, tokens: int) -> float:
+def by_hand(settings: Any, pairs: int, tokens: int, shortened: bool = False) -> float:
     """Model FLOPs of a CLIP whose layers all move.
 
     Parameters
@@ -55,10 +55,12 @@ def by_hand(settings: Any, pairs: int, tokens: int) -> float:
         Its CLIPConfig.
     tokens
         T of the text tower.
+    shortened
+        Whether the last layer of each tower is computed for the token that is read (`cytoclip.last_layer`).
     """
     vision, text = settings.vision_config, settings.text_config
     patches = (vision.image_size // vision.patch_size) ** 2
-    towers = _tower(vision, patches + 1) + _tower(text, tokens)
+    towers = _tower(vision, patches + 1, shortened) + _tower(text, tokens, shortened)
     projections = 2 * (vision.hidden_size + text.hidden_size) * settings.projection_dim
     scores = 2 * pairs * settings.projection_dim  # of one picture with all texts
     forward_and_twice_back = 3 * (towers + projections + scores)
@@ -66,11 +68,12 @@ def by_hand(settings: Any, pairs: int, tokens: int) -> float:
     return float(pairs * (forward_and_twice_back + 2 * cut))  # pixels have no gradient
 
 
-def _tower(settings: Any, tokens: int) -> int:
+def _tower(settings: Any, tokens: int, shortened: bool) -> int:
     """One forward pass of one row: q, k, v and output, two linear layers; scores and their sum over values."""
     h = settings.hidden_size
-    linear = 2 * tokens * (4 * h * h + 2 * h * settings.intermediate_size)
-    return int(settings.num_hidden_layers * (linear + 2 * 2 * tokens * tokens * h))
+    of_each = 2 * (2 * h * h + 2 * h * settings.intermediate_size) + 2 * 2 * tokens * h  # but keys and values
+    layer = tokens * (of_each + 2 * 2 * h * h)
+    return int(settings.num_hidden_layers * layer - shortened * (tokens - 1) * of_each)
 
 
 class Products(TorchDispatchMode):

@@ -11,7 +11,7 @@ from typing import Any
 import flops
 import torch
 
-from cytoclip import adapters, autosize, lean, loss, optim
+from cytoclip import adapters, autosize, last_layer, lean, loss, optim
 from cytoclip.config import Model, Train
 from cytoclip.device import World
 from cytoclip.model import DualEncoder, compile_towers
@@ -72,6 +72,7 @@ def encoder_of(scale: Scale, leaner: bool = True, **moving: Any) -> DualEncoder:
     adapters.set_moving(encoder, Model.model_validate(moving))
     if leaner:
         lean.lighten(encoder.clip)
+        last_layer.shorten(encoder.clip)
     return encoder.to(scale.device).train()
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel
 
-from cytoclip import attention, lean, loss
+from cytoclip import attention, last_layer, lean, loss
 from cytoclip.device import World
 from cytoclip.model import DualEncoder
 from cytoclip.pairs import Identity
@@ -54,6 +54,9 @@ def test_torchs_count_is_the_one_by_hand(
     lean.lighten(encoder.clip)
     attention.quicken(encoder.clip)
     assert flops.of_model(encoder, *given) == expected, "however it is computed"
+    last_layer.shorten(encoder.clip)
+    shortened = flops.by_hand(encoder.clip.config, PAIRS, TOKENS, shortened=True)
+    assert flops.of_model(encoder, *given) == shortened < 0.75 * expected, "two layers a tower"
     assert encoder.clip.config._attn_implementation == attention.NAME, "and left as it was"
     assert all(parameter.grad is None for parameter in encoder.parameters())
 

@@ -22,6 +22,7 @@ from cytoclip import (
     families,
     intake,
     journal,
+    last_layer,
     leaks,
     lean,
     model,
@@ -260,6 +261,7 @@ def _switch(wanted: Config, opened: Opened, planned: Plan, world: World, console
     if wanted.train.gradient_checkpointing:
         model.checkpoint_gradients(encoder)
     lean.lighten(encoder.clip)
+    last_layer.shorten(encoder.clip)
     if world.device.type == "cpu":
         attention.quicken(encoder.clip)
         device.keep_memory()

@@ -71,7 +71,24 @@ def _replace(module: nn.Module, leaner: Callable[..., torch.Tensor]) -> None:
 
 def _quick_gelu(_: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """SiLU has one kernel for each direction, and keeps one tensor where x · σ(1.702 x) keeps two."""
-    return functional.silu(x * _QUICK) * (1 / _QUICK)
+    gelu: torch.Tensor = _QuickGelu.apply(x)  # type: ignore[no-untyped-call]
+    return gelu
+
+
+class _QuickGelu(torch.autograd.Function):
+    """silu(1.702 x) ÷ 1.702, whose derivative is SiLU's at 1.702 x: the two factors cancel, and no pass is for them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        inner = x * _QUICK
+        ctx.save_for_backward(inner)
+        return functional.silu(inner).mul_(1 / _QUICK)
+
+    @staticmethod
+    def backward(ctx: Any, by_output: torch.Tensor) -> torch.Tensor:
+        (inner,) = ctx.saved_tensors
+        found: torch.Tensor = torch.ops.aten.silu_backward(by_output, inner)
+        return found
 
 
 def _is_patches(convolution: nn.Conv2d) -> bool:
