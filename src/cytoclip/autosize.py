@@ -30,7 +30,7 @@ def trial(
     Parameters
     ----------
     reserved
-        Bytes that a step will need beside that: AdamW's moments, cached embeddings.
+        Bytes that a step will need beside that: AdamW's moments, gradients that are there before, cached embeddings.
     """
 
     def fits(size: int) -> bool:

@@ -291,7 +291,8 @@ def _with_chunks(wanted: Config, opened: Opened, planned: Plan, world: World, co
     if wanted.train.micro_batch_size == "auto":
         if world.device.type == "cuda":
             moving = sum(parameter.numel() for parameter in opened.encoder.moving().values())
-            reserved = 8 * moving + 24 * wanted.train.batch_size * opened.encoder.width  # moments, embeddings; float32
+            # moments, the gradients of the chunks before, embeddings; float32
+            reserved = 12 * moving + 24 * wanted.train.batch_size * opened.encoder.width
             reserved += batches.bytes_ahead(share, intake.pixels(wanted, opened).size)
             fits = autosize.trial(opened.encoder, opened.pixels.size, opened.context, reserved, world)
             found, how = autosize.largest(fits, share), "found by trying"

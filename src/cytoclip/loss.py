@@ -4,7 +4,7 @@ Letters: B pairs of the global batch, b pairs of this process, D embedding.
 
 The gradient at the embeddings comes in closed form from `objectives.contrast`. With it known, each chunk of pairs can
 be embedded again with its graph and sent back alone: memory for one chunk, gradient of the whole batch (GradCache,
-arXiv 2101.06983).
+arXiv 2101.06983). Of a few chunks the last has its graph from the first time, since that of one fits anyway.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from cytoclip.pairs import Identity
 
 Chunk = Sequence[torch.Tensor]
 Encoder = Callable[..., Embeddings]
+# Chunks up to which the last one's graph is kept while the loss is computed: a pass in 4·8 or more is saved.
+FEW = 8
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,9 @@ def contrastive_step(
         Their gradient is added too, from the loss: they are no part of the encoder's forward.
     chunks
         This process's b pairs in pieces of which one fits in memory, each as the encoder's arguments; on any device.
-        The number of chunks decides what is held at once and nothing else: one is embedded once, several are embedded
-        twice, the second time with the random state of the first, so that dropout falls on the same places.
+        The number of chunks decides what is held at once and nothing else: one is embedded once; of several all, or
+        all but the last, are embedded again with the random state of the first time, so that dropout falls on the
+        same places.
     identity
         Of the global batch, tensors (B,); this process's pairs stand at its rank's place.
     objective
@@ -62,25 +65,23 @@ def contrastive_step(
         The starting model, where the objective is anchored to it.
     """
     wanted = objective or Objective()
-    start_rows = _cached(start, chunks, world)[0] if start is not None and wanted.anchored else None
+    start_rows = _joined(_cached(start, chunks, world)[0]) if start is not None and wanted.anchored else None
 
-    def contrasted(image_bD: torch.Tensor, text_bD: torch.Tensor) -> LossAndGradient:
-        bias = None if logits.bias is None else logits.bias.detach()
-        own = image_bD.detach(), text_bD.detach()
-        return contrast(own, logits.scale.detach(), bias, identity, world, wanted, start_rows)
-
-    if len(chunks) == 1:
-        embedded = _embed(encoder, chunks[0], world)
-        result = contrasted(*embedded)
-        _send_back(embedded, (result.images, result.texts), factor)
-    else:
-        cached, states = _cached(encoder, chunks, world)
-        result = contrasted(*cached)
-        sizes = [len(chunk[0]) for chunk in chunks]
-        gradients = zip(torch.split(result.images, sizes), torch.split(result.texts, sizes), strict=True)
-        for chunk, state, gradient in zip(chunks, states, gradients, strict=True):
-            state.restore(world.device)
-            _send_back(_embed(encoder, chunk, world), gradient, factor)
+    twice = len(chunks) - 1 if len(chunks) <= FEW else len(chunks)
+    kept, states = _cached(encoder, chunks[:twice], world)
+    embedded = [_embed(encoder, chunk, world) for chunk in chunks[twice:]]  # with its graph
+    after = RandomState.of(world.device)
+    bias = None if logits.bias is None else logits.bias.detach()
+    result = contrast(_joined([*kept, *embedded]), logits.scale.detach(), bias, identity, world, wanted, start_rows)
+    sizes = [len(chunk[0]) for chunk in chunks]
+    gradients = list(zip(torch.split(result.images, sizes), torch.split(result.texts, sizes), strict=True))
+    while embedded:  # one at most, whose graph is let go of before the next one is made
+        _send_back(embedded.pop(), gradients.pop(), factor)
+    for chunk, state, gradient in zip(chunks[:twice], states, gradients, strict=True):
+        state.restore(world.device)
+        _send_back(_embed(encoder, chunk, world), gradient, factor)
+    if twice:
+        after.restore(world.device)  # or the next step's dropout would repeat what this one drew
     _add(logits.scale, result.logit_scale * factor)
     if logits.bias is not None and logits.bias.requires_grad:
         _add(logits.bias, result.logit_bias * factor)
@@ -88,14 +89,18 @@ def contrastive_step(
 
 
 @torch.no_grad()
-def _cached(encoder: Encoder, chunks: Sequence[Chunk], world: World) -> tuple[Embeddings, list[RandomState]]:
-    """All chunks embedded without a graph, and the random state before each."""
+def _cached(encoder: Encoder, chunks: Sequence[Chunk], world: World) -> tuple[list[Embeddings], list[RandomState]]:
+    """Chunks embedded without a graph, and the random state before each."""
     states, kept = [], []
     for chunk in chunks:
         states.append(RandomState.of(world.device))
         kept.append(_embed(encoder, chunk, world))
-    images, texts = (torch.cat(side) for side in zip(*kept, strict=True))
-    return (images, texts), states
+    return kept, states
+
+
+def _joined(parts: Sequence[Embeddings]) -> Embeddings:
+    images, texts = (torch.cat(side).detach() for side in zip(*parts, strict=True))
+    return images, texts
 
 
 def _embed(encoder: Encoder, chunk: Chunk, world: World) -> Embeddings:

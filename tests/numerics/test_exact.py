@@ -74,7 +74,7 @@ def test_with_dropout_it_is_the_same_chunks_in_one_graph(chunk: int, base: Path)
         assert torch.allclose(gradients[0][name], value, rtol=0, atol=1e-10), name
 
 
-def test_one_chunk_is_embedded_once_and_several_twice(base: Path) -> None:
+def test_the_last_of_few_chunks_is_embedded_once_and_the_others_twice(base: Path) -> None:
     encoder = one_rank.encoder_of(base, ("full", "full"))
     calls: list[tuple[int, bool]] = []
 
@@ -82,7 +82,7 @@ def test_one_chunk_is_embedded_once_and_several_twice(base: Path) -> None:
         calls.append((len(pixels), torch.is_grad_enabled()))
         return encoder(pixels, tokens)
 
-    for chunk in (48, 20):
+    for chunk in (48, 20, 5):
         pieces = [part.split(chunk) for part in one_rank.inputs(encoder)]
         loss.contrastive_step(
             counting,
@@ -91,7 +91,9 @@ def test_one_chunk_is_embedded_once_and_several_twice(base: Path) -> None:
             one_rank.identity_of(False),
             ALONE,
         )
-    assert calls == [(48, True), *[(n, grad) for grad in (False, True) for n in (20, 20, 8)]]
+    few = [(20, False), (20, False), (8, True), (20, True), (20, True)]
+    many = [(n, grad) for grad in (False, True) for n in [5] * 9 + [3]]
+    assert calls == [(48, True), *few, *many]
 
 
 @functools.cache
