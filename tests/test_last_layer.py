@@ -164,6 +164,19 @@ def test_compiled(base: Path, pixels: torch.Tensor) -> None:
     torch._dynamo.reset()
 
 
+def test_sharded(base: Path, pixels: torch.Tensor) -> None:
+    """FSDP gives a layer another class, of another name."""
+    encoder = opened(base)
+    last_layer.shorten(encoder.clip)
+    tokens = words(encoder)
+    expected = computed(encoder, pixels, tokens)
+    for tower in towers(encoder):
+        last = model.layers(tower)[-1]
+        last.__class__ = type("FSDP" + type(last).__name__, (type(last),), {})
+    found = computed(encoder, pixels, tokens)
+    assert all(torch.equal(found[name], one) for name, one in expected.items())
+
+
 def test_dropout_is_drawn_for_the_one_token_too(base: Path, pixels: torch.Tensor) -> None:
     encoder = opened(base)
     last_layer.shorten(encoder.clip)

@@ -75,22 +75,24 @@ def _say_where(
 
 def _replace(layer: nn.Module, place: int | None) -> None:
     """`layer` for the token at `place` (0: the first, -1: the last, None: as the hook says) in training."""
-    usual = type(layer).forward
+    usual, parts = type(layer).forward, _PARTS[type(layer).__name__]  # now: FSDP gives it another class
 
     def forward(self: nn.Module, hidden_BTh: torch.Tensor, attention_mask: Any = None, **named: Any) -> torch.Tensor:
         read_B = named.pop(_PLACE, None)
         known = read_B is not None if place is None else attention_mask is None
         if self.training and known:
-            return _for_one(self, hidden_BTh, place, read_B)
+            return _for_one(self, parts, hidden_BTh, place, read_B)
         found: torch.Tensor = usual(self, hidden_BTh, attention_mask, **named)
         return found
 
     layer.forward = MethodType(forward, layer)
 
 
-def _for_one(layer: Any, hidden_BTh: torch.Tensor, place: int | None, read_B: torch.Tensor | None) -> torch.Tensor:
+def _for_one(
+    layer: Any, parts: tuple[str, ...], hidden_BTh: torch.Tensor, place: int | None, read_B: torch.Tensor | None
+) -> torch.Tensor:
     """(B, T, h) → (B, T, h), of which each token is the one that is read: whatever comes next finds it at its place."""
-    before, attention, out, after = _PARTS[type(layer).__name__]
+    before, attention, out, after = parts
     normed_BTh = getattr(layer, before)(hidden_BTh)
     attended_B1h = _attend(getattr(layer, attention), out, normed_BTh, place, read_B)
     own_B1h = _at(hidden_BTh, place, read_B) + _behind(layer, attended_B1h, 1)
