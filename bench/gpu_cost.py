@@ -57,10 +57,10 @@ def settings_of(scale: Scale, **text: Any) -> Any:
     return CLIPConfig(vision_config={**vision, **small}, text_config={**text, **narrow, **small}, projection_dim=512)
 
 
-def encoder_of(scale: Scale, leaner: bool = True, **moving: Any) -> DualEncoder:
+def encoder_of(scale: Scale, leaner: bool = True, compiled: bool = False, **moving: Any) -> DualEncoder:
     """ViT-B/16 and CLIP's text tower with random weights, on the device, training as `model.*` options say.
 
-    As a run has it, or with `leaner` False as transformers and peft have it.
+    As a run has it that is or will be compiled or not, or with `leaner` False as transformers and peft have it.
     """
     from transformers import CLIPModel
 
@@ -72,6 +72,7 @@ def encoder_of(scale: Scale, leaner: bool = True, **moving: Any) -> DualEncoder:
     adapters.set_moving(encoder, Model.model_validate(moving))
     if leaner:
         lean.lighten(encoder.clip)
+    if leaner and not compiled:
         last_layer.shorten(encoder.clip)
     return encoder.to(scale.device).train()
 
@@ -241,7 +242,7 @@ def lora(scale: Scale) -> Iterator[Line]:
 
 def compiled(scale: Scale) -> Iterator[Line]:
     """All weights: whole, in chunks, and `batch` pairs in chunks as large as the largest of `plain` that fits whole."""
-    encoder = encoder_of(scale)
+    encoder = encoder_of(scale, compiled=True)
     yield from _compiled(encoder, scale)
     for wide in reversed(scale.plain):
         line = measured(encoder, scale, inputs(scale, wide), wide, 4)
@@ -252,7 +253,7 @@ def compiled(scale: Scale) -> Iterator[Line]:
 
 
 def lora_compiled(scale: Scale) -> Iterator[Line]:
-    encoder = encoder_of(scale, image_tower="lora", text_tower="lora")
+    encoder = encoder_of(scale, compiled=True, image_tower="lora", text_tower="lora")
     yield from _compiled(encoder, scale)
     yield measured(encoder, scale, inputs(scale, scale.middle, True), scale.chunks[0], 2, 1)
 

@@ -46,12 +46,13 @@ SQUARE = {"cpu": 1024, "cuda": 8192}
 LIMITS = {"cpu": ("of the same products alone", 0.6), "cuda": ("cached, end to end, of the rate", 0.4)}
 
 
-def encoder_of(folder: Path, world: World) -> DualEncoder:
+def encoder_of(folder: Path, world: World, compiled: bool = False) -> DualEncoder:
     """As a run has it (`jobs.prepare`), all weights moving, not yet compiled."""
     encoder = checkpoint.open_model(str(folder)).encoder
     adapters.set_moving(encoder, Model())
     lean.lighten(encoder.clip)
-    last_layer.shorten(encoder.clip)
+    if not compiled:
+        last_layer.shorten(encoder.clip)
     if world.device.type == "cpu":
         attention.quicken(encoder.clip)
         device.keep_memory()
@@ -156,7 +157,7 @@ def main() -> int:
         write(Place(Path(folder)), pairs, given.models)
         for name in given.models:
             batch = given.batch or BATCH[given.device].get(name, 16)
-            encoder = encoder_of(Place(Path(folder)).model(name), world)
+            encoder = encoder_of(Place(Path(folder)).model(name), world, given.compile)
             found = measure(encoder, inputs(encoder, batch, world.device), world, given.rounds, given.compile)
             del encoder
             if given.end_to_end:

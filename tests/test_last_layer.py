@@ -146,24 +146,6 @@ def test_with_layers_computed_again(base: Path, pixels: torch.Tensor) -> None:
     assert_same(encoder, 2, pixels)
 
 
-def test_compiled(base: Path, pixels: torch.Tensor) -> None:
-    """Traced without a break, for other captions too."""
-    encoder = opened(base)
-    tokens, leaner = words(encoder), copy.deepcopy(encoder)
-    last_layer.shorten(leaner.clip)
-    expected = computed(encoder, pixels, tokens)
-    again = computed(encoder, pixels, tokens.flip(0))
-    torch._dynamo.reset()
-    for tower in towers(leaner):
-        for layer in model.layers(tower):
-            layer.compile(dynamic=True, backend="eager", fullgraph=True)
-    for given, wanted in ((tokens, expected), (tokens.flip(0), again)):
-        found = computed(leaner, pixels, given)
-        for name, one in wanted.items():
-            assert torch.allclose(found[name], one, rtol=1e-10, atol=1e-12), name
-    torch._dynamo.reset()
-
-
 def test_sharded(base: Path, pixels: torch.Tensor) -> None:
     """FSDP gives a layer another class, of another name."""
     encoder = opened(base)
@@ -204,9 +186,13 @@ def test_layers_of_other_parts_stay(base: Path) -> None:
     assert shortened(encoder) == 1
 
 
-def test_a_run_has_it(experiment: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_run_has_it_unless_it_is_compiled(
+    compiled: bool, experiment: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[Any] = []
     whole = last_layer._for_one
     monkeypatch.setattr(last_layer, "_for_one", lambda *given: seen.append(given) or whole(*given))
-    training.fit(experiment(), Console(quiet=True))
-    assert len(seen) == 2 * 4, "two towers, four steps of one chunk; and no validation"
+    monkeypatch.setattr(model, "compile_towers", lambda _: None)
+    training.fit(experiment(train={"compile": compiled}), Console(quiet=True))
+    assert len(seen) == (0 if compiled else 2 * 4), "two towers, four steps of one chunk; and no validation"

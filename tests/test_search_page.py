@@ -285,8 +285,9 @@ def test_what_the_data_say_is_shown_and_never_run(opened: Opened, sample: served
     text_of(page).fill(served.HOSTILE)
     text_of(page).press("Enter")
     expect(page.locator("#results .said")).to_contain_text(served.HOSTILE)
+    text_of(page).fill("")  # with it another picture may come first: the model has never read such words
     drop(page, "drop-query", sample.picture(served.PAIRS))
-    expect(page.locator("#results .hit .name").first).to_have_text("hostile.tif")
+    shows_first(page, "hostile.tif")
     expect(page.locator("#results .hit .caption").first).to_have_text(served.HOSTILE)
     page.locator("#results .open").first.click()
     expect(page.locator("dialog.large")).to_contain_text(served.HOSTILE)

@@ -261,7 +261,6 @@ def _switch(wanted: Config, opened: Opened, planned: Plan, world: World, console
     if wanted.train.gradient_checkpointing:
         model.checkpoint_gradients(encoder)
     lean.lighten(encoder.clip)
-    last_layer.shorten(encoder.clip)
     if world.device.type == "cpu":
         attention.quicken(encoder.clip)
         device.keep_memory()
@@ -272,6 +271,8 @@ def _switch(wanted: Config, opened: Opened, planned: Plan, world: World, console
         model.compile_towers(encoder)
     if chosen:
         console.say("train.compile: the first steps compile the layers of the towers, which takes a while")
+    else:  # compiled, such a layer needs graphs of its own, for ten minutes and more (docs/log.md, 2026-11-26)
+        last_layer.shorten(encoder.clip)
     _say_of_statistics(encoder, console)
     return wanted.model_copy(update={"train": wanted.train.model_copy(update={"compile": chosen})})
 

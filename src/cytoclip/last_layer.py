@@ -36,7 +36,7 @@ _PLACE = "read_B"  # what the hook adds to what the text tower hands on to its l
 def shorten(clip: Any) -> None:
     """Let the last layer of each tower of `clip` compute the token that is read, where it is one and the layer known.
 
-    After adapters are in, before compiling.
+    After adapters are in; for layers that are not compiled.
     """
     family = FAMILIES[clip.config.model_type]
     image, text = getattr(clip, family.image_tower), getattr(clip, family.text_tower)
@@ -97,7 +97,7 @@ def _for_one(
     attended_B1h = _attend(getattr(layer, attention), out, normed_BTh, place, read_B)
     own_B1h = _at(hidden_BTh, place, read_B) + _behind(layer, attended_B1h, 1)
     own_B1h = own_B1h + _behind(layer, layer.mlp(getattr(layer, after)(own_B1h)), 2)
-    return own_B1h.expand_as(hidden_BTh)
+    return own_B1h.expand_as(hidden_BTh).contiguous()  # FSDP hooks what a layer gives, which must not be a view
 
 
 def _attend(
