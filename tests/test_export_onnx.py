@@ -61,6 +61,7 @@ def exported(model: Path, to: Path) -> export.Exported:
     done = export.export(str(model), to, "onnx", QUIET)
     assert [part.title for part in done.parts] == ["fp32", "fp16", "int8"]
     assert min(done.parts[0].image, done.parts[0].text) > 0.999999
+    assert min(done.parts[2].image, done.parts[2].text) > 0.99  # signed weights: 0.84 on a processor without VNNI
     return done
 
 
@@ -105,7 +106,7 @@ def precisions_are_what_they_say(folder: Path, done: export.Exported) -> None:
             kind = onnx.TensorProto.DataType.Name(tensor.data_type)
             sizes[kind] = sizes.get(kind, 0) + int(np.prod(tensor.dims))
         kinds[precision] = max(sizes, key=lambda kind: sizes[kind])
-    assert kinds == {"fp32": "FLOAT", "fp16": "FLOAT16", "int8": "INT8"}
+    assert kinds == {"fp32": "FLOAT", "fp16": "FLOAT16", "int8": "UINT8"}
     for part in done.parts:
         assert part.change["image_to_text"].keys() == {"hit@1", "hit@10"}
     rows = {line.split()[0] for line in done.text().splitlines()[2:]}
