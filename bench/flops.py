@@ -21,10 +21,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cytoclip.model import DualEncoder
 
+_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # float32's; torch (2.13) does not count it
+_ATTENTION_BACK = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
 
 def counted(step: Callable[[], Any]) -> float:
-    """What torch counts in `step`: matrix products and convolutions."""
-    with FlopCounterMode(display=False) as counter:
+    """What torch counts in `step`: matrix products, convolutions and attention."""
+
+    def there(query_BHTd: torch.Size, key_BHSd: torch.Size, *_: Any, times: int = 2, **__: Any) -> int:
+        return 2 * times * query_BHTd.numel() * key_BHSd[2]
+
+    def back(_: torch.Size, query_BHTd: torch.Size, key_BHSd: torch.Size, *__: Any, **___: Any) -> int:
+        return there(query_BHTd, key_BHSd, times=5)  # scores again, and four gradients
+
+    with FlopCounterMode(display=False, custom_mapping={_ATTENTION: there, _ATTENTION_BACK: back}) as counter:
         step()
     return float(counter.get_total_flops())
 
@@ -77,7 +87,10 @@ def _tower(settings: Any, tokens: int, shortened: bool) -> int:
 
 
 class Products(TorchDispatchMode):
-    """Notes every matrix product under it: operation, shapes and strides of its factors, dtype."""
+    """Notes every matrix product under it: operation, shapes and strides of its factors, dtype.
+
+    Those inside a CPU's attention kernel too, of contiguous factors; what it computes again on its way back is not.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,7 +102,19 @@ class Products(TorchDispatchMode):
             left, right = given[-2:] if name in ("addmm", "baddbmm") else given[:2]
             kind = "bmm" if left.ndim == 3 else "mm"
             self.found[kind, *((tuple(x.shape), x.stride()) for x in (left, right)), left.dtype] += 1
+        if function.overloadpacket is _ATTENTION:
+            self._attention(*given[:2], sums=1)
+        if function.overloadpacket is _ATTENTION_BACK:
+            self._attention(*given[1:3], sums=3)  # the gradients at queries, keys and values
         return function(*given, **(named or {}))
+
+    def _attention(self, query_BHTd: torch.Tensor, key_BHSd: torch.Tensor, sums: int) -> None:
+        """One product over dimensions, the scores or their gradient, and `sums` over tokens."""
+        B, H, T, d = query_BHTd.shape
+        S = key_BHSd.shape[2]
+        for times, shapes in ((1, ((T, d), (d, S))), (sums, ((T, S), (S, d)))):
+            factors = (((B * H, n, m), (n * m, m, 1)) for n, m in shapes)
+            self.found["bmm", *factors, query_BHTd.dtype] += times
 
 
 def alone(products: Counter[tuple[Any, ...]], device: torch.device) -> list[tuple[Callable[[], Any], int]]:

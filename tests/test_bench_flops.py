@@ -83,6 +83,28 @@ def test_what_is_computed_again_is_executed_and_not_counted(
     assert executed(2) == model + 3 * scores + forward * (PAIRS - 2) / PAIRS
 
 
+def test_attention_in_one_kernel_is_counted_as_its_products(
+    flops: ModuleType, encoder: DualEncoder, given: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    """A CPU's, of which torch's counter knows nothing; scores are computed again on the way back, so one of six more."""
+    found, products = {}, {}
+    for kind in ("eager", "sdpa"):
+        encoder.clip.set_attn_implementation(kind)
+        for side, forward in (("image", encoder.images), ("text", encoder.texts)):
+            with flops.Products() as noted:
+                found[kind, side] = flops.counted(lambda forward=forward, side=side: back(forward(given[side == "text"])))
+            made = flops.alone(noted.found, torch.device("cpu"))
+            products[kind, side] = sum(flops.counted(product) * times for product, times in made)
+    again = 2 * 2 * PAIRS * 17 * 17 * 32  # two layers; 16 patches and the class token, 32 wide
+    assert found["sdpa", "image"] == found["eager", "image"] + again
+    assert products["sdpa", "image"] == products["eager", "image"] < found["eager", "image"], "patches are a convolution"
+    assert found["sdpa", "text"] >= found["eager", "text"] == products["eager", "text"] == products["sdpa", "text"]
+
+
+def back(embedded: torch.Tensor) -> None:
+    embedded.sum().backward()
+
+
 def test_products_are_noted_and_run_alone(flops: ModuleType) -> None:
     a, b = torch.randn(3, 4, dtype=torch.bfloat16), torch.randn(5, 4, dtype=torch.bfloat16)
     with flops.Products() as noted:
