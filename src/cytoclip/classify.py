@@ -85,8 +85,8 @@ def classify(
         opened = checkpoint.open_model(name)
         opened.encoder.to(world.device)
         tried = splits[asked.split]
-        console.say(f"{opened.name}: {counted(len(tried), 'picture')} of {asked.split} on {world.device.type}, "
-                    f"precision {world.precision} (from {world.precision_from})")  # fmt: skip
+        what = f"{counted(len(tried), 'picture')} of {asked.split}"
+        console.say(f"{opened.name}: {what} on {world.device.type}, {world.arithmetic}")
         how = evaluation.reading(opened, tried, batch_size, world.loaders(workers))
         embedded = {
             split: encode.encode_pictures(opened.encoder, pairs, how, world, console) for split, pairs in splits.items()

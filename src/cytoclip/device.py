@@ -67,6 +67,11 @@ class World:
     def first(self) -> bool:
         return self.rank == 0
 
+    @property
+    def arithmetic(self) -> str:
+        """For people: the precision, and who said so."""
+        return f"precision {self.precision} (from {self.precision_from})"
+
     def autocast(self) -> torch.autocast:
         """The context in which the towers run; everything else is float32."""
         dtype = DTYPES.get(self.precision)

@@ -145,8 +145,8 @@ def evaluate(models: Sequence[str], folder: Path, question: Question, console: C
             if k > len(pairs):
                 console.warn(f"k = {k} is more than the {len(pairs)} captions and pictures there are: hit@{k} is 1")
         console.say(
-            f"{counted(len(pairs), 'pair')} of {folder} on {world.device.type}, precision {world.precision} "
-            f"(from {world.precision_from}), {counted(world.size, 'process', 'processes')}"
+            f"{counted(len(pairs), 'pair')} of {folder} on {world.device.type}, {world.arithmetic}, "
+            f"{counted(world.size, 'process', 'processes')}"
         )
         names: dict[str, str] = {}
         embedded: dict[str, Embedded] = {}

@@ -168,8 +168,7 @@ def _build(made: Encoder, source: str, folder: Path, there: Manifest | None, con
     plan = index_plan.planned(source_of.listed, roots, standing)
     what = f"{len(source_of.shards)} shards" if source_of.shards else counted(len(source_of.listed), "picture")
     console.say(
-        f"{what} of {source} on {world.device.type}, precision {world.precision} (from {world.precision_from}), "
-        f"{counted(world.size, 'process', 'processes')}"
+        f"{what} of {source} on {world.device.type}, {world.arithmetic}, {counted(world.size, 'process', 'processes')}"
     )
     if source_of.listed:
         console.say(f"{len(source_of.listed) - len(plan.work)} are in the index as they are")

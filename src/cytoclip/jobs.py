@@ -193,9 +193,8 @@ def settled(wanted: Config, world: World, run: RunFolder) -> Config:
 def first_line(wanted: Config, world: World) -> str:
     threads = f" with {counted(torch.get_num_threads(), 'thread')}" if world.device.type == "cpu" else ""
     return (
-        f"{counted(world.size, 'process', 'processes')} on {world.device.type}{threads}, precision {world.precision} "
-        f"(from {world.precision_from}), global batch {wanted.train.batch_size} = {world.size} × "
-        f"{wanted.train.batch_size // world.size}"
+        f"{counted(world.size, 'process', 'processes')} on {world.device.type}{threads}, {world.arithmetic}, "
+        f"global batch {wanted.train.batch_size} = {world.size} × {wanted.train.batch_size // world.size}"
     )
 
 

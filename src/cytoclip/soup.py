@@ -198,10 +198,7 @@ def soup(path: Path, asked: Asked, console: Console) -> Soup:
         readings = {name: _reading(wanted, asked, opened, pairs, place) for name, pairs in splits.items()}
         members = _members(run, finished, world.once(lambda: state.whole(run.checkpoints, console.warn)))
         recipes = [*(Recipe(alpha=alpha) for alpha in alphas), *_of_steps(members, finished)]
-        console.say(
-            f"{counted(len(recipes), 'mixture')} on {world.device.type}, precision {world.precision} "
-            f"(from {world.precision_from})"
-        )
+        console.say(f"{counted(len(recipes), 'mixture')} on {world.device.type}, {world.arithmetic}")
         tasted = []
         for recipe in _mixed(opened, recipes, wanted, run, members):
             scores = {
