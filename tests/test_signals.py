@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,17 +26,20 @@ QUIET = Console(quiet=True)
 Experiment = Callable[..., Config]
 
 
+@pytest.mark.parametrize("to_all", [False, True], ids=["the trainer", "its loader too"])
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 138)])
 def test_the_step_in_hand_is_finished_and_saved(
     name: str,
     code: int,
+    to_all: bool,
     done: tuple[Config, training.RunResult],
     experiment: Experiment,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    send_in_step(1, getattr(signal, name), monkeypatch)
+    """Sent to the trainer alone, or to the whole group as terminals, `timeout` and schedulers do."""
+    send_in_step(1, getattr(signal, name), monkeypatch, to_all)
     wanted = experiment(data={"workers": 1})
     (tmp_path / "recipe.yaml").write_text(config.dump(wanted))
     monkeypatch.setattr(sys, "argv", ["cytoclip", "train", str(tmp_path / "recipe.yaml")])
@@ -102,12 +108,36 @@ def test_it_says_what_happened() -> None:
     assert str(Stopped(15, 7)).startswith("stopped by signal 15 after step 7")
 
 
-def send_in_step(index: int, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def send_in_step(index: int, number: int, monkeypatch: pytest.MonkeyPatch, to_all: bool = False) -> None:
     steps = training._step
 
     def step(job: Any, at: int, *rest: Any) -> Any:
         if at == index:
-            os.kill(os.getpid(), number)
+            loaders = [child.pid for child in multiprocessing.active_children()] if to_all else []
+            assert len(loaders) >= to_all
+            pids = [str(pid) for pid in (os.getpid(), *loaders)]
+            subprocess.run(["kill", f"-{int(number)}", *pids], check=True)  # from without: a loader heeds its trainer
+            time.sleep(0.1 * to_all)  # for a loader to die of it
         return steps(job, at, *rest)
 
     monkeypatch.setattr(training, "_step", step)
+
+
+def test_a_loader_ends_when_its_trainer_says_so() -> None:
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    loader = context.Process(target=loading, args=(ready,), daemon=True)
+    loader.start()
+    assert ready.wait(30)
+    subprocess.run(["kill", "-TERM", str(loader.pid)], check=True)
+    loader.join(0.3)
+    assert loader.is_alive(), "somebody else's"
+    loader.terminate()
+    loader.join(30)
+    assert loader.exitcode == 0
+
+
+def loading(ready: Any) -> None:
+    signals.in_loader(0)
+    ready.set()
+    time.sleep(60)

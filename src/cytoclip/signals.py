@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -41,9 +42,23 @@ def heard() -> Iterator[Callable[[], int]]:
 
 
 def in_loader(_: int) -> None:
-    """The handlers of a loading process: it must not die of a Ctrl-C before its trainer has saved."""
+    """The handlers of a loading process: it must not die before its trainer has saved.
+
+    A terminal and a scheduler signal all processes at once. Only the trainer's own SIGTERM ends one, where the system
+    says who sent it (Linux); should the trainer die, torch's loop sees it within seconds.
+    """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+    trainer = multiprocessing.parent_process()
+    if trainer is not None and hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_until_sent_by, args=(trainer.pid,), daemon=True).start()
+
+
+def _until_sent_by(trainer: int | None) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
+        pass
+    os._exit(0)
 
 
 def _launched() -> bool:
