@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cytoclip import apart, bring, files, sources
+from cytoclip import apart, bring, check, files, sources
 from cytoclip.apart import SPLITS, Shares
 from cytoclip.console import Console
 from cytoclip.errors import UserError
@@ -114,6 +114,22 @@ def test_further_captions_and_groups_are_kept(tmp_path: Path) -> None:
     assert sorted(more for one in read for more in one.more) == [(f"another {i}",) for i in range(6)]
     assert {group for one in read for group in one.groups} == {"g 0", "g 1", "g 2"}
     assert not (tmp_path / "to" / "test").exists()
+
+
+@pytest.mark.parametrize(("key", "said"), [("Patient_ID", True), ("wsi", True), ("magnification", False)])
+def test_sources_under_another_name_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str, said: bool
+) -> None:
+    """Renamed, they keep together what belongs together; here half of the patients would be cut."""
+    place = formats.json_lines(tmp_path / "from", formats.drawn(20))
+    lines = [json.loads(line) for line in place.read_text().splitlines()]
+    for name, to in ((key, "cut"), ("source", "whole")):
+        rows = [{k: v for k, v in one.items() if k != "source"} | {name: f"p {i // 2}"} for i, one in enumerate(lines)]
+        place.write_text("\n".join(json.dumps(row) for row in rows))
+        bring.bring(place, tmp_path / to, Shares(0.2, 0.2), Columns(), Console())
+        assert (f"what comes from one '{key}'" in capsys.readouterr().err) == (said and to == "cut")
+    check.check(tmp_path / "cut", None, None, Console())
+    assert (f"what comes from one '{key}'" in capsys.readouterr().err) == said
 
 
 def test_files_are_linked_and_pieces_are_copied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -228,3 +228,23 @@ def test_a_saved_model_reads_pictures_by_the_crop_that_it_was_trained_with(
     assert plain == opened.pixels.fitted("center" if crop == "pad" else crop)
     if crop in ("pad", "squash"):
         assert loaded.pixels != checkpoint.open_model(str(base)).pixels
+
+
+@pytest.mark.parametrize(("name", "near"), [("runs/frist", "runs/first"), ("a/b/c", ""), ("./first", "")])
+def test_a_slip_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, near: str) -> None:
+    """A run beside it, or more than an owner and a name: nobody waits for the hub to say no."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(model, "read", lambda name: pytest.fail(f"{name} is looked for"))
+    Path("runs/first").mkdir(parents=True)
+    Path("runs/first/config.yaml").touch()
+    with pytest.raises(UserError, match=f"no such folder: {name}") as caught:
+        checkpoint.open_model(name)
+    assert caught.value.hint.startswith(f"did you mean {near}?" if near else "give a hub id")
+
+
+def test_a_hub_id_beside_a_folder_of_its_owner_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("openai/clip-vit-base-patch32").mkdir(parents=True)  # no run
+    assert checkpoint.locate("openai/clip-vit-base-patch16") == "openai/clip-vit-base-patch16"
+    hint = model.not_opened("openai/clip-vit-base-patch16", OSError("no network")).hint
+    assert hint.startswith("did you mean openai/clip-vit-base-patch32? Else give a hub id")

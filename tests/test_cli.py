@@ -342,7 +342,7 @@ def test_no_memory_is_the_users_to_mend(
 def test_ctrl_c_says_how_to_go_on(run: Run, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """typer catches it inside a command, argparse does not: both entries end the same."""
     monkeypatch.setattr(config, "load", raising(KeyboardInterrupt()))
-    hint = "a training run goes on from its last checkpoint when the same command is given again"
+    hint = "the same command goes on from whatever was saved"
     stopped = Outcome(130, "", f"stopped; {hint}\n")
     assert run("config", str(recipe)) == stopped
     assert run("--config", str(recipe), entry=cli.original_train, program="train.py") == stopped

@@ -88,6 +88,12 @@ def test_what_is_not_a_yaml_of_sections_is_refused(load: Callable[..., Config], 
     assert "exp.yaml" in message
 
 
+def test_a_tab_is_called_by_its_name(load: Callable[..., Config]) -> None:
+    message, hint = refused(lambda: load("data:\n\troot: d"))
+    assert "line 2" in message
+    assert hint == "YAML is indented by spaces: put them for the tab"
+
+
 @pytest.mark.parametrize("text", ["", "null", "hello", "model: {}"])
 def test_no_data_names_the_option_to_give(load: Callable[..., Config], text: str) -> None:
     message, hint = refused(lambda: load(text))

@@ -242,6 +242,7 @@ def test_a_missing_data_root_and_a_missing_model_are_named(base: Path, tmp_path:
     with pytest.raises(UserError, match="no such folder") as caught:
         tiny.scores_of(base, evaluation.split_folder(tmp_path / "nowhere", "val"), [1])
     assert caught.value.code is ExitCode.DATA
+    assert f"on the way to {tmp_path / 'nowhere' / 'val'}" in caught.value.message
     with pytest.raises(UserError, match="holds no model") as caught:
         tiny.scores_of(tmp_path, root / "val", [1])
     assert caught.value.code is ExitCode.MODEL

@@ -340,6 +340,13 @@ def test_the_command_refuses_in_two_lines(run: Run, exact: Path, tmp_path: Path)
     assert ("has a splt" in message, hint) == (True, "did you mean split?")
     assert "no such file" in refused(run("search", str(exact), "--image", "no.png"), ExitCode.DATA)[0]
     assert "is no index" in refused(run("search", str(tmp_path), TEXT), ExitCode.DATA)[0]
+    _, hint = refused(run("search", str(exact.with_name(exact.name + "x")), TEXT), ExitCode.DATA)
+    assert hint == f"did you mean {exact}?"
+    (tmp_path / "cell.png").write_bytes(b"")
+    message, hint = refused(run("search", str(exact), str(tmp_path / "cell.png")))
+    assert "was given as words" in message
+    assert hint == f"search with --image {tmp_path / 'cell.png'}"
+    assert refused(run("search", str(exact), "big", "monocyte"))[1].startswith("put several words in quotes; ")
 
 
 def test_the_index_command_says_what_it_did(run: Run, root: Path, base: Path, tmp_path: Path) -> None:

@@ -326,7 +326,7 @@ def test_odd_things_are_said_but_not_refused(
     said = capsys.readouterr().err
     assert "warning: 2.1% of the training captions are longer than 77 tokens" in said
     assert "warning: k = 30 is more than the 20 validation pairs" in said
-    assert "warning: 9 warm-up steps of 4" in said
+    assert "warning: train.warmup_steps=9 of 4 steps" in said
     assert "LoRA rank 4, scaling 0.25" in said, "trap 12"
     assert "warning: groups that are in two splits" in said
     assert said.count("warning:") == 4

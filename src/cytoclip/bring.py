@@ -53,6 +53,7 @@ def bring(place: Path, to: Path, shares: Shares, columns: Columns, console: Cons
     rows = {name: np.flatnonzero(split_N == number) for number, name in enumerate(SPLITS)}
     _refuse_empty(rows, shares, pairs, place)
     _say(rows, pairs, shares, console)
+    apart.warn_of_cut_sources(pairs, console)
     names = safe_names(pairs)
     copied = 0
     with files.whole_folder(to) as folder, console.progress("writing pictures", len(pairs)) as bar:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from cytoclip import cache, checkpoint, findings, looks, places, sources, texts, verdict
+from cytoclip import apart, cache, checkpoint, findings, looks, places, sources, texts, verdict
 from cytoclip.console import Console
 from cytoclip.data_options import Data
 from cytoclip.errors import ExitCode, UserError, counted, first_few
@@ -107,6 +107,7 @@ def _read(root: Path, columns: Columns, console: Console) -> tuple[dict[str, Pai
         left_out: list[str] = []
         try:
             read[name] = sources.read(_place(root, name), columns, console, left_out)
+            apart.warn_of_cut_sources(read[name], console)
         except UserError as error:
             if len(there) == 1 or (name == there[-1] and not read):
                 raise

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from cytoclip import adapters, files, from_open_clip, model
 from cytoclip.config import Config, Model
-from cytoclip.errors import ExitCode, UserError
+from cytoclip.errors import ExitCode, UserError, neighbour
 from cytoclip.model import DualEncoder
 from cytoclip.pixels import PixelSpec, to_floats
 
@@ -176,6 +176,7 @@ def locate(name: str) -> str:
     if from_open_clip.is_one(name):
         return str(from_open_clip.converted(name))
     if not folder.is_dir():
+        _refuse_slip(name)
         return name
     if run.config.is_file():
         for inner in (run.best, files.old(run.best), run.model):  # old: while its writer exchanges the two
@@ -194,6 +195,15 @@ def locate(name: str) -> str:
             ExitCode.MODEL,
         )
     return str(folder.resolve())
+
+
+def _refuse_slip(name: str) -> None:
+    """Raise `UserError` for a path that is not there, rather than look for it on the hub: runs/frist, a/b/c, ./here."""
+    near = neighbour(Path(name))
+    is_path = name.startswith((".", "~")) or name.count("/") > 1
+    if is_path or (near is not None and run_of(str(near)) is not None):
+        hint = f"did you mean {near}?" if near else "give a hub id (owner/name), a Hugging Face folder or a run folder"
+        raise UserError(f"no such folder: {name}", hint, ExitCode.MODEL)
 
 
 def run_of(name: str) -> RunFolder | None:

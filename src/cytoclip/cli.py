@@ -147,7 +147,7 @@ def _guarded(work: Callable[[], object]) -> None:
         _explain(error)
         raise
     if outcome == _INTERRUPTED and arguments.speaks():
-        fail("stopped; a training run goes on from its last checkpoint when the same command is given again")
+        fail("stopped; the same command goes on from whatever was saved")
     sys.exit(outcome if isinstance(outcome, int) else 0)
 
 
@@ -160,7 +160,8 @@ def _explain(error: Exception) -> None:
         message = str(error.format_message())
         if message and arguments.speaks():  # empty where it has already printed the help
             asked = getattr(getattr(error, "ctx", None), "command_path", "cytoclip")
-            fail(UserError(message, f"{asked} --help says what it takes").lines())
+            quoted = "put several words in quotes; " if "unexpected extra argument" in message else ""
+            fail(UserError(message, f"{quoted}{asked} --help says what it takes").lines())
         sys.exit(int(ExitCode.USAGE))
     if isinstance(error, MemoryError) or any(words in str(error).lower() for words in _NO_MEMORY):
         reason = (str(error) or type(error).__name__).splitlines()[0]

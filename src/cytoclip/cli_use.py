@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +11,7 @@ from typing import Annotated
 import typer
 
 from cytoclip import arguments
+from cytoclip.errors import UserError
 
 
 class Format(StrEnum):
@@ -80,6 +82,8 @@ def search(  # noqa: PLR0913 - each is an option
     """Search an index by text, by a picture, or by both."""
     from cytoclip.search import Index, document, filters, table
 
+    if text is not None and image is None and os.path.isfile(text):  # noqa: PTH113 - a text may be too long for a Path
+        raise UserError(f"{text} is a picture's file, and was given as words", f"search with --image {text}")
     wanted = filters(where or (), "--where")
     opened = Index.open(index, model=model, roots=root or ())
     hits = opened.search(text, image, k=k, weight=weight, kind="captions" if captions else "images", where=wanted)

@@ -375,7 +375,9 @@ def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
         return _merged(written, on_top)
     except (YAMLError, OmegaConfBaseException, ValueError, TypeError, OSError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{path} cannot be read: {reason}", "mend that line; YAML wants `key: value`") from None
+        tab = "cannot start any token" in reason and b"\t" in path.read_bytes()
+        hint = "YAML is indented by spaces: put them for the tab" if tab else "mend that line; YAML wants `key: value`"
+        raise UserError(f"{path} cannot be read: {reason}", hint) from None
 
 
 def _merged(written: DictConfig, on_top: Sequence[DictConfig]) -> dict[str, Any]:

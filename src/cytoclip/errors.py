@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from enum import IntEnum
+from itertools import islice
+from pathlib import Path
 
 
 class ExitCode(IntEnum):
@@ -72,6 +74,15 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
             return name
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     return close[0] if close else None
+
+
+def neighbour(place: Path) -> Path | None:
+    """What lies beside a place that is not there, under the name nearest to its own."""
+    try:
+        near = nearest(place.name, [other.name for other in islice(place.parent.iterdir(), 10_000)])
+    except (OSError, ValueError):  # no folder either, or no path at all
+        return None
+    return place.parent / near if near else None
 
 
 def counted(number: int, one: str, several: str = "") -> str:

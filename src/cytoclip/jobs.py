@@ -331,7 +331,10 @@ def _say_what_is_odd(job: Job, truncated: int) -> None:
         if k > len(job.val):
             say.warn(f"k = {k} is more than the {len(job.val)} validation pairs: hit@{k} is 1")
     if wanted.train.warmup_steps >= job.plan.steps:
-        say.warn(f"{wanted.train.warmup_steps} warm-up steps of {job.plan.steps}: the peak learning rate is not passed")
+        say.warn(
+            f"train.warmup_steps={wanted.train.warmup_steps} of {counted(job.plan.steps, 'step')}: the learning rate "
+            "does not pass its peak"
+        )
 
 
 def _say_what_comes(job: Job, feed: FromDisk, truncated: int) -> None:

@@ -21,7 +21,7 @@ from cytoclip import catalogue, encoder, images, index, index_faiss, manifest
 from cytoclip.catalogue import Having
 from cytoclip.console import Console
 from cytoclip.encoder import Encoder, Picture
-from cytoclip.errors import ExitCode, UserError, first_few, nearest
+from cytoclip.errors import ExitCode, UserError, first_few, nearest, neighbour
 from cytoclip.files import Piece
 from cytoclip.index_faiss import Captions
 from cytoclip.manifest import Manifest
@@ -122,7 +122,9 @@ class Index:
         for attempt in range(_TRIES):
             found = manifest.read(place)
             if found is None:
-                raise UserError(f"{place} is no index", f"cytoclip index MODEL SOURCE --to {place}", ExitCode.DATA)
+                near = None if place.exists() else neighbour(place)
+                hint = f"did you mean {near}?" if near else f"cytoclip index MODEL SOURCE --to {place}"
+                raise UserError(f"{place} is no index", hint, ExitCode.DATA)
             try:
                 where = _moved(found, roots)
                 return cls(place, found, device, None if model is None else str(model), where)

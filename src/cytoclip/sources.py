@@ -156,7 +156,10 @@ def _no_folder(folder: Path) -> UserError:
         siblings = [name for name in siblings if (missing.parent / name).is_dir()]
     near = nearest(missing.name, siblings)
     what = "file" if missing.suffix and missing == folder else "folder"
-    return data_error(f"no such {what}: {missing}", f"did you mean {missing.parent / near}?" if near else _LAYOUT)
+    on_the_way = "" if missing == folder else f", on the way to {folder}"
+    return data_error(
+        f"no such {what}: {missing}{on_the_way}", f"did you mean {missing.parent / near}?" if near else _LAYOUT
+    )
 
 
 def _entries(folder: Path) -> list[Any]:

@@ -48,6 +48,7 @@ def cut(pairs: Pairs, place: Path, data: Data, asked: HoldOut, console: Console)
     Pairs that share a source, a group, a picture's bytes or a caption stay together, directly or through others. Where
     that leaves too little to hold out, those that share no more than a caption need not.
     """
+    apart.warn_of_cut_sources(pairs, console)
     scanned = batches.scanned(pairs, place, console, data.on_bad_image == "skip")
     component_N = apart.components(scanned, captions=True)
     held_N = _held_out(scanned, asked, component_N)
