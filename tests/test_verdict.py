@@ -64,10 +64,16 @@ def test_what_is_proposed_follows_from_the_data(clean_one: Path, base: Path) -> 
     assert without["data"]["crop"] == "pad"
     assert without["model"]["name"] == "OFA-Sys/chinese-clip-vit-base-patch16"
     assert "context_length" not in without["model"]
-    assert without["train"]["batch_size"] == 2
+    assert (without["train"]["batch_size"], without["train"]["warmup_steps"]) == (2, 10)
     report = check.check(clean_one, str(base), None, QUIET)
     assert verdict.proposed(report)["model"]["context_length"] == 248
     assert {one.kind for one in report.findings} == {"cropped-away", "cut-captions", "unread-script"}
+
+
+@pytest.mark.parametrize(("steps", "proposed"), [(0, 1), (1, 1), (99, 99), (100, None), (101, None)])
+def test_a_short_run_is_not_all_warm_up(report: Report, steps: int, proposed: int | None) -> None:
+    facts = report.facts | {"train": replace(report.facts["train"], pairs=12 * steps)}
+    assert verdict.proposed(replace(report, facts=facts))["train"].get("warmup_steps") == proposed
 
 
 @pytest.mark.parametrize(("long", "proposed"), [(0, None), (1, None), (5, 96), (100, 96)])

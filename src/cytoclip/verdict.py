@@ -26,6 +26,7 @@ from cytoclip.repeats import Repeats
 _FREE = ("root", "name")  # texts of the user
 _COLUMN = 28  # where comments begin
 SCHEMA = 1  # of the JSON document; a key is added without a new number, and taken away only with one
+_EPOCHS = 10
 _STEPS = 8  # batches that an epoch should have, or every batch holds the same pairs
 _LONG = 248  # tokens of Long-CLIP, the longest that its way to stretch was tried for (arXiv 2403.15378)
 _SQUARE = PixelSpec(224, (224, 224), 3, (0.0,) * 3, (1.0,) * 3, 1 / 255)  # what most checkpoints do
@@ -165,15 +166,19 @@ class Report:
 
 
 def proposed(report: Report) -> dict[str, Any]:
-    """A configuration for `cytoclip train` that suits these pairs: batch, crop, context, positives."""
+    """A configuration for `cytoclip train` that suits these pairs: batch, warm-up, crop, context, positives."""
     model: dict[str, Any] = {"name": report.reader.name if report.reader else _checkpoint(report)}
     reader, needed = report.reader, _tokens_needed(report)
     if reader and needed > reader.context and reader.context < _LONG and not reader.family.no_stretch:
         model["context_length"] = min(_LONG, needed + -needed % 8)
+    train = {"epochs": _EPOCHS, "batch_size": report.batch_size, "positives": report.objective.positives}
+    tenth = max(1, _steps(report) * _EPOCHS // 10)
+    if tenth < Train().warmup_steps:
+        train["warmup_steps"] = tenth
     return {
         "data": {"root": report.root, "crop": _crop(report)},
         "model": model,
-        "train": {"epochs": 10, "batch_size": report.batch_size, "positives": report.objective.positives},
+        "train": train,
     }
 
 
@@ -190,15 +195,19 @@ def proposed_yaml(report: Report) -> str:
 
 
 def _reasons(report: Report) -> dict[str, str]:
-    facts = next(iter(report.facts.values()))
-    steps = facts.pairs // report.batch_size
     shares = _shares(report)
     found = {
         "crop": f"a centre crop would throw away {np.mean(shares):.0%} of the pixels" if len(shares) else "no picture",
-        "batch_size": f"{counted(steps, 'step')} an epoch; what one process holds at once is train.micro_batch_size",
+        "batch_size": f"{counted(_steps(report), 'step')} an epoch; what one process holds at once is train.micro_batch_size",
+        "warmup_steps": f"a tenth of the run; the default, {Train().warmup_steps}, would be more",
         "positives": "pairs with the same caption, picture or group are right answers for each other",
     }
     return found | {"context_length": f"99 % of the captions have {_tokens_needed(report)} tokens or fewer"}
+
+
+def _steps(report: Report) -> int:
+    """Of an epoch."""
+    return next(iter(report.facts.values())).pairs // report.batch_size
 
 
 def batch_size(pairs: int) -> int:
