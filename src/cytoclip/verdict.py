@@ -195,10 +195,10 @@ def proposed_yaml(report: Report) -> str:
 
 
 def _reasons(report: Report) -> dict[str, str]:
-    shares = _shares(report)
+    shares, steps = _shares(report), _steps(report)
     found = {
         "crop": f"a centre crop would throw away {np.mean(shares):.0%} of the pixels" if len(shares) else "no picture",
-        "batch_size": f"{counted(_steps(report), 'step')} an epoch; what one process holds at once is train.micro_batch_size",
+        "batch_size": f"{counted(steps, 'step')} an epoch; what one process holds at once is train.micro_batch_size",
         "warmup_steps": f"a tenth of the run; the default, {Train().warmup_steps}, would be more",
         "positives": "pairs with the same caption, picture or group are right answers for each other",
     }
