@@ -236,6 +236,9 @@ def test_a_missing_split_lists_those_there(root: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no split 'val'") as caught:
         evaluation.split_folder(tmp_path, "val")
     assert "train/ and val/" in caught.value.hint
+    with pytest.raises(UserError, match="no split 'val'") as caught:
+        evaluation.split_folder(root / "val", "val")
+    assert caught.value.hint == f"give {root}, which holds it"
 
 
 def test_a_missing_data_root_and_a_missing_model_are_named(base: Path, tmp_path: Path, root: Path) -> None:

@@ -119,6 +119,7 @@ def test_lora_is_merged(adapted: Path, base: Path, tmp_path: Path, picture: Path
     assert (adapted / "best" / "adapter_config.json").is_file()
     done = export.export(str(adapted), tmp_path / "out", "hf", QUIET)
     assert done.compared_on == "16 of 20 val pairs"
+    assert "hit@" not in done.text(), "of 16 pairs it would say nothing of the model"
     assert not (tmp_path / "out" / "adapter_config.json").exists()
     merged, before = (load_file(place / "model.safetensors") for place in (tmp_path / "out", base))
     assert merged.keys() == before.keys()

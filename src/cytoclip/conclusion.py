@@ -199,12 +199,14 @@ def value(key: str, number: float) -> str:
 
 
 def difference(key: str, by: float, interval: Sequence[float]) -> str:
-    """In percentage points, or ranks, with a sign.
+    """In percentage points, or ranks, with a sign, which rounding does not take from an end beside 0.
 
     Examples
     --------
     >>> difference("hit@10", 0.032, [0.011, 0.05])
     '+3.2 [+1.1, +5.0]'
+    >>> difference("mrr", 0.008, [0.0004, 0.02])
+    '+0.8 [+0.04, +2.0]'
     """
     scale = 1 if is_rank(key) else 100
     written, low, high = (_signed(scale * number) for number in (by, *interval))
@@ -297,9 +299,14 @@ def _difference(key: str, told: Mapping[str, Any]) -> str:
     return difference(key, told["by"], told["interval"])
 
 
+_LEAST = 1e-4  # percentage points or ranks: below it is what floats leave of 0
+
+
 def _signed(number: float) -> str:
     written = f"{number:+,.1f}"
-    return ("0.0" if written in ("+0.0", "-0.0") else written).replace("-", "−")
+    if written in ("+0.0", "-0.0"):
+        written = f"{number:+.1g}" if abs(number) >= _LEAST else "0.0"
+    return written.replace("-", "−")
 
 
 def _sides(scores: Scores) -> list[str]:

@@ -200,6 +200,8 @@ def split_folder(data_root: Path, split: str) -> Path:
     if data_root.is_dir() and not found:
         there = places.splits(data_root)
         hint = f"splits there: {', '.join(there)}" if there else "a data root holds train/ and val/"
+        if data_root.name in places.splits(data_root.parent):
+            hint = f"give {data_root.parent}, which holds it"
         raise UserError(f"no split {split!r} in {data_root}", hint, ExitCode.DATA)
     return found or data_root / split
 

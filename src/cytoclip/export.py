@@ -63,7 +63,8 @@ class Part:
     logits
         By how much a logit differs from the run's at most; None where the scale is left to the user.
     hits
-        hit@k by direction, and by how much it is above the run's.
+        hit@k by direction, and by how much it is above the run's, of an ONNX file, whose precision may cost some. The
+        other formats differ by rounding: they are held against few pairs, of which hit@k would say nothing.
     size
         Bytes of weights.
     """
@@ -212,7 +213,7 @@ def _compared(opened: Opened, held: Yardstick, new: Path, form: str, console: Co
     titles = export_onnx.PRECISIONS if form == "onnx" else ("",)
     with console.progress("comparing", 2 * len(held) * len(titles)) as bar:
         found, by = _embedded(held, new, form, bar)
-    before = held.hits(held.image_ND, held.text_ND)
+    before = held.hits(held.image_ND, held.text_ND) if form == "onnx" else {}
     parts = []
     for title, (image_ND, text_ND, scale) in found.items():
         part = _part(held, before, title, (image_ND, text_ND, scale), _weights(new, title))
@@ -245,7 +246,7 @@ def _embedded(held: Yardstick, new: Path, form: str, bar: Bar) -> tuple[Found, s
 
 
 def _part(held: Yardstick, before: dict[str, dict[str, float]], title: str, embedded: Embedded, weights: int) -> Part:
-    """`before`: hit@k of the run."""
+    """`before`: hit@k of the run, where it is to be told."""
     image_ND, text_ND, scale = embedded
     run_scale = float(held.opened.encoder.logit_scale.detach().exp())
     logits = None
@@ -253,7 +254,7 @@ def _part(held: Yardstick, before: dict[str, dict[str, float]], title: str, embe
         ours_NN = run_scale * (held.image_ND @ held.text_ND.T)
         theirs_NN = (run_scale if scale is None else scale) * (image_ND @ text_ND.T)
         logits = float(np.abs(theirs_NN - ours_NN).max())
-    after = held.hits(image_ND, text_ND)
+    after = held.hits(image_ND, text_ND) if before else {}
     change = {way: {key: after[way][key] - before[way][key] for key in after[way]} for way in after}
     image, text = yardstick.cosine(image_ND, held.image_ND), yardstick.cosine(text_ND, held.text_ND)
     return Part(title, image, text, logits, weights, after, change)
@@ -335,7 +336,7 @@ def _table(exported: Exported) -> list[str]:
 def _rows(exported: Exported) -> list[list[str]]:
     ways = {"image_to_text": "i→t", "text_to_image": "t→i"}
     assert ways.keys() == DIRECTIONS.keys()  # noqa: S101
-    keys = [(way, key) for way in ways for key in exported.parts[0].change[way]]
+    keys = [(way, key) for way in ways for key in exported.parts[0].change.get(way, ())]
     head = ["", "weights", "cosine, pictures", "captions", "logits apart", *(f"{key} {ways[way]}" for way, key in keys)]
     rows = [head]
     for part in exported.parts:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from cytoclip.errors import UserError, nearest
+from cytoclip.errors import UserError, first_few, nearest
 
 
 class Section(BaseModel):
@@ -80,8 +80,8 @@ def explained(error: ValidationError, place: str, root: type[Section]) -> UserEr
     problems = error.errors()
     first = problems[0]
     name = _name_of(first)
-    others = len({_name_of(problem) for problem in problems}) - 1
-    more = f" (and {others} more)" if others else ""
+    others = [other for other in dict.fromkeys(map(_name_of, problems)) if other != name]
+    more = f" (and {first_few(others)})" if others else ""
     if first["type"] == "extra_forbidden":
         return UserError(f"unknown option {name} in {place}{more}", nearest_option(name, root))
     if first["type"] == "value_error":  # our own validators write `what|what to do`
