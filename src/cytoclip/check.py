@@ -107,7 +107,6 @@ def _read(root: Path, columns: Columns, console: Console) -> tuple[dict[str, Pai
         left_out: list[str] = []
         try:
             read[name] = sources.read(_place(root, name), columns, console, left_out)
-            apart.warn_of_cut_sources(read[name], console)
         except UserError as error:
             if len(there) == 1 or (name == there[-1] and not read):
                 raise
@@ -115,6 +114,7 @@ def _read(root: Path, columns: Columns, console: Console) -> tuple[dict[str, Pai
         if left_out:
             cases = tuple(Case(name, where, note=why) for where, _, why in (one.partition(": ") for one in left_out))
             unreadable.append(Finding("no-pair", name, len(left_out) + len(read[name]), cases))
+    apart.warn_of_cut_sources(next(iter(read.values())), console)
     return read, unreadable
 
 
