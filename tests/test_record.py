@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cytoclip import record
+from cytoclip import record, soup
 from cytoclip.console import Console
 from cytoclip.errors import UserError
 
@@ -71,6 +71,17 @@ def test_what_is_no_finished_run_is_refused(copied: Path, broken: str) -> None:
         (copied / "results.json").write_text("{" if broken == "damaged" else "{}")
     with pytest.raises(UserError, match=r"no run folder|not finished|damaged"):
         record.read(copied)
+
+
+def test_a_mistyped_run_has_its_neighbour_and_a_folder_is_not_its_own(copied: Path, tmp_path: Path) -> None:
+    """In the report and in the soup."""
+    other, mistyped = tmp_path / "not-a-run", copied.with_name(copied.name + "x")
+    other.mkdir()
+    for read in (record.read, lambda folder: soup.soup(folder, soup.Asked(), QUIET)):
+        for folder, hint in ((mistyped, f"did you mean {copied}?"), (other, "name ")):
+            with pytest.raises(UserError, match="no run folder") as caught:
+                read(folder)
+            assert caught.value.hint.startswith(hint)
 
 
 def test_a_truncated_tensor_file_is_none(copied: Path) -> None:

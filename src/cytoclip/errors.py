@@ -77,12 +77,20 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 
 
 def neighbour(place: Path) -> Path | None:
-    """What lies beside a place that is not there, under the name nearest to its own."""
+    """What lies beside a place that is not there, under the name nearest to its own; None for one that is there."""
     try:
+        if place.exists():
+            return None
         near = nearest(place.name, [other.name for other in islice(place.parent.iterdir(), 10_000)])
     except (OSError, ValueError):  # no folder either, or no path at all
         return None
     return place.parent / near if near else None
+
+
+def suggested(place: Path, otherwise: str) -> str:
+    """The hint for a place that is not there: its neighbour, or `otherwise`."""
+    near = neighbour(place)
+    return f"did you mean {near}?" if near else otherwise
 
 
 def counted(number: int, one: str, several: str = "") -> str:

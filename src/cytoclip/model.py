@@ -440,7 +440,7 @@ def _unit(features_BD: torch.Tensor) -> torch.Tensor:
 
 def not_opened(name: str, error: Exception) -> UserError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    near = None if Path(name).exists() else neighbour(Path(name))
+    near = neighbour(Path(name))
     hint = f"did you mean {near}? Else " if near else ""
     hint += "give a hub id (such as openai/clip-vit-base-patch16; needs a network once), a Hugging Face or a run folder"
     return UserError(f"cannot open the checkpoint {name}: {reason}", hint, ExitCode.MODEL)

@@ -18,7 +18,7 @@ from cytoclip import batches, config, files, split_reader
 from cytoclip.checkpoint import RunFolder
 from cytoclip.config import Config
 from cytoclip.console import Console
-from cytoclip.errors import ExitCode, UserError
+from cytoclip.errors import ExitCode, UserError, suggested
 from cytoclip.pairs import Pairs, fingerprint, spread
 
 Log = dict[str, NDArray[np.float64]]
@@ -97,7 +97,8 @@ def read(folder: Path) -> Record:
     """
     run = RunFolder(folder)
     if not run.config.is_file():
-        raise UserError(f"{folder} is no run folder: it has no config.yaml", "name one that cytoclip train wrote")
+        hint = suggested(folder, "name one that cytoclip train wrote")
+        raise UserError(f"{folder} is no run folder: it has no config.yaml", hint)
     if not run.results.is_file():
         raise UserError(
             f"{folder} is not finished: it has no results.json", f"cytoclip train {run.config}", ExitCode.RUN

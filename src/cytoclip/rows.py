@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from cytoclip.errors import ExitCode, UserError, counted, first_few, nearest, neighbour
+from cytoclip.errors import ExitCode, UserError, counted, first_few, nearest, suggested
 from cytoclip.files import Piece
 from cytoclip.pairs import Pairs
 
@@ -301,8 +301,7 @@ def require_regular(path: Path) -> os.stat_result:
         facts = path.stat()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        near = neighbour(path)
-        hint = f"did you mean {near}?" if near else "name a file that is there"
+        hint = suggested(path, "name a file that is there")
         raise data_error(f"{path} cannot be read: {reason}", hint) from None
     if not stat.S_ISREG(facts.st_mode):
         raise data_error(f"{path} is not a regular file", "name a file: pipes and devices are not read")

@@ -21,7 +21,7 @@ from cytoclip import catalogue, encoder, images, index, index_faiss, manifest
 from cytoclip.catalogue import Having
 from cytoclip.console import Console
 from cytoclip.encoder import Encoder, Picture
-from cytoclip.errors import ExitCode, UserError, first_few, nearest, neighbour
+from cytoclip.errors import ExitCode, UserError, first_few, nearest, suggested
 from cytoclip.files import Piece
 from cytoclip.index_faiss import Captions
 from cytoclip.manifest import Manifest
@@ -122,8 +122,7 @@ class Index:
         for attempt in range(_TRIES):
             found = manifest.read(place)
             if found is None:
-                near = None if place.exists() else neighbour(place)
-                hint = f"did you mean {near}?" if near else f"cytoclip index MODEL SOURCE --to {place}"
+                hint = suggested(place, f"cytoclip index MODEL SOURCE --to {place}")
                 raise UserError(f"{place} is no index", hint, ExitCode.DATA)
             try:
                 where = _moved(found, roots)

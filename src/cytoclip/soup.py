@@ -32,7 +32,7 @@ from cytoclip.checkpoint import Opened, RunFolder
 from cytoclip.config import Config
 from cytoclip.console import Console
 from cytoclip.encode import Reading
-from cytoclip.errors import ExitCode, UserError, counted, neighbour
+from cytoclip.errors import ExitCode, UserError, counted, suggested
 from cytoclip.evaluation import Question
 from cytoclip.features import Place
 from cytoclip.mixing import Weights
@@ -230,8 +230,7 @@ def choose(run: Path, by: str, tasted: Sequence[Tasted], root: str, at_least: fl
 
 def _finished(run: RunFolder) -> tuple[Config, dict[str, Any]]:
     if not run.config.is_file():
-        near = neighbour(run.path)
-        hint = f"did you mean {near}?" if near else "name what train wrote"
+        hint = suggested(run.path, "name what train wrote")
         raise UserError(f"{run.path} is no run folder: it has no config.yaml", hint, ExitCode.RUN)
     if not run.results.is_file():
         raise UserError(
