@@ -22,10 +22,12 @@ def test_extras_are_short_texts_whole_numbers_and_yes_or_no() -> None:
 
 
 @pytest.mark.parametrize("count", [256, 257])
-def test_a_key_with_too_many_values_is_not_kept_at_all(tmp_path: Path, count: int) -> None:
+def test_a_key_with_too_many_values_is_not_kept_at_all_but_for_patients(tmp_path: Path, count: int) -> None:
+    """Whom a split may cut is said by `apart.warn_of_cut_sources`, which sees no more than what is kept."""
     gathered = Gathered(tmp_path, tmp_path)
     for i in range(count):
-        gathered.add(i, f"{i}.png", "a cell", {"number": i, "site": f"site {i % 2}"})
+        gathered.add(i, f"{i}.png", "a cell", {"number": i, "site": f"site {i % 2}", "Patient ID": f"P{i}"})
     found = gathered.pairs().further()
+    assert found["Patient ID"] == tuple(f"P{i}" for i in range(count))
     assert found["site"][:3] == ("site 0", "site 1", "site 0")
     assert ("number" in found) == (count == 256)

@@ -6,7 +6,6 @@ Letters: N pairs, K components.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -14,10 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cytoclip.console import Console
-from cytoclip.pairs import Pairs, same_caption_key
+from cytoclip.pairs import Pairs, akin_to_source, same_caption_key
 
-# What begins the names that others give to where a picture comes from.
-_AKIN = ("patient", "case", "subject", "donor", "participant", "specimen", "slide", "wsi", "figure", "study")
 SPLITS = ("train", "val", "test")
 
 
@@ -63,8 +60,7 @@ def warn_of_cut_sources(pairs: Pairs, console: Console) -> None:
     """Where no pair has a source and another key sounds like one: patients may be cut, and nothing can see it."""
     if any(pairs.sources):
         return
-    words = {key: re.findall(r"[a-z]+", key.lower()) for key in sorted({key for of in pairs.extra for key, _ in of})}
-    akin = next((key for key, parts in words.items() if any(part.startswith(_AKIN) for part in parts)), None)
+    akin = next(filter(akin_to_source, sorted({key for of in pairs.extra for key, _ in of})), None)
     if akin:
         console.warn(
             f"no pair has a `source`, so what comes from one {akin!r} may lie in several splits, and no check sees it: "

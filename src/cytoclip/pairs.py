@@ -6,6 +6,7 @@ Letters: N pairs, R rows, C columns.
 from __future__ import annotations
 
 import hashlib
+import re
 import unicodedata
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from numpy.typing import NDArray
 from cytoclip.files import Piece
 
 NO_GROUP = -1
+# What begins the names that others give to where a picture comes from.
+_AKIN = ("patient", "case", "subject", "donor", "participant", "specimen", "slide", "wsi", "figure", "study")
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,11 @@ def same_caption_key(caption: str) -> str:
     True
     """
     return " ".join(unicodedata.normalize("NFKC", caption).split())
+
+
+def akin_to_source(key: str) -> bool:
+    """Whether a key is called like a patient, a slide or a figure, which should be a `source`."""
+    return any(word.startswith(_AKIN) for word in re.findall(r"[a-z]+", key.lower()))
 
 
 def identities(pairs: Pairs) -> Identity:

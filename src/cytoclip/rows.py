@@ -13,7 +13,7 @@ from typing import Any
 
 from cytoclip.errors import ExitCode, UserError, counted, first_few, nearest, suggested
 from cytoclip.files import Piece
-from cytoclip.pairs import Pairs
+from cytoclip.pairs import Pairs, akin_to_source
 
 TAGS = ("group", "source", "label")
 MAX_EXTRA = 64  # characters of a further key or value that is kept beside a pair, and how many of them a pair has
@@ -157,11 +157,14 @@ class Gathered:
         )
 
     def _distinguishes(self, key: str, value: str) -> bool:
-        """Whether a further key has had few values so far; one that had too many keeps none of them."""
+        """Whether a further key has had few values so far; one that had too many keeps none of them.
+
+        Patients are kept however many they are: a split that cuts them must be said.
+        """
         values = self._values.setdefault(key, {value})
         if values:
             values.add(value)
-            if len(values) > _VALUES:
+            if len(values) > _VALUES and not akin_to_source(key):
                 values.clear()
         return bool(values)
 
