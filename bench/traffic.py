@@ -5,8 +5,9 @@
 A step of B pairs over W processes, embeddings of D numbers, m parameters that move, all float32 (4 bytes). A ring sends
 (W − 1)/W of the whole from each process for a gather, and twice that for a sum:
 
-    gather of both embeddings       4 · 2 · B · D · (W − 1)/W
-    gather of sums a row            4 · 4 · B · (W − 1)/W          (log-sum-exp, right answers and candidates, two ways)
+    gather of the texts             4 · B · D · (W − 1)/W
+    scattered sum of their gradient 4 · B · D · (W − 1)/W
+    sums a pair                     4 · 6 · B · (W − 1)/W          (right answers, candidates; a column's largest, sum)
     sum of gradients                4 · 2 · m · (W − 1)/W
     sum of the loss and its like    a few numbers
 
@@ -16,7 +17,7 @@ forward, one backward; two where there is one chunk), and scatters what its back
     gathers of parameters           4 · M · passes · chunks · (W − 1)/W
     scattered sums of gradients     4 · m · chunks · (W − 1)/W
 
-The plain way, a gather with gradient, sends the gradient of the gathered embeddings back as well: twice the first line.
+The plain way, a gather of both embeddings with gradient, is twice the first two lines.
 A card, and one JSON line last.
 """
 
@@ -34,7 +35,7 @@ def sent(processes: int, batch: int, width: int, moving: int) -> dict[str, float
     ring = (processes - 1) / processes
     return {
         "embeddings": FLOAT * 2 * batch * width * ring / 1e6,
-        "sums": FLOAT * 4 * batch * ring / 1e6,
+        "sums": FLOAT * 6 * batch * ring / 1e6,
         "gradients": FLOAT * 2 * moving * ring / 1e6,
     }
 

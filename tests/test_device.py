@@ -226,7 +226,8 @@ def test_alone_gathers_and_sums_what_it_has() -> None:
     parameter.grad = torch.full((2,), 3.0)
     ALONE.sum_gradients([parameter])
     assert parameter.grad.tolist() == [3.0, 3.0]
-    assert ALONE.sum_(torch.ones(2)).tolist() == [1.0, 1.0]
+    assert ALONE.sum_(torch.ones(2)).tolist() == ALONE.max_(torch.ones(2)).tolist() == [1.0, 1.0]
+    assert torch.equal(ALONE.sum_to_own(rows), rows)
 
 
 SUMS = """
@@ -238,6 +239,9 @@ used.grad = torch.tensor([1.0, 10.0]) * (world.rank + 1)
 frozen.requires_grad_(False)
 world.sum_gradients([unused, used, frozen])
 world.sum_gradients([unused, frozen])
+assert world.max_(torch.tensor([world.rank, -world.rank])).tolist() == [1, 0]
+own = world.sum_to_own(torch.arange(8.0).view(4, 2) * (world.rank + 1))
+assert own.tolist() == (3 * torch.arange(8.0).view(4, 2))[2 * world.rank : 2 * world.rank + 2].tolist()
 assert used.grad.tolist() == [3.0, 30.0], used.grad
 assert unused.grad is None and frozen.grad is None
 print("done")

@@ -9,7 +9,7 @@ import torch
 from cytoclip.device import RandomState, World
 from cytoclip.model import DualEncoder
 
-# Beside the towers' own: blocks of scores and their gradients (objectives.BLOCK_SCORES), and what the allocator cannot
+# Beside the towers' own: blocks of scores and their gradients (objectives.TILE), and what the allocator cannot
 # use of what it holds.
 SLACK = 2**30
 

@@ -124,13 +124,23 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def sum_to_own(self, rows_BD: torch.Tensor) -> torch.Tensor:
+        """The sum over all processes of this process's rows of a batch: (B, ...) → (B / W, ...)."""
+        if self.size == 1:
+            return rows_BD
+        own_bD = rows_BD.new_empty(len(rows_BD) // self.size, *rows_BD.shape[1:])
+        dist.reduce_scatter_tensor(own_bD, rows_BD)
+        return own_bD
+
+    def max_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The largest of all processes' numbers at each place, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor
+
     def largest(self, number: int) -> int:
         """The largest of all processes' numbers, in each of them."""
-        if self.size == 1:
-            return number
-        held = torch.tensor(number, device=self.device)
-        dist.all_reduce(held, dist.ReduceOp.MAX)
-        return int(held)
+        return number if self.size == 1 else int(self.max_(torch.tensor(number, device=self.device)))
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Replace every gradient by its sum over all processes, in one message.

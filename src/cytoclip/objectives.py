@@ -1,10 +1,12 @@
-"""The losses of a global batch, from embeddings alone: value and gradient in closed form, in blocks of rows.
+"""The losses of a global batch, from embeddings alone: value and gradient in closed form, tile by tile.
 
-Letters: B pairs of the global batch, b pairs of this process, R rows of a block, D embedding.
+Letters: B pairs of the global batch, b pairs of this process, D embedding; R rows and C columns of a tile.
 
 r_ij = 1 where text j is right for image i, and C = I Tᵀ the cosines of unit embeddings. r is symmetric, so image and
 text i have the same count n_i = Σ_j r_ij. The gradient at the embeddings is computed without a graph and without an
-N×N matrix; what processes exchange is their embeddings and a few numbers a row.
+N×N matrix. A process has the rows of its own images against the texts of all: a tile of it is computed twice, once for
+the sums of its rows and of its columns, once for the gradient of either side. What processes exchange is the texts, a
+few numbers a pair, and what each found for the others' texts.
 
 InfoNCE (CLIP, arXiv 2103.00020) with several right answers, on S = e^t · C. Each row's and each column's target q is
 uniform over its right answers; label smoothing ε moves that share of it to all m_i candidates alike:
@@ -27,18 +29,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch.nn import functional
 
 from cytoclip.device import World
-from cytoclip.pairs import Identity, right_answers
+from cytoclip.pairs import NO_GROUP, Identity, right_answers
 
-# Scores held at once, rows × B; a handful of such blocks live at a time. On a CPU one of them (2 MB) stays in the
-# cache, a GPU wants larger products.
-BLOCK_SCORES = {"cpu": 2**19, "cuda": 2**25}
+# Rows and columns of scores held at once; a handful of such tiles live at a time. On a CPU one of them (2 MB) stays in
+# the cache, a GPU wants larger products.
+TILE = {"cpu": (512, 1024), "cuda": (4096, 8192)}
 
 Kind = Literal["infonce", "sigmoid"]
 Positives = Literal["groups", "pairs", "ignore"]
@@ -134,19 +136,24 @@ def contrast(
         Of the global batch, tensors (B,); this process's pairs stand at its rank's place.
     """
     image_bD, text_bD = own
-    image_BD, text_BD = world.gather(image_bD), world.gather(text_bD)
     scale = logit_scale.to(image_bD.dtype).reshape(()).exp()
-    shared = identity, world.rank * len(image_bD), objective.positives
-    rows, columns = _Half(image_bD, text_BD, scale, *shared), _Half(text_bD, image_BD, scale, *shared)
+    first = world.rank * len(image_bD)
+    scores = _Scores(image_bD, world.gather(text_bD), scale, identity, first, objective.positives)
+    into = _Gradients(torch.zeros_like(scores.image_bD), torch.zeros_like(scores.text_BD))
     if objective.kind == "infonce":
-        result = _info_nce(rows, columns, objective.smoothing, world)
+        parts = _info_nce(scores, into, objective.smoothing, world)
     else:
         assert logit_bias is not None  # noqa: S101 - refused before the first step
-        result = _sigmoid(rows, columns, logit_bias.to(image_bD.dtype).reshape(()), world)
-    if not objective.anchored:
-        return result
-    assert start is not None  # noqa: S101 - the caller makes it where there is an anchor
-    return _anchored(result, rows, columns, start, objective, world)
+        parts = _sigmoid(scores, into, logit_bias.to(image_bD.dtype).reshape(()))
+    anchor, towards = torch.zeros_like(scale), None
+    if objective.anchored:
+        assert start is not None  # noqa: S101 - the caller makes it where there is an anchor
+        anchor, towards = _anchor(scores, text_bD.detach(), into, start, objective, world)
+    loss, hit_at_1, anchor = world.sum_(torch.stack([parts.loss + anchor, parts.hits / len(scores.text_BD), anchor]))
+    images, texts = into.image_bD, world.sum_to_own(into.text_BD)
+    if towards is not None:
+        images, texts = images + towards[0], texts + towards[1]
+    return LossAndGradient(loss, images, texts, parts.by_scale, parts.by_bias, hit_at_1, anchor)
 
 
 def binary_entropy(share: float) -> float:
@@ -154,186 +161,217 @@ def binary_entropy(share: float) -> float:
     return -sum(p * math.log(p) for p in (share, 1 - share) if p > 0)
 
 
-def _info_nce(rows: _Half, columns: _Half, smoothing: float, world: World) -> LossAndGradient:
-    row_sums, column_sums = rows.reduce(smoothing), columns.reduce(smoothing)
-    counts_B, candidates_B = world.gather(row_sums.counts), world.gather(row_sums.candidates)
-    total = len(rows.answer_BD)
-    weight = 0.5 / total
-    image_gradient, by_scale = rows.gradient(
-        row_sums, world.gather(column_sums.lse), counts_B, candidates_B, weight, smoothing
-    )
-    text_gradient, _ = columns.gradient(
-        column_sums, world.gather(row_sums.lse), counts_B, candidates_B, weight, smoothing
-    )
-    terms = (row_sums.lse - row_sums.target + column_sums.lse - column_sums.target).sum() * weight
-    loss, hit_at_1 = world.sum_(torch.stack([terms, row_sums.hits / total]))
-    nothing = torch.zeros_like(loss)
-    return LossAndGradient(loss, image_gradient, text_gradient, by_scale, nothing, hit_at_1, nothing)
+@dataclass(frozen=True)
+class _Parts:
+    """Of this process's rows, all 0-dim: the loss, its derivatives by t and β, and rows whose best answer is right."""
+
+    loss: torch.Tensor
+    by_scale: torch.Tensor
+    by_bias: torch.Tensor
+    hits: torch.Tensor
 
 
-def _sigmoid(rows: _Half, columns: _Half, bias: torch.Tensor, world: World) -> LossAndGradient:
-    total = len(rows.answer_BD)
-    image_gradient, (terms, by_scale, by_bias, hits) = rows.sigmoid(bias, total)
-    text_gradient, _ = columns.sigmoid(bias, total)
-    loss, hit_at_1 = world.sum_(torch.stack([terms, hits / total]))
-    return LossAndGradient(
-        loss, image_gradient, text_gradient, by_scale, by_bias, hit_at_1, anchor=torch.zeros_like(loss)
-    )
+def _info_nce(scores: _Scores, into: _Gradients, smoothing: float, world: World) -> _Parts:
+    sums = _sums(scores, world)
+    place = slice(scores.first, scores.first + len(scores.image_bD))
+    counts_B, candidates_B = world.gather(sums.counts_b), world.gather(sums.candidates_b)
+    sure_B, spread_B = (1 - smoothing) / counts_B, smoothing / candidates_B
+    weight = 0.5 / len(scores.text_BD)
+    target_b, by_scale = torch.zeros_like(counts_B[place]), torch.zeros_like(scores.scale)
+    for rows, columns, scores_RC in scores.tiles():
+        right_RC, out_RC = scores.targets(rows, columns)
+        own = slice(scores.first + rows.start, scores.first + rows.stop)
+        by_score_RC = (scores_RC - sums.row_lse_b[rows, None]).exp_()
+        by_score_RC += (scores_RC - sums.column_lse_B[columns]).exp_()
+        if smoothing:
+            target_RC = spread_B[own, None] + spread_B[columns]
+            if right_RC is not None:
+                target_RC += right_RC * (sure_B[own, None] + sure_B[columns])
+        elif right_RC is not None:
+            target_RC = right_RC * (sure_B[own, None] + sure_B[columns])
+        if smoothing or right_RC is not None:
+            if out_RC is not None:
+                target_RC.masked_fill_(out_RC, 0)
+            by_score_RC -= target_RC
+            target_b[rows] += target_RC.mul_(scores_RC).sum(dim=1)
+        if out_RC is not None:
+            by_score_RC.masked_fill_(out_RC, 0)
+        by_score_RC *= weight
+        by_scale += scores_RC.mul_(by_score_RC).sum()
+        into.add(scores, rows, columns, by_score_RC.mul_(scores.scale))
+    # row by row: between what is large and nearly equal
+    loss = (sums.row_lse_b + sums.column_lse_B[place] - target_b).sum() * weight
+    return _Parts(loss, by_scale, torch.zeros_like(loss), sums.hits)
 
 
-def _anchored(
-    result: LossAndGradient, rows: _Half, columns: _Half, start: Embeddings, objective: Objective, world: World
-) -> LossAndGradient:
-    total = len(rows.answer_BD)
-    start_image_bD, start_text_bD = (side.to(rows.query_bD.dtype) for side in start)
-    start_image_BD, start_text_BD = world.gather(start_image_bD), world.gather(start_text_bD)
-    gradients, terms = [], torch.zeros_like(result.loss)
-    for half, start_bD, start_BD in (
-        (rows, start_image_bD, start_text_BD),
-        (columns, start_text_bD, start_image_BD),
-    ):
-        away_bD = half.query_bD - start_bD
-        gradient_bD, distance = half.similarities(start_bD, start_BD, objective.anchor_similarities / total**2)
-        gradients.append(gradient_bD + away_bD * (objective.anchor_embeddings / total))
-        # each entry of the matrix of cosines is met twice, once from either side
-        terms = terms + away_bD.square().sum() * (objective.anchor_embeddings / total / 2) + distance / 2
-    anchor = world.sum_(terms)
-    return replace(
-        result,
-        loss=result.loss + anchor,
-        images=result.images + gradients[0],
-        texts=result.texts + gradients[1],
-        anchor=anchor,
-    )
+def _sigmoid(scores: _Scores, into: _Gradients, bias: torch.Tensor) -> _Parts:
+    total, nothing = len(scores.text_BD), torch.zeros_like(scores.scale)
+    loss, by_scale, by_bias = (nothing.clone() for _ in range(3))
+    best = _Best.of(scores)
+    for rows, columns, scores_RC in scores.tiles():
+        right_RC, out_RC = scores.targets(rows, columns)
+        best.see(rows, scores_RC if out_RC is None else scores_RC.masked_fill(out_RC, _lowest(scores_RC)), right_RC)
+        sign_RC = -torch.ones_like(scores_RC)
+        if right_RC is not None:
+            sign_RC.masked_fill_(right_RC, 1)
+        logits_RC = sign_RC * (scores_RC + bias)
+        each_RC, by_score_RC = functional.logsigmoid(logits_RC), sign_RC.mul_((-logits_RC).sigmoid_())
+        if out_RC is not None:
+            each_RC.masked_fill_(out_RC, 0)
+            by_score_RC.masked_fill_(out_RC, 0)
+        by_score_RC /= -total
+        loss -= each_RC.sum() / total
+        by_bias += by_score_RC.sum()
+        by_scale += scores_RC.mul_(by_score_RC).sum()
+        into.add(scores, rows, columns, by_score_RC.mul_(scores.scale))
+    return _Parts(loss, by_scale, by_bias, best.hits())
+
+
+def _anchor(
+    scores: _Scores, text_bD: torch.Tensor, into: _Gradients, start: Embeddings, objective: Objective, world: World
+) -> tuple[torch.Tensor, Embeddings]:
+    """This process's share of the anchor, and the gradient of its first term; that of the second goes `into`."""
+    total = len(scores.text_BD)
+    u, v = objective.anchor_embeddings / total, objective.anchor_similarities / total**2
+    start_image_bD, start_text_bD = (side.to(text_bD.dtype) for side in start)
+    away = scores.image_bD - start_image_bD, text_bD - start_text_bD
+    anchor: torch.Tensor = sum(side.square().sum() for side in away) * (u / 2)  # type: ignore[assignment]
+    start_text_BD = world.gather(start_text_bD)
+    for rows, columns in scores.places() if v else ():
+        away_RC = scores.image_bD[rows] @ scores.text_BD[columns].T - start_image_bD[rows] @ start_text_BD[columns].T
+        anchor += away_RC.square().sum() * v
+        into.add(scores, rows, columns, away_RC.mul_(2 * v))
+    return anchor, (away[0] * u, away[1] * u)
 
 
 @dataclass(frozen=True)
-class _Sums:
-    """Of each of this process's b rows of scores."""
+class _Scores:
+    """This process's b rows of the batch's scores, which begin at row `first`, in tiles."""
 
-    lse: torch.Tensor  # (b,) log-sum-exp
-    target: torch.Tensor  # (b,) mean score under the target
-    counts: torch.Tensor  # (b,) how many right answers, in the dtype of the scores
-    candidates: torch.Tensor  # (b,) how many answers that are right or wrong
-    hits: torch.Tensor  # 0-dim: rows whose best answer is right
-
-
-@dataclass(frozen=True)
-class _Half:
-    """One direction: this process's b queries, which begin at row `first` of the batch, against all B answers."""
-
-    query_bD: torch.Tensor
-    answer_BD: torch.Tensor
+    image_bD: torch.Tensor
+    text_BD: torch.Tensor
     scale: torch.Tensor
     identity: Identity
     first: int
     positives: Positives
 
-    def reduce(self, smoothing: float) -> _Sums:
-        # Filled in place: small tensors that stay between large ones that go would scatter glibc's heap (docs/log.md).
-        lse, target, counts, candidates = self.query_bD.new_empty(4, len(self.query_bD))
-        found = _Sums(lse, target, counts, candidates, self._nothing()[1])
-        for rows in self._blocks():
-            scores_RB, (right_RB, out_RB) = self._scores(rows), self._targets(rows)
-            counts_R, candidates_R = found.counts[rows], found.candidates[rows]
-            counts_R.copy_(right_RB.sum(dim=1, dtype=scores_RB.dtype))  # bool ÷ int64 is float32 in a float64 run
-            candidates_R.copy_(len(self.answer_BD) - _row_sums(out_RB, counts_R))
-            mean = (scores_RB * right_RB).sum(dim=1) / counts_R
-            if smoothing:
-                kept_RB = scores_RB if out_RB is None else scores_RB.masked_fill(out_RB, 0)
-                mean = (1 - smoothing) * mean + smoothing * kept_RB.sum(dim=1) / candidates_R
-            found.target[rows] = mean
-            if out_RB is not None:
-                scores_RB.masked_fill_(out_RB, -math.inf)
-            found.lse[rows] = scores_RB.logsumexp(dim=1)
-            found.hits.add_(_hits(scores_RB, right_RB))
-        return found
+    def places(self) -> Iterator[tuple[slice, slice]]:
+        """Rows and columns of every tile, in the order of the rows."""
+        high, wide = TILE.get(self.image_bD.device.type, TILE["cpu"])
+        for rows in _cut(len(self.image_bD), high):
+            for columns in _cut(len(self.text_BD), wide):
+                yield rows, columns
 
-    def gradient(
-        self,
-        own: _Sums,
-        other_lse_B: torch.Tensor,
-        counts_B: torch.Tensor,
-        candidates_B: torch.Tensor,
-        weight: float,
-        smoothing: float,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """∂L/∂query (b, D), and Σ S · ∂L/∂S over these rows, which over all processes is ∂L/∂t."""
-        gradient_bD, by_scale = self._nothing()
-        for rows in self._blocks():
-            scores_RB, (right_RB, out_RB) = self._scores(rows), self._targets(rows)
-            by_score_RB = (scores_RB - own.lse[rows, None]).exp_()
-            by_score_RB += (scores_RB - other_lse_B).exp_()
-            if smoothing:
-                by_score_RB -= smoothing / own.candidates[rows, None] + smoothing / candidates_B
-            if out_RB is not None:
-                by_score_RB.masked_fill_(out_RB, 0)
-            by_score_RB -= right_RB * ((1 - smoothing) / own.counts[rows, None])
-            by_score_RB -= right_RB * ((1 - smoothing) / counts_B)
-            by_score_RB *= weight
-            gradient_bD[rows] = by_score_RB @ self.answer_BD * self.scale
-            by_scale += by_score_RB.mul_(scores_RB).sum()
-        return gradient_bD, by_scale
+    def tiles(self) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+        """Each place with its scores (R, C), which the caller may change."""
+        for rows, columns in self.places():
+            yield rows, columns, (self.image_bD[rows] * self.scale) @ self.text_BD[columns].T
 
-    def sigmoid(self, bias: torch.Tensor, total: int) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """∂L/∂query (b, D); and over these rows L, ∂L/∂t, ∂L/∂β and how many best answers are right."""
-        gradient_bD, nothing = self._nothing()
-        terms, by_scale, by_bias, hits = (nothing.clone() for _ in range(4))
-        for rows in self._blocks():
-            scores_RB, (right_RB, out_RB) = self._scores(rows), self._targets(rows)
-            hits += _hits(scores_RB if out_RB is None else scores_RB.masked_fill(out_RB, -math.inf), right_RB)
-            sign_RB = torch.where(right_RB, 1.0, -1.0).to(scores_RB.dtype)
-            logits_RB = sign_RB * (scores_RB + bias)
-            each_RB, by_score_RB = functional.logsigmoid(logits_RB), sign_RB.mul_((-logits_RB).sigmoid_())
-            if out_RB is not None:
-                each_RB.masked_fill_(out_RB, 0)
-                by_score_RB.masked_fill_(out_RB, 0)
-            by_score_RB /= -total
-            terms -= each_RB.sum() / total
-            by_bias += by_score_RB.sum()
-            gradient_bD[rows] = by_score_RB @ self.answer_BD * self.scale
-            by_scale += by_score_RB.mul_(scores_RB).sum()
-        return gradient_bD, (terms, by_scale, by_bias, hits)
+    def targets(self, rows: slice, columns: slice) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Which answers are right (R, C), and which are neither right nor wrong; None where none is known to be."""
+        own = slice(self.first + rows.start, self.first + rows.stop)
+        if self.positives == "pairs":
+            return self._pairs(own, columns), None
+        if not self._meet(own, columns):
+            return None, None
+        right_RC: torch.Tensor = right_answers(self.identity.take(own), self.identity.take(columns))
+        if self.positives == "groups":
+            return right_RC, None
+        pair_RC = self._pairs(own, columns)
+        return pair_RC, right_RC if pair_RC is None else right_RC & ~pair_RC
 
-    def similarities(
-        self, start_bD: torch.Tensor, start_BD: torch.Tensor, weight: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """∂/∂query (b, D) of weight · Σ (C − C⁰)², and that sum over these rows."""
-        gradient_bD, distance = self._nothing()
-        for rows in self._blocks() if weight else ():
-            away_RB = self.query_bD[rows] @ self.answer_BD.T - start_bD[rows] @ start_BD.T
-            gradient_bD[rows] = away_RB @ self.answer_BD * (2 * weight)
-            distance += away_RB.square_().sum() * weight
-        return gradient_bD, distance
+    def _pairs(self, own: slice, columns: slice) -> torch.Tensor | None:
+        if own.start >= columns.stop or columns.start >= own.stop:
+            return None
+        numbers_B = torch.arange(len(self.text_BD), device=self.text_BD.device)
+        return numbers_B[own, None] == numbers_B[columns]
 
-    def _nothing(self) -> tuple[torch.Tensor, torch.Tensor]:
-        like = self.query_bD
-        return torch.zeros_like(like), torch.zeros((), dtype=like.dtype, device=like.device)
-
-    def _blocks(self) -> Iterator[slice]:
-        """Slices of this process's rows, each of as many scores as are held at once."""
-        held = BLOCK_SCORES.get(self.query_bD.device.type, BLOCK_SCORES["cpu"])
-        each, queries = max(1, held // len(self.answer_BD)), len(self.query_bD)
-        return (slice(begin, min(begin + each, queries)) for begin in range(0, queries, each))
-
-    def _scores(self, rows: slice) -> torch.Tensor:
-        return (self.query_bD[rows] @ self.answer_BD.T).mul_(self.scale)
-
-    def _targets(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Which answers are right (R, B), and which are neither right nor wrong, if any are."""
-        place = slice(self.first + rows.start, self.first + rows.stop)
-        if self.positives != "pairs":
-            right_RB: torch.Tensor = right_answers(self.identity.take(place), self.identity)
-            if self.positives == "groups":
-                return right_RB, None
-        columns_B = torch.arange(len(self.answer_BD), device=self.query_bD.device)
-        pair_RB = columns_B[place, None] == columns_B
-        return pair_RB, right_RB & ~pair_RB if self.positives == "ignore" else None
+    def _meet(self, own: slice, columns: slice) -> bool:
+        """Whether a right answer may be in that tile; looked for on a CPU only, a GPU would be waited for."""
+        if self.text_BD.device.type != "cpu":
+            return True
+        here, there = self.identity.take(own), self.identity.take(columns)
+        grouped = here.group[here.group != NO_GROUP]
+        some = (here.caption, there.caption), (here.image, there.image), (grouped, there.group)
+        return any(bool(torch.isin(one, other).any()) for one, other in some)
 
 
-def _row_sums(out_RB: torch.Tensor | None, like_R: torch.Tensor) -> torch.Tensor:
-    return torch.zeros_like(like_R) if out_RB is None else out_RB.sum(dim=1, dtype=like_R.dtype)
+@dataclass(frozen=True)
+class _Gradients:
+    """Of the loss by this process's images (b, D), and what its rows say of all texts (B, D)."""
+
+    image_bD: torch.Tensor
+    text_BD: torch.Tensor
+
+    def add(self, scores: _Scores, rows: slice, columns: slice, by_cosine_RC: torch.Tensor) -> None:
+        self.image_bD[rows].addmm_(by_cosine_RC, scores.text_BD[columns])
+        self.text_BD[columns].addmm_(by_cosine_RC.T, scores.image_bD[rows])
 
 
-def _hits(scores_RB: torch.Tensor, right_RB: torch.Tensor) -> torch.Tensor:
-    return right_RB.gather(1, scores_RB.argmax(dim=1, keepdim=True)).sum()
+@dataclass(frozen=True)
+class _Sums:
+    row_lse_b: torch.Tensor  # (b,) log-sum-exp of this process's rows
+    column_lse_B: torch.Tensor  # (B,) and of all columns, over the rows of all processes
+    counts_b: torch.Tensor  # (b,) how many right answers, in the dtype of the scores
+    candidates_b: torch.Tensor  # (b,) how many answers that are right or wrong
+    hits: torch.Tensor  # 0-dim: rows whose best answer is right
+
+
+def _sums(scores: _Scores, world: World) -> _Sums:
+    # Filled in place: small tensors that stay between large ones that go would scatter glibc's heap (docs/log.md).
+    b, B = len(scores.image_bD), len(scores.text_BD)
+    row_sum_b, counts_b, out_b = scores.image_bD.new_zeros(3, b)
+    column_sum_B, column_top_B = scores.image_bD.new_zeros(2, B)
+    column_top_B.fill_(_lowest(column_top_B))
+    best = _Best.of(scores)
+    for rows, columns, scores_RC in scores.tiles():
+        right_RC, out_RC = scores.targets(rows, columns)
+        if right_RC is not None:
+            counts_b[rows] += right_RC.sum(dim=1, dtype=scores_RC.dtype)  # bool ÷ int64 is float32 in a float64 run
+        if out_RC is not None:
+            out_b[rows] += out_RC.sum(dim=1, dtype=scores_RC.dtype)
+            scores_RC.masked_fill_(out_RC, _lowest(scores_RC))  # its share is gone with the first that is higher
+        before_R = best.score_b[rows].clone()
+        best.see(rows, scores_RC, right_RC)
+        top_R, top_C = best.score_b[rows], column_top_B[columns]
+        row_sum_b[rows] *= (before_R - top_R).exp_()
+        row_sum_b[rows] += (scores_RC - top_R[:, None]).exp_().sum(dim=1)
+        new_C = torch.maximum(top_C, scores_RC.amax(dim=0))
+        column_sum_B[columns] *= (top_C - new_C).exp_()
+        top_C.copy_(new_C)
+        column_sum_B[columns] += (scores_RC - new_C).exp_().sum(dim=0)
+    over_all_B = world.max_(column_top_B.clone())
+    column_sum_B = world.sum_(column_sum_B * (column_top_B - over_all_B).exp_())
+    return _Sums(best.score_b + row_sum_b.log(), over_all_B + column_sum_B.log(), counts_b, B - out_b, best.hits())
+
+
+@dataclass(frozen=True)
+class _Best:
+    """The highest score of each of this process's rows (b,) so far, and whether the first that has it is right."""
+
+    score_b: torch.Tensor
+    right_b: torch.Tensor
+
+    @staticmethod
+    def of(scores: _Scores) -> _Best:
+        score_b = scores.image_bD.new_full((len(scores.image_bD),), _lowest(scores.image_bD))
+        return _Best(score_b, torch.zeros_like(score_b, dtype=torch.bool))
+
+    def see(self, rows: slice, scores_RC: torch.Tensor, right_RC: torch.Tensor | None) -> None:
+        top_R, at_R = scores_RC.max(dim=1)
+        higher_R, hit_R = top_R > self.score_b[rows], torch.zeros_like(self.right_b[rows])
+        if right_RC is not None:
+            hit_R = right_RC.gather(1, at_R[:, None])[:, 0]
+        self.right_b[rows] = torch.where(higher_R, hit_R, self.right_b[rows])
+        self.score_b[rows] = torch.maximum(top_R, self.score_b[rows])
+
+    def hits(self) -> torch.Tensor:
+        return self.right_b.sum(dtype=self.score_b.dtype)
+
+
+def _lowest(like: torch.Tensor) -> float:
+    return torch.finfo(like.dtype).min
+
+
+def _cut(length: int, each: int) -> Iterator[slice]:
+    return (slice(begin, min(begin + each, length)) for begin in range(0, length, each))

@@ -60,6 +60,15 @@ def textbook(
     return value
 
 
+def hits_at_1(scores_BB: torch.Tensor, identity: Identity, objective: Objective) -> float:
+    right_BB, hits = right_answers(identity, identity), 0
+    for row, scores in enumerate(scores_BB.tolist()):
+        wrong_too = [j for j in range(B) if objective.positives != "ignore" or j == row or not right_BB[row, j]]
+        best = max(wrong_too, key=scores.__getitem__)
+        hits += best == row or (objective.positives == "groups" and bool(right_BB[row, best]))
+    return hits / B
+
+
 def _cross_entropy(
     scores_BB: torch.Tensor, target_BB: torch.Tensor, in_BB: torch.Tensor, smoothing: float
 ) -> torch.Tensor:
@@ -79,13 +88,13 @@ OBJECTIVES = [
 ]
 
 
-@pytest.mark.parametrize("rows", [1, 5, 1024])
+@pytest.mark.parametrize("tile", [(1, 12), (5, 1), (4, 5), (1024, 1024)], ids=str)
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
 @pytest.mark.parametrize("name", IDENTITIES)
 def test_loss_and_gradients_of_embeddings_are_the_textbook_s(
-    name: str, objective: Objective, rows: int, monkeypatch: pytest.MonkeyPatch
+    name: str, objective: Objective, tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(objectives.BLOCK_SCORES, "cpu", rows * B)
+    monkeypatch.setitem(objectives.TILE, "cpu", tile)
     torch.manual_seed(0)
     image, text, *start = (functional.normalize(torch.randn(B, D).double()) for _ in range(4))
     image.requires_grad_(), text.requires_grad_()
@@ -103,6 +112,7 @@ def test_loss_and_gradients_of_embeddings_are_the_textbook_s(
     if objective.kind == "sigmoid":
         assert torch.allclose(found.logit_bias, bias.grad, rtol=0, atol=1e-14)
     assert (found.anchor > 0) == objective.anchored
+    assert found.hit_at_1.item() == pytest.approx(hits_at_1(image @ text.T, IDENTITIES[name], objective), abs=1e-15)
 
 
 def test_there_are_eighteen_objectives() -> None:
