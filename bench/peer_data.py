@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import repeat
@@ -17,7 +18,7 @@ from PIL import Image, ImageFilter
 from cytoclip import cells, demo
 
 SIDE = (360, 363)  # width and height of the JPEGs, as those of WBCAtt
-TOKENS = (40, 48)  # of a caption, its two ends among them
+TOKENS = (40, 48)  # of a caption, its two ends among them, where nothing else is asked for
 HELD_OUT = 16  # validation pairs, which only ours asks for
 
 
@@ -60,11 +61,11 @@ class Place:
         return [str(folder / "imgs" / entry["img"]) for entry in listed], [entry["caption"] for entry in listed]
 
 
-def write(place: Place, pairs: int, names: list[str]) -> None:
-    """Draw the pairs and save a starting model of each name."""
+def write(place: Place, pairs: int, names: list[str], tokens: Sequence[int] = TOKENS) -> None:
+    """Draw the pairs, with captions of so many tokens, and save a starting model of each name."""
     said = [one.caption for one in cells.sample(64, 0, range(4))]
     drawn = [one.image.convert("RGB") for one in cells.sample(16, 0, range(4))]
-    captions, tokenizer = _captions(said, pairs + HELD_OUT)
+    captions, tokenizer = _captions(said, pairs + HELD_OUT, tokens)
     for split, some in {"train": captions[:pairs], "val": captions[pairs:]}.items():
         folder = place.data / split
         (folder / "imgs").mkdir(parents=True)
@@ -77,15 +78,15 @@ def write(place: Place, pairs: int, names: list[str]) -> None:
         _write_model(place.model(name), SHAPES[name], tokenizer)
 
 
-def _captions(said: list[str], count: int) -> tuple[list[str], Any]:
-    """Sentences about cells, one after the other, cut at a word so that each has `TOKENS` tokens."""
+def _captions(said: list[str], count: int, tokens: Sequence[int]) -> tuple[list[str], Any]:
+    """Sentences about cells, one after the other, cut at a word: each of as many tokens as any other number."""
     random = np.random.default_rng(0)
     long = [", ".join(said[i] for i in random.integers(len(said), size=8)) for _ in range(count)]
     tokenizer = demo.train_tokenizer(long)
     ends = tokenizer(long, return_offsets_mapping=True)["offset_mapping"]
     found = []
     for text, end in zip(long, ends, strict=True):
-        wanted = int(random.integers(TOKENS[0], TOKENS[1], endpoint=True))
+        wanted = int(random.integers(tokens[0], tokens[1], endpoint=True))
         at = end[wanted - 2][1]  # where the last token that is still wanted ends, the first and the last left out
         found.append(text[: at if text[at : at + 1] in ("", " ") else text.rfind(" ", 0, at)])
     return found, tokenizer

@@ -7,8 +7,9 @@ Every way is a process of its own that trains for the whole time (`bench/contend
 written anew from its description, transformers' Trainer in the way of its contrastive example, sentence-transformers'
 trainer with its loss and with the cached one, open_clip's loop where torchvision is there, and ours: as it is, with
 `data.cache`, with `train.compile`, in chunks as the cached loss is. Who is compiled has it in its name. All have the
-same pictures (drawn cells, JPEGs of 360×363), captions of 40 to 48 tokens, batch, precision (bf16 where the device has
-it, else float32), threads, loader processes and starting weights (open_clip random ones of its own).
+same pictures (drawn cells, JPEGs of 360×363), captions of 40 to 48 tokens (`--tokens` for others), batch, precision
+(bf16 where the device has it, else float32), threads, loader processes and starting weights (open_clip random ones of
+its own).
 
 The ways take turns, a segment of steps each, and are stopped by a signal with all their loader processes while it is
 another's turn: nobody works ahead, and whatever else the machine does falls on all alike. Medians over the rounds, and
@@ -45,7 +46,7 @@ from pathlib import Path
 from typing import Any
 
 from contenders import WAYS
-from peer_data import SHAPES, Place, write
+from peer_data import SHAPES, TOKENS, Place, write
 from peer_gate import Task
 
 CPU_WAYS = ("ours", "ours, cached pictures", "ours, compiled", "ours, in chunks", "the original's way",
@@ -303,6 +304,7 @@ def arguments() -> argparse.Namespace:
         "--workers", type=int, help="loader processes of each; default: 1, on a GPU two less than cores"
     )
     parser.add_argument("--pairs", type=int)
+    parser.add_argument("--tokens", nargs=2, type=int, default=TOKENS, help="of a caption, from and to")
     parser.add_argument("--log", type=Path, default=Path("peers.log"), help="what the contenders print")
     parser.add_argument("--rehearse", action="store_true", help="the way of the GPU in small, on a CPU")
     return parser.parse_args()
@@ -320,7 +322,7 @@ def main() -> int:
     about = facts(given.gpu)
     print(json.dumps(about), flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        write(Place(Path(folder)), given.pairs or (8192 if given.gpu else 256), models)
+        write(Place(Path(folder)), given.pairs or (8192 if given.gpu else 256), models, given.tokens)
         print(f"pictures and models written in {time.perf_counter() - began:.0f} s", flush=True)
         tasks = []
         for model in models:

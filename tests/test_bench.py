@@ -80,10 +80,21 @@ def test_a_recipe_without_an_option_keeps_what_goes_with_it(bench: Any) -> None:
     assert space.without(full, "augment") == {**full, "augment": "none"}
 
 
+def test_captions_for_buckets_vary_as_written_ones_do(bench: Any) -> None:
+    tokens = bench("buckets").captions(400, 20, end=90, pad=0)
+    lengths = (tokens == 90).int().argmax(dim=1) + 1
+    assert tokens.shape == (400, int(lengths.max()))
+    assert (int(lengths.min()), int(lengths.max())) == (5, 77)
+    assert 17 <= lengths.median() <= 23
+    for row, length in zip(tokens, lengths.tolist(), strict=True):
+        assert (row[: length - 1] > 0).all()
+        assert not row[length:].any()
+
+
 def test_captions_are_cut_as_word_after_word_would_cut_them(bench: Any) -> None:
     data = bench("peer_data")
     said = [one.caption for one in cells.sample(16, 0, range(2))]
-    found, tokenizer = data._captions(said, 20)
+    found, tokenizer = data._captions(said, 20, data.TOKENS)
     random = np.random.default_rng(0)
     long = [", ".join(said[i] for i in random.integers(len(said), size=8)) for _ in range(20)]
     again = demo.train_tokenizer(long)

@@ -15,6 +15,7 @@ from cytoclip import (
     attention,
     autosize,
     batches,
+    buckets,
     checkpoint,
     config,
     device,
@@ -125,6 +126,8 @@ def prepare(
     wanted = _switch(wanted, opened, planned, world, console)
     splits = world.once(lambda: intake.scanned(wanted, found, console))
     opened.encoder.to(world.device).train()
+    if world.device.type == "cpu" and not wanted.train.shard:
+        buckets.fill(opened.encoder, opened.tokenizer.pad_token_id == opened.tokenizer.eos_token_id)
     wanted = _with_chunks(wanted, opened, planned, world, console)
     torch.manual_seed(wanted.train.seed + world.rank)  # dropout is not
     encoder, val = opened.encoder, spread(splits["val"])
