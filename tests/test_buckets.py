@@ -119,6 +119,18 @@ def test_with_adapters(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert assert_same(found, words(found), monkeypatch)
 
 
+def test_a_copy_asks_its_own_tower(base: Path) -> None:
+    found = opened(base)
+    buckets.fill(found.encoder, by_end(found))
+    tokens, same = words(found).repeat(40, 1), copy.deepcopy(found.encoder)
+    expected = found.encoder.texts(tokens)
+    with torch.no_grad():
+        for parameter in found.encoder.text_tower.parameters():
+            parameter.zero_()
+    assert torch.equal(same.texts(tokens), expected)
+    assert torch.allclose(same.eval().texts(tokens), expected, rtol=1e-10, atol=1e-12)
+
+
 def test_few_captions_are_one_rectangle(base: Path) -> None:
     found = opened(base)
     buckets.fill(found.encoder, by_end(found))

@@ -33,7 +33,7 @@ def fill(encoder: DualEncoder, padded_by_end: bool) -> None:
     padded_by_end
         Whether the tokenizer pads with its end token, of which each caption then keeps one.
     """
-    usual, tower = encoder.text_features, encoder.text_tower
+    usual, tower = type(encoder).text_features, encoder.text_tower  # of the class: a copy must not ask this one
     weights, of_layers = _weights(tower), _weights(layers(tower))
     if encoder.family.pads != "longest" or not of_layers:
         return
@@ -41,13 +41,13 @@ def fill(encoder: DualEncoder, padded_by_end: bool) -> None:
 
     def text_features(self: DualEncoder, tokens_BL: torch.Tensor) -> torch.Tensor:
         if not self.text_tower.training:
-            return usual(tokens_BL)
+            return usual(self, tokens_BL)
         lengths_B, order_B = _lengths(tokens_BL, self.pad, padded_by_end).sort(stable=True)
         ends = bounds(lengths_B.tolist(), each)
         if len(ends) == 1:
-            return usual(tokens_BL)
+            return usual(self, tokens_BL)
         buckets = zip(order_B.tensor_split(ends[:-1]), ends, strict=True)
-        features_Bh = torch.cat([usual(tokens_BL[rows, : lengths_B[end - 1]]) for rows, end in buckets])
+        features_Bh = torch.cat([usual(self, tokens_BL[rows, : lengths_B[end - 1]]) for rows, end in buckets])
         return features_Bh[order_B.argsort()]
 
     encoder.text_features = MethodType(text_features, encoder)  # type: ignore[method-assign]
