@@ -23,6 +23,7 @@ from cytoclip.model import DualEncoder
 
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # float32's; torch (2.13) does not count it
 _ATTENTION_BACK = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_ADDED = torch.ops.aten.addmm_  # the loss's gradients; torch counts addmm alone
 
 
 def counted(step: Callable[[], Any]) -> float:
@@ -34,7 +35,11 @@ def counted(step: Callable[[], Any]) -> float:
     def back(_: torch.Size, query_BHTd: torch.Size, key_BHSd: torch.Size, *__: Any, **___: Any) -> int:
         return there(query_BHTd, key_BHSd, times=5)  # scores again, and four gradients
 
-    with FlopCounterMode(display=False, custom_mapping={_ATTENTION: there, _ATTENTION_BACK: back}) as counter:
+    def added(_: torch.Size, left_nk: torch.Size, right_km: torch.Size, **__: Any) -> int:
+        return 2 * left_nk.numel() * right_km[1]
+
+    ours = {_ATTENTION: there, _ATTENTION_BACK: back, _ADDED: added}
+    with FlopCounterMode(display=False, custom_mapping=ours) as counter:
         step()
     return float(counter.get_total_flops())
 
@@ -98,8 +103,8 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, given: Any = (), named: Any = None) -> Any:
         name = function.overloadpacket.__name__
-        if name in ("mm", "addmm", "bmm", "baddbmm"):
-            left, right = given[-2:] if name in ("addmm", "baddbmm") else given[:2]
+        if name in ("mm", "addmm", "addmm_", "bmm", "baddbmm"):
+            left, right = given[:2] if name in ("mm", "bmm") else given[-2:]
             kind = "bmm" if left.ndim == 3 else "mm"
             self.found[kind, *((tuple(x.shape), x.stride()) for x in (left, right)), left.dtype] += 1
         if function.overloadpacket is _ATTENTION:

@@ -55,6 +55,13 @@ def test_no_command_shows_the_help_and_no_empty_error(run: Run) -> None:
     assert "error:" not in outcome.err
 
 
+def test_the_nearest_value_of_an_option_is_named(run: Run) -> None:
+    wrong = [run("export", "model", "--to", "x", "--format", word) for word in ("sentence_transformers", "xyz")]
+    hints = [refused(outcome)[1] for outcome in wrong]
+    assert hints[0] == "did you mean sentence-transformers? cytoclip export --help says what it takes"
+    assert hints[1] == "cytoclip export --help says what it takes"
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -216,6 +216,7 @@ def test_a_missing_library_says_how_to_get_it(base: Path, tmp_path: Path, monkey
         with pytest.raises(UserError, match="is not installed") as caught:
             export.export(str(base), tmp_path / "out", form, QUIET)
         assert "'cytoclip[export]'" in caught.value.hint
+        assert caught.value.code == ExitCode.SYSTEM
     assert not list(tmp_path.iterdir())
 
 

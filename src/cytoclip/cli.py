@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable
 from enum import StrEnum
@@ -14,7 +15,7 @@ import typer
 
 from cytoclip import __version__, arguments, cli_data, cli_score, cli_train, cli_use, slurm
 from cytoclip.console import fail
-from cytoclip.errors import ExitCode, Stopped, UserError
+from cytoclip.errors import ExitCode, Stopped, UserError, nearest
 
 app = typer.Typer(
     name="cytoclip",
@@ -157,17 +158,24 @@ _INTERRUPTED = 128 + 2  # SIGINT; typer catches it inside a command and returns 
 def _explain(error: Exception) -> None:
     """Exit with a message for the two kinds of library errors that are the user's: a wrong call, and no memory."""
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # typer's usage errors
-        message = str(error.format_message())
+        message = str(error.format_message()).replace("Value error, ", "")
         if message and arguments.speaks():  # empty where it has already printed the help
             asked = getattr(getattr(error, "ctx", None), "command_path", "cytoclip")
             quoted = "put several words in quotes; " if "unexpected extra argument" in message else ""
-            fail(UserError(message, f"{quoted}{asked} --help says what it takes").lines())
+            fail(UserError(message, f"{_meant(message)}{quoted}{asked} --help says what it takes").lines())
         sys.exit(int(ExitCode.USAGE))
     if isinstance(error, MemoryError) or any(words in str(error).lower() for words in _NO_MEMORY):
         reason = (str(error) or type(error).__name__).splitlines()[0]
         hint = "use a smaller batch (train.batch_size, --batch-size), more processes, or a frozen or lora tower"
         fail(UserError(f"no memory left: {reason}", hint).lines())
         sys.exit(int(ExitCode.SYSTEM))
+
+
+def _meant(message: str) -> str:
+    """The nearest of the values that an option takes, where the message lists them."""
+    word, _, listed = message.rstrip(".").partition(" is not one of ")
+    near = nearest(word.rpartition(" ")[2].strip("'"), re.findall(r"'([^']*)'", listed))
+    return f"did you mean {near}? " if near else ""
 
 
 _NO_MEMORY = ("out of memory", "can't allocate memory")  # as CUDA and MPS say it, and torch on the CPU

@@ -252,7 +252,9 @@ def _libraries() -> tuple[Any, Any]:
         import onnxscript  # noqa: F401 - torch's exporter asks for it
     except ImportError as error:
         raise UserError(
-            f"--format onnx needs {error.name}, which is not installed", "pip install 'cytoclip[export]'"
+            f"--format onnx needs {error.name}, which is not installed",
+            "pip install 'cytoclip[export]'",
+            ExitCode.SYSTEM,
         ) from None
     return onnx, onnxruntime
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from cytoclip import checkpoint, files
 from cytoclip.checkpoint import Opened
-from cytoclip.errors import UserError
+from cytoclip.errors import ExitCode, UserError
 from cytoclip.yardstick import Yardstick, over
 
 _SETTINGS = "sentence_bert_config.json"
@@ -97,5 +97,6 @@ def _library() -> tuple[Any, Any]:
         raise UserError(
             f"--format sentence-transformers needs {error.name}, which is not installed, or too old",
             "pip install --upgrade 'cytoclip[export]'",
+            ExitCode.SYSTEM,
         ) from None
     return sentence_transformers, modules
