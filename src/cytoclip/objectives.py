@@ -173,23 +173,22 @@ class _Parts:
 
 def _info_nce(scores: _Scores, into: _Gradients, smoothing: float, world: World) -> _Parts:
     sums = _sums(scores, world)
-    place = slice(scores.first, scores.first + len(scores.image_bD))
+    place = scores.own(slice(0, len(scores.image_bD)))
     counts_B, candidates_B = world.gather(sums.counts_b), world.gather(sums.candidates_b)
     sure_B, spread_B = (1 - smoothing) / counts_B, smoothing / candidates_B
     weight = 0.5 / len(scores.text_BD)
     target_b, by_scale = torch.zeros_like(counts_B[place]), torch.zeros_like(scores.scale)
     for rows, columns, scores_RC in scores.tiles():
         right_RC, out_RC = scores.targets(rows, columns)
-        own = slice(scores.first + rows.start, scores.first + rows.stop)
+        own, target_RC = scores.own(rows), None
         by_score_RC = (scores_RC - sums.row_lse_b[rows, None]).exp_()
         by_score_RC += (scores_RC - sums.column_lse_B[columns]).exp_()
-        if smoothing:
-            target_RC = spread_B[own, None] + spread_B[columns]
-            if right_RC is not None:
-                target_RC += right_RC * (sure_B[own, None] + sure_B[columns])
-        elif right_RC is not None:
+        if right_RC is not None:
             target_RC = right_RC * (sure_B[own, None] + sure_B[columns])
-        if smoothing or right_RC is not None:
+        if smoothing:
+            spread_RC = spread_B[own, None] + spread_B[columns]
+            target_RC = spread_RC if target_RC is None else target_RC + spread_RC
+        if target_RC is not None:
             if out_RC is not None:
                 target_RC.masked_fill_(out_RC, 0)
             by_score_RC -= target_RC
@@ -255,6 +254,10 @@ class _Scores:
     first: int
     positives: Positives
 
+    def own(self, rows: slice) -> slice:
+        """Where these rows stand in the batch."""
+        return slice(self.first + rows.start, self.first + rows.stop)
+
     def places(self) -> Iterator[tuple[slice, slice]]:
         """Rows and columns of every tile, in the order of the rows."""
         high, wide = TILE.get(self.image_bD.device.type, TILE["cpu"])
@@ -269,7 +272,7 @@ class _Scores:
 
     def targets(self, rows: slice, columns: slice) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Which answers are right (R, C), and which are neither right nor wrong; None where none is known to be."""
-        own = slice(self.first + rows.start, self.first + rows.stop)
+        own = self.own(rows)
         if self.positives == "pairs":
             return self._pairs(own, columns), None
         if not self._meet(own, columns):
@@ -283,8 +286,8 @@ class _Scores:
     def _pairs(self, own: slice, columns: slice) -> torch.Tensor | None:
         if own.start >= columns.stop or columns.start >= own.stop:
             return None
-        numbers_B = torch.arange(len(self.text_BD), device=self.text_BD.device)
-        return numbers_B[own, None] == numbers_B[columns]
+        row_R, column_C = (torch.arange(s.start, s.stop, device=self.text_BD.device) for s in (own, columns))
+        return row_R[:, None] == column_C
 
     def _meet(self, own: slice, columns: slice) -> bool:
         """Whether a right answer may be in that tile; looked for on a CPU only, a GPU would be waited for."""
