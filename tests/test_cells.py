@@ -20,7 +20,6 @@ from cytoclip.cells import (
     Slide,
     allowed,
     attributes,
-    contact_sheet,
     describe,
     draw,
     sample,
@@ -191,21 +190,6 @@ def test_a_picture_has_the_size_asked_for_and_the_same_scene() -> None:
     large = draw(cell, np.random.default_rng(0), PLAIN, size=256)
     assert large.size == (256, 256)
     assert np.abs(np.asarray(large.resize((128, 128)), dtype=np.float32) - picture(cell)).mean() < 4
-
-
-def test_a_contact_sheet_has_room_for_every_picture_and_caption(samples: list[Sample]) -> None:
-    page = contact_sheet(samples[:7], columns=3)
-    assert page.mode == "RGB"
-    assert page.width == 3 * 250
-    assert page.height % 3 == 0
-    assert page.height // 3 > 250 + 3 * 16
-    ink = np.asarray(page.convert("L")) < 128
-    row = page.height // 3
-    for index in range(7):
-        left, top = index % 3 * 250, index // 3 * row
-        assert ink[top + 250 : top + row, left + 6 : left + 244].any()  # the caption
-        assert not ink[:, left + 246 : left + 250].any()  # and it keeps to its column
-    assert not ink[2 * row :, 250:].any()
 
 
 def picture(cell: Cell, seed: int = 0) -> Pixels:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -53,37 +52,6 @@ def test_no_command_shows_the_help_and_no_empty_error(run: Run) -> None:
     assert outcome.code == ExitCode.USAGE
     assert "Commands" in outcome.out + outcome.err
     assert "error:" not in outcome.err
-
-
-def test_the_nearest_value_of_an_option_is_named(run: Run) -> None:
-    wrong = [run("export", "model", "--to", "x", "--format", word) for word in ("sentence_transformers", "xyz")]
-    hints = [refused(outcome)[1] for outcome in wrong]
-    assert hints[0] == "did you mean sentence-transformers? cytoclip export --help says what it takes"
-    assert hints[1] == "cytoclip export --help says what it takes"
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["trian"], "'trian'"),
-        (["--foo"], "--foo"),
-        (["train"], "config"),
-        (["train", "x.yaml", "--foo"], "--foo"),
-        (["evaluate", "model", "root", "--ks"], "--ks"),
-        (["evaluate", "model", "root", "--batch-size", "0"], "--batch-size"),
-        (["demo", "--seed", "x"], "--seed"),
-        (["soup"], "run"),
-        (["soup", "runs/x", "--keep-at-least", "1.5"], "--keep-at-least"),
-    ],
-)
-def test_a_wrong_command_line_is_two_lines(run: Run, words: list[str], said: str) -> None:
-    message, hint = refused(run(*words))
-    assert said in message
-    assert re.match(r"cytoclip( train| evaluate| demo| soup)? --help says", hint)
-
-
-def test_a_misspelt_command_names_the_nearest(run: Run) -> None:
-    assert "Did you mean 'train'" in refused(run("trian"))[0]
 
 
 def test_config_shows_every_option_with_type_default_and_doc(run: Run) -> None:

@@ -8,14 +8,13 @@ the pairs has learned to read the picture.
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFilter
 
 Array = npt.NDArray[np.floating[Any]]
 Colour = tuple[float, float, float]
@@ -182,24 +181,7 @@ def draw(cell: Cell, rng: np.random.Generator, slide: Slide, size: int = 128) ->
     return _photograph(absorbance_HWC, slide, camera)
 
 
-def contact_sheet(samples: list[Sample], columns: int) -> Image.Image:
-    """The pictures in rows of `columns`, each with its caption below; 250 px a column."""
-    font = ImageFont.load_default(_FONT)
-    texts = [textwrap.fill(one.caption, width=34) for one in samples]
-    wide = _TILE + 2 * _MARGIN
-    tall = wide + max(text.count("\n") + 1 for text in texts) * _LINE
-    page = Image.new("RGB", (columns * wide, -(-len(samples) // columns) * tall), "white")
-    pen = ImageDraw.Draw(page)
-    for index, (one, text) in enumerate(zip(samples, texts, strict=True)):
-        left, top = (index % columns) * wide + _MARGIN, (index // columns) * tall + _MARGIN
-        page.paste(one.image.resize((_TILE, _TILE), Image.Resampling.BICUBIC), (left, top))
-        for row, line in enumerate(text.splitlines()):
-            pen.text((left, top + _TILE + 4 + row * _LINE), line, fill=(30, 30, 30), font=font)
-    return page
-
-
 _PICTURES, _SLIDES = 1, 2  # so that no slide shares its random stream with a picture
-_TILE, _MARGIN, _FONT, _LINE = 238, 6, 13, 16  # px
 
 _STAINS = {"blue-green": (118, 198, 190), "orange": (247, 164, 68), "pink": (242, 146, 178), "purple": (180, 152, 214)}
 # Radius of an inclusion and distance between two, as fractions of the field, and their colour.

@@ -75,9 +75,7 @@ def original_train() -> None:
     parser = _OneLine(description="Fine-tune CLIP as a YAML says (the original project's command).")
     parser.add_argument("--config", type=Path, required=True, help="one experiment as YAML")
     parser.add_argument("overrides", nargs="*", help="section.key=value, on top of the file")
-    _guarded(
-        lambda: (lambda given: cli_train.train(given.config, given.overrides, False))(parser.parse_intermixed_args())
-    )
+    _guarded(lambda: _original_train(parser.parse_intermixed_args()))
 
 
 def original_evaluation() -> None:
@@ -162,7 +160,8 @@ def _explain(error: Exception) -> None:
         if message and arguments.speaks():  # empty where it has already printed the help
             asked = getattr(getattr(error, "ctx", None), "command_path", "cytoclip")
             quoted = "put several words in quotes; " if "unexpected extra argument" in message else ""
-            fail(UserError(message, f"{_meant(message)}{quoted}{asked} --help says what it takes").lines())
+            meant = _option_of_a_run(message) if asked in _OF_RUNS else _meant(message)
+            fail(UserError(message, f"{meant}{quoted}{asked} --help says what it takes").lines())
         sys.exit(int(ExitCode.USAGE))
     if isinstance(error, MemoryError) or any(words in str(error).lower() for words in _NO_MEMORY):
         reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -178,4 +177,19 @@ def _meant(message: str) -> str:
     return f"did you mean {near}? " if near else ""
 
 
+def _option_of_a_run(message: str) -> str:
+    """How a run's YAML and its options are given, where they were written as other programs have them."""
+    word, _, possible = message.partition("No such option: --")[2].partition(" ")
+    if not word or possible not in ("", "(Possible options: --help)"):
+        return _meant(message)
+    if word == "config":
+        return "the YAML stands without an option before it; "
+    from cytoclip import config
+
+    names = {option.name.rpartition(".")[2]: option.name for option in config.options() if option.kind != "section"}
+    near = word if "." in word else names.get(nearest(word.replace("-", "_"), names) or "", "section.key")
+    return f"options of a run are written {near}=value, and `cytoclip config` lists them; "
+
+
+_OF_RUNS = ("cytoclip train", "cytoclip tune")
 _NO_MEMORY = ("out of memory", "can't allocate memory")  # as CUDA and MPS say it, and torch on the CPU
