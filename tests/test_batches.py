@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
+import multiprocessing
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -47,12 +49,14 @@ def read_all(pictures: Pictures, tokens: captions.Tokens | None, share: Share, w
     return [batches.next_batch(source) for _ in range(len(share))]
 
 
-def test_batches_are_the_same_whoever_decodes_them(root: Path, base: Path) -> None:
+def test_batches_are_the_same_whoever_decodes_them(root: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures, tokens = pictures_and_tokens(root, base)
     share = Share(Order(48, 6, seed=3), 5, 11, rank=1, size=2)
     alone, helped = (read_all(pictures, tokens, share, workers) for workers in (0, 2))
+    monkeypatch.setattr(batches, "_FORKS", False)
+    in_threads = read_all(pictures, tokens, share, 2)
     assert [batch.indices.tolist() for batch in alone] == [[row for row, _ in draws] for draws in share]
-    for one, two in zip(alone, helped, strict=True):
+    for one, two in zip(alone * 2, helped + in_threads, strict=True):
         assert np.array_equal(one.indices, two.indices)
         assert torch.equal(one.images, two.images)
         assert one.texts is not None
@@ -62,6 +66,29 @@ def test_batches_are_the_same_whoever_decodes_them(root: Path, base: Path) -> No
         for index, pixels, ids in zip(one.indices, one.images, one.texts, strict=True):
             assert np.array_equal(pixels, pictures[index, 0][1])
             assert torch.equal(ids[: tokens.lengths()[index]], tokens.batch([index])[0])
+
+
+def test_loading_processes_are_forked_whatever_pythons_default_is(
+    root: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python 3.14 has another, with which each of them imports torch first: five seconds, for each validation again."""
+    pictures, tokens = pictures_and_tokens(root, base)
+    default = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        source = iter(batches.loader(pictures, texts(tokens), Share(Order(48, 12, 0), 0, 2, 0, 1), 1, CPU))
+        (process,) = multiprocessing.active_children()
+        assert type(process).__name__ == "ForkProcess"
+        assert len(batches.next_batch(source).indices) == 12
+        del source
+        assert not multiprocessing.active_children()
+        monkeypatch.setattr(batches, "_FORKS", False)  # as on macOS and Windows
+        source = iter(batches.loader(pictures, texts(tokens), Share(Order(48, 12, 0), 0, 2, 0, 1), 2, CPU))
+        assert len(batches.next_batch(source).indices) == 12
+        assert not multiprocessing.active_children()
+        assert sum(thread.name.startswith("pictures") for thread in threading.enumerate()) == 2
+    finally:
+        multiprocessing.set_start_method(default, force=True)
 
 
 def test_pictures_alone_have_no_tokens(root: Path, base: Path) -> None:
@@ -82,9 +109,12 @@ def test_the_loader_draws_nothing_from_the_global_random_state(root: Path, base:
     assert np.random.get_state()[1].tolist() == numpy_before  # type: ignore[index]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_picture_that_went_away_after_the_scan_is_named(workers: int, root: Path, base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("workers", "forks"), [(0, True), (2, True), (2, False)])
+def test_a_picture_that_went_away_after_the_scan_is_named(
+    workers: int, forks: bool, root: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A worker's exception would reach the user as a traceback of the loader."""
+    monkeypatch.setattr(batches, "_FORKS", forks)
     shutil.copytree(root / "train", tmp_path / "train")
     pictures, tokens = pictures_and_tokens(tmp_path, base)
     (tmp_path / "train" / "imgs" / "007.png").unlink()
@@ -228,10 +258,11 @@ def hole(path: Path) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("workers", "forks"), [(0, True), (2, True), (2, False)])
 def test_a_bad_picture_gives_way_to_the_first_standby_that_is_good(
-    workers: int, root: Path, base: Path, tmp_path: Path
+    workers: int, forks: bool, root: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(batches, "_FORKS", forks)
     shutil.copytree(root / "train", tmp_path / "train")
     pictures, tokens = pictures_and_tokens(tmp_path, base)
     share = Share(Order(48, 6, seed=3), 2, 4, rank=0, size=1, skips=True)

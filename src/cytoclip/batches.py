@@ -6,6 +6,7 @@ Letters: b pairs of a batch in this process, H×W pixels, L tokens, K patches th
 from __future__ import annotations
 
 import os
+import platform
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +29,8 @@ from cytoclip.pairs import Pairs
 from cytoclip.pictures import Drawn, Pictures, Rows
 from cytoclip.rows import Columns
 
+# Elsewhere each process begins anew and imports torch, for every validation again: 5 seconds, on a busy machine 20.
+_FORKS = platform.system() == "Linux"
 _FEW = 0.02  # share of the kept pictures that may still be decoded by threads: where bad ones are skipped, none comes
 _COPIED = 2**28  # bytes of a batch that is copied ahead: 1,700 pictures of 224×224
 
@@ -129,11 +132,14 @@ def loader(
 ) -> Iterable[Batch | UserError]:
     """Batches in the order of `batches`, ahead of their use: decoded by `workers` processes (0: in this one).
 
-    Pictures that are kept decoded are read by as many threads of this process, as soon as nearly all of them are there:
-    a process for it would cost more than it does, since each batch would be copied to this one.
+    Where processes cannot be forked (macOS, Windows) it is as many threads of this process. So are pictures read that
+    are kept decoded, as soon as nearly all of them are there: a process for it would cost more than it does, since each
+    batch would be copied to this one.
     """
     if isinstance(pictures, Pictures) and pictures.kept:
         found: Iterable[Batch | UserError] = _kept(pictures, texts, batches, workers, device)
+    elif isinstance(pictures, Pictures) and workers and not _FORKS:
+        found = _in_threads(pictures, texts, batches, workers, device)
     else:
         found = _decoding(pictures, texts, batches, workers, device)
     return _on_device(found, device) if device.type == "cuda" else found
@@ -167,12 +173,20 @@ def _decoding(
     return DataLoader(
         pictures,
         batch_sampler=batches,
-        num_workers=0 if isinstance(pictures, Rows) else workers,  # nothing is decoded
         collate_fn=partial(_collate, texts),
-        worker_init_fn=signals.in_loader,
         pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # its own: the loader must not draw from the global random state
+        **processes(0 if isinstance(pictures, Rows) else workers),  # of rows nothing is decoded
     )
+
+
+def processes(workers: int) -> dict[str, Any]:
+    """How a DataLoader starts its `workers`: forked where that is safe, which is no longer Python's default (3.14)."""
+    return {
+        "num_workers": workers,
+        "multiprocessing_context": "fork" if workers and _FORKS else None,
+        "worker_init_fn": signals.in_loader,
+        "generator": torch.Generator(),  # its own: the loader must not draw from the global random state
+    }
 
 
 def _collate(texts: Texts | None, rows: list[Drawn]) -> Batch | UserError:
@@ -205,11 +219,17 @@ def _kept(
     assert pictures.kept is not None  # noqa: S101 - `loader` looked
     parts: deque[Share | list[list[Draw]]] = deque(batches.epochs() if isinstance(batches, Share) else [batches])
     while parts and len(pictures.kept.missing()) > _FEW * len(pictures.kept):
-        yield from _decoding(pictures, texts, parts.popleft(), workers, device)
-    rest = (draws for part in parts for draws in part)
+        decoding = _decoding if _FORKS or not workers else _in_threads
+        yield from decoding(pictures, texts, parts.popleft(), workers, device)
+    yield from _in_threads(pictures, texts, (draws for part in parts for draws in part), workers, device)
+
+
+def _in_threads(
+    pictures: Pictures, texts: Texts | None, batches: Iterable[list[Draw]], workers: int, device: torch.device
+) -> Iterator[Batch | UserError]:
     with ThreadPoolExecutor(max(1, workers), thread_name_prefix="pictures") as pool:
         ahead: deque[Future[Batch | UserError]] = deque()
-        for draws in rest:
+        for draws in batches:
             ahead.append(pool.submit(_gathered, pictures, texts, draws, device))
             if len(ahead) > max(1, workers):  # one more than are read at a time: it is ready when it is asked for
                 yield ahead.popleft().result()

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from cytoclip import decoded, files, signals
+from cytoclip import batches, decoded, files
 from cytoclip.console import Console, size
 from cytoclip.data_options import Data
 from cytoclip.decoded import Decoded
@@ -106,9 +106,8 @@ def fill(part: Part, workers: int, console: Console) -> list[UserError]:
         source: Iterable[list[UserError | None]] = DataLoader(
             _Filling(pictures, missing),
             batch_size=_AT_ONCE,
-            num_workers=workers if len(missing) > _AT_ONCE else 0,
             collate_fn=list,
-            worker_init_fn=signals.in_loader,
+            **batches.processes(workers if len(missing) > _AT_ONCE else 0),
         )
         for some in source:
             bar.advance(len(some))

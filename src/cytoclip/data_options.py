@@ -154,7 +154,7 @@ class Data(Section):
     workers: int | None = Field(
         None,
         ge=0,
-        description="Processes that decode pictures for each training process; 0: none; "
+        description="Processes (threads on macOS and Windows) that decode pictures for each training process; 0: none; "
         "null: its share of the machine's cores, at most 4.",
     )
 

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
-from cytoclip import batches, signals, streams
+from cytoclip import batches, streams
 from cytoclip.batches import Batch, Texts
 from cytoclip.device import World
 from cytoclip.errors import ExitCode, UserError
@@ -113,10 +113,8 @@ class FromAfar:
             DataLoader(
                 Stream(self.plan, list(read.positions), first % self.readers),
                 batch_size=None,
-                num_workers=self.workers,
-                worker_init_fn=signals.in_loader,
                 pin_memory=world.device.type == "cuda",
-                generator=torch.Generator(),  # its own: the loader must not draw from the global random state
+                **batches.processes(self.workers),
             )
         )
         for _ in range(first, last):
