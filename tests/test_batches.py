@@ -225,6 +225,17 @@ def test_dropped_patches_are_a_function_of_seed_epoch_and_pair() -> None:
     assert len(PatchDropout(16, 0.99, 3).keep(0, 0)) == 1, "never none"
 
 
+def test_each_epoch_drops_other_patches_and_who_stands_in_has_its_own(root: Path, base: Path, tmp_path: Path) -> None:
+    dropout, spec = PatchDropout(64, 0.5, seed=3), checkpoint.open_model(str(base)).pixels
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    pictures = Pictures([tmp_path / "bad.png", *sorted((root / "train" / "imgs").iterdir())[:4]], spec, dropout)
+    for draw, pair in (((1, 0), 1), ((1, 1), 1), ((0, 1, 2, 3), 2)):
+        keep = pictures[draw].keep
+        assert keep is not None
+        assert torch.equal(keep, dropout.keep(pair, draw[1]))
+    assert not torch.equal(dropout.keep(1, 0), dropout.keep(1, 1))
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_patches_are_the_same_in_any_share_of_the_batch(workers: int, root: Path, base: Path) -> None:
     opened = checkpoint.open_model(str(base))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from cytoclip import adapters, buckets, captions, checkpoint, training
 from cytoclip.checkpoint import Opened
@@ -164,3 +167,22 @@ def test_a_run_has_them_unless_its_towers_are_shared_out(
     monkeypatch.setattr(buckets, "fill", lambda *given: filled.append(given))
     training.fit(experiment(train={"shard": shard}), Console(quiet=True))
     assert len(filled) == (not shard)
+
+
+@pytest.mark.parametrize("pad", ["its own", "end", "none"])
+def test_a_run_in_buckets_keeps_the_end_of_captions(
+    pad: str, experiment: Callable[..., Config], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trap 14: OpenAI's tokenizer pads with the end token; cut off with the padding, token 0 would be pooled."""
+    folder, tokenizer = shutil.copytree(base, tmp_path / "base"), AutoTokenizer.from_pretrained(base)
+    tokenizer.pad_token = {"its own": tokenizer.pad_token, "end": tokenizer.eos_token, "none": None}[pad]
+    tokenizer.save_pretrained(folder)
+    assert (checkpoint.open_model(str(folder)).encoder.pad == tokenizer.eos_token_id) is (pad != "its own")
+    found = []
+    for each in (0, 10**9):
+        monkeypatch.setattr(buckets, "PASS", each)
+        wanted = experiment(model={"name": str(folder)}, output=str(tmp_path / str(each)))
+        training.fit(wanted, Console(quiet=True))
+        lines = (tmp_path / str(each) / "losses.jsonl").read_text().splitlines()
+        found.append([json.loads(line)["loss"] for line in lines])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)

@@ -11,8 +11,10 @@ import torch
 from transformers import AutoTokenizer
 
 from cytoclip import captions as module
+from cytoclip import checkpoint
 from cytoclip.captions import tokenise
 from cytoclip.errors import ExitCode, UserError
+from tests import tiny
 
 LONG = "a cell with a round nucleus " * 40
 CAPTIONS = ["a superficial squamous cell", "cell", LONG, "细胞 é …", "  two   spaces "]
@@ -139,3 +141,16 @@ def test_a_tokenizer_with_text_behind_its_end_token_is_refused(tokenizer: Any) -
 
     with pytest.raises(UserError, match="1 caption without"):
         tokenise(Trailing(), ["a cell"], CONTEXT)
+
+
+@pytest.mark.parametrize("kind", ["siglip", "siglip2"])
+def test_a_tokenizer_that_pads_on_the_left_is_followed(kind: str, bases: dict[str, Path]) -> None:
+    """Trap 36: SigLIP sees its padding, so it must stand where it stood."""
+    opened = checkpoint.open_model(str(bases[kind]))
+    opened.tokenizer.padding_side = "left"
+    low = [caption.lower() for caption in tiny.CAPTIONS]
+    expected = opened.tokenizer(
+        low, padding="max_length", truncation=True, max_length=opened.context, return_tensors="pt"
+    )["input_ids"]
+    found = tokenise(opened.tokenizer, tiny.CAPTIONS, opened.context, opened.encoder.family)
+    assert found.batch(range(4)).equal(expected)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
+from transformers import AutoTokenizer, BertTokenizer, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
 from cytoclip import adapters, checkpoint, model
 from cytoclip.checkpoint import RunFolder
@@ -248,3 +249,17 @@ def test_a_hub_id_beside_a_folder_of_its_owner_is_asked_for(tmp_path: Path, monk
     assert checkpoint.locate("openai/clip-vit-base-patch16") == "openai/clip-vit-base-patch16"
     hint = model.not_opened("openai/clip-vit-base-patch16", OSError("no network")).hint
     assert hint.startswith("did you mean openai/clip-vit-base-patch32? Else give a hub id")
+
+
+def test_the_digest_tells_other_pixels_contexts_and_readings_of_the_same_words(
+    base: Path, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    """Trap 19: what an index or stored embeddings were made with is told by it."""
+    opened = checkpoint.open_model(str(base))
+    digests = {opened.digest(), replace(opened, pixels=opened.pixels.fitted("squash")).digest()}
+    assert len(digests | {replace(opened, context=20).digest()}) == 3
+    cased = shutil.copytree(bases["two towers"], tmp_path / "cased")
+    BertTokenizer(str(cased / "vocab.txt"), model_max_length=40, do_lower_case=False).save_pretrained(cased)
+    one, other = (checkpoint.open_model(str(folder)) for folder in (bases["two towers"], cased))
+    assert one.tokenizer.get_vocab() == other.tokenizer.get_vocab()
+    assert one.digest() != other.digest()

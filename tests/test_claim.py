@@ -92,11 +92,13 @@ def test_a_finished_run_without_checkpoints_does_not_begin_anew(
     assert again.last == result.last
 
 
-@pytest.mark.parametrize("what", ["train split", "model"])
+@pytest.mark.parametrize(
+    ("what", "how"), [("train split", "one less"), ("model", "weights"), ("model", "settings"), ("model", "pixels")]
+)
 def test_a_run_does_not_go_on_with_other_inputs(
-    what: str, root: Path, base: Path, tmp_path: Path, experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+    what: str, how: str, root: Path, base: Path, tmp_path: Path, experiment: Experiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The list loses a pair, or a weight of the base moves, between a stop and the same command again."""
+    """The list loses a pair, or the base becomes another, between a stop and the same command again."""
     shutil.copytree(root, tmp_path / "data")
     shutil.copytree(base, tmp_path / "base")
     wanted = experiment(
@@ -106,7 +108,13 @@ def test_a_run_does_not_go_on_with_other_inputs(
     with pytest.raises(KeyboardInterrupt):
         training.fit(wanted, QUIET)
     monkeypatch.undo()
-    if what == "model":
+    settings = {"settings": ("config.json", "layer_norm_eps"), "pixels": ("preprocessor_config.json", "image_mean")}
+    if how in settings:
+        name, key = settings[how]
+        written = json.loads((tmp_path / "base" / name).read_text())
+        (written.get("vision_config") or written)[key] = {"settings": 0.1, "pixels": [0.1, 0.9, 0.3]}[how]
+        (tmp_path / "base" / name).write_text(json.dumps(written))
+    elif what == "model":
         file = tmp_path / "base" / "model.safetensors"
         weights = load_file(file)
         save_file(weights | {"logit_scale": weights["logit_scale"] + 1e-3}, file, {"format": "pt"})

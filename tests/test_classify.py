@@ -14,11 +14,13 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from cytoclip import checkpoint, class_table, classify, demo, encode
+from cytoclip import captions, checkpoint, class_table, classify, demo, encode, evaluation
 from cytoclip.classification import METRICS
 from cytoclip.classify import Asked
 from cytoclip.console import Console
+from cytoclip.device import World
 from cytoclip.errors import ExitCode, UserError
+from tests import tiny
 
 QUIET = Console(quiet=True)
 DATA = Path(__file__).parents[2] / "shared" / "data" / "wbcatt_demo"
@@ -212,3 +214,17 @@ def test_a_label_cannot_break_its_line() -> None:
     assert len(lines) == 3
     assert lines[1].split()[:2] == ["1", "a�b"]
     assert "\u202e" not in "".join(lines)
+
+
+@pytest.mark.parametrize("kind", ["siglip", "siglip2", "chinese_clip"])
+def test_classes_are_embedded_as_captions_of_the_family_are(kind: str, bases: dict[str, Path]) -> None:
+    """Traps 16 and 18: SigLIP reads lower case, and its padding too."""
+    opened = checkpoint.open_model(str(bases[kind]))
+    tokens = captions.tokenise(opened.tokenizer, tiny.CAPTIONS, opened.context, opened.encoder.family)
+    reading = evaluation.Reading(tokens, opened.pixels, 4, 0)
+    sentences = tiny.CAPTIONS[:1], tiny.CAPTIONS[1:]
+    found = classify.embed_classes(opened, sentences, reading, World(torch.device("cpu")), QUIET)
+    with torch.no_grad():
+        each = opened.encoder.eval().texts(tokens.batch(range(4)))
+    expected = torch.nn.functional.normalize(torch.stack([each[0], each[1:].mean(0)]))
+    assert torch.allclose(found, expected, atol=1e-6)

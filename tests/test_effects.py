@@ -172,6 +172,27 @@ def test_features_of_another_tower_or_other_pixels_are_not_taken(experiment: Exp
     assert len({path.name for path in folder.iterdir()} - before) == 2
 
 
+def test_features_of_other_pixels_another_precision_and_other_settings_are_not_taken(
+    experiment: Experiment, base: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(base, tmp_path / "other")
+    settings = json.loads((other / "config.json").read_text())
+    settings["vision_config"]["hidden_act"] = "gelu"  # the weights stay
+    (other / "config.json").write_text(json.dumps(settings))
+    cases: list[dict[str, Any]] = [
+        {},
+        {"data": {"crop": "squash"}},
+        {"train": {"precision": "bf16"}},
+        {"model": {"name": str(other)}},
+    ]
+    counts = []
+    for number, case in enumerate(cases):
+        frozen = {**case, "model": {"image_tower": "frozen", **case.get("model", {})}}
+        ran(experiment, tmp_path, str(number), **{**frozen, "train": {"steps": 1, **case.get("train", {})}})
+        counts.append(len(list((tmp_path / features.FOLDER).iterdir())))
+    assert counts == [2, 4, 6, 8]
+
+
 def test_features_are_the_same_for_any_share_of_the_work(base: Path, root: Path, tmp_path: Path) -> None:
     """Two processes played one after the other: each computes its own rows, in as many rounds as the other."""
     cuts = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -129,3 +130,34 @@ def test_every_process_embeds_as_many_rows_and_all_are_there(count: int, process
     assert len({len(share) for share in shares}) == 1
     assert np.concatenate(shares)[:count].tolist() == rows.tolist()
     assert sum(len(share) for share in shares) < count + processes
+
+
+def test_after_a_validation_a_frozen_tower_still_has_no_dropout(base: Path, train: Pairs) -> None:
+    """Traps 33 and 41."""
+    encoder = checkpoint.open_model(str(base)).encoder
+    encoder.text_tower.requires_grad_(False)
+    encoder.train()
+    embedded(replace(checkpoint.open_model(str(base)), encoder=encoder), train, 20)
+    assert encoder.training
+    assert encoder.image_tower.training
+    assert not encoder.text_tower.training
+
+
+def test_no_more_than_a_batch_is_embedded_at_once(
+    opened: Opened, train: Pairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trap 23."""
+    seen: dict[str, list[int]] = {"images": [], "texts": []}
+    for name, lengths in seen.items():
+        whole = getattr(opened.encoder, name)
+
+        def counting(rows: torch.Tensor, whole: Any = whole, lengths: list[int] = lengths) -> torch.Tensor:
+            lengths.append(len(rows))
+            found: torch.Tensor = whole(rows)
+            return found
+
+        monkeypatch.setattr(opened.encoder, name, counting)
+    embedded(opened, train, 7)
+    assert sum(seen["images"]) == 48
+    assert sum(seen["texts"]) == len(set(train.captions))
+    assert all(max(lengths) == 7 for lengths in seen.values())

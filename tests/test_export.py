@@ -62,6 +62,9 @@ def test_every_family_by_the_code_of_its_card(
         ".model",
     }
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    if form == "sentence-transformers":  # which would take torchvision's resize where that is there
+        said = json.loads((tmp_path / "out" / "sentence_bert_config.json").read_text())
+        assert said["processor_kwargs"] == {"backend": "pil"}
 
 
 def test_a_tokenizer_that_knows_case_in_a_family_that_does_not(

@@ -22,6 +22,7 @@ from transformers import (
     AutoModel,
     AutoTokenizer,
     BertConfig,
+    BertTokenizer,
     CamembertConfig,
     CLIPModel,
     Dinov2Config,
@@ -361,3 +362,47 @@ def test_towers_that_give_no_vector_are_refused(bases: dict[str, Path], monkeypa
     monkeypatch.setattr(model.DualEncoder, "text_features", lambda *_: (_ for _ in ()).throw(ValueError("no pooler")))
     with pytest.raises(UserError, match="do not pass: no pooler"):
         checkpoint.open_model(str(bases["two towers"]))
+
+
+def test_a_text_towers_batch_norm_learns_nothing_either(bases: dict[str, Path]) -> None:
+    """Trap 41."""
+    encoder = opened(bases, "two towers").encoder
+    encoder.text_tower.norm = nn.BatchNorm1d(3)
+    encoder.train()
+    assert not encoder.text_tower.norm.training
+    assert encoder.frozen_statistics() == 1
+
+
+def test_padding_is_masked_by_the_tokenizers_id(bases: dict[str, Path], tmp_path: Path) -> None:
+    """Trap 16: RoBERTa pads with 1; nothing says that padding is 0."""
+    folder = shutil.copytree(bases["two towers"], tmp_path / "padded")
+    words = list(AutoTokenizer.from_pretrained(folder).get_vocab())
+    for file in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
+        (folder / file).unlink(missing_ok=True)
+    others = [word for word in words if word not in ("[UNK]", "[PAD]")]
+    (folder / "vocab.txt").write_text("\n".join(["[UNK]", "[PAD]", *others]) + "\n")
+    BertTokenizer(str(folder / "vocab.txt"), model_max_length=40).save_pretrained(folder)
+    found = checkpoint.open_model(str(folder))
+    assert found.tokenizer.pad_token_id == found.encoder.pad == 1
+    tokens = captions.tokenise(found.tokenizer, CAPTIONS, found.context, found.encoder.family)
+    with torch.no_grad():
+        together = found.encoder.eval().texts(tokens.batch(range(4)))
+        alone = torch.cat([found.encoder.texts(tokens.batch([i])) for i in range(4)])
+    assert torch.allclose(together, alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("rate", ["attention_probs_dropout_prob", "drop_path_rate", "hidden_dropout_prob"])
+def test_every_kind_of_dropout_is_seen(rate: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    """Traps 5 and 26: under dropout other chunks are another run, which nobody may be led into."""
+    folder = shutil.copytree(bases["two towers"], tmp_path / "drops")
+    settings = json.loads((folder / "config.json").read_text())
+    nothing = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    settings["vision_config"] |= {**nothing, "drop_path_rate": 0.0}
+    settings["text_config"] |= nothing
+    pixels = torch.randint(0, 256, (4, 3, tiny.SIDE, tiny.SIDE), dtype=torch.uint8)
+    for value in (0.0, 0.5):
+        settings["vision_config"][rate] = value
+        (folder / "config.json").write_text(json.dumps(settings))
+        encoder = checkpoint.open_model(str(folder)).encoder.train()
+        assert encoder.drops_out() is (value > 0)
+        assert torch.equal(encoder.images(pixels), encoder.images(pixels)) is (value == 0)

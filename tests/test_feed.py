@@ -7,16 +7,21 @@ import json
 import math
 import tarfile
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from cytoclip import training
+from cytoclip import captions, checkpoint, intake, streams, training
 from cytoclip.config import Config
 from cytoclip.console import Console
+from cytoclip.device import World
 from cytoclip.errors import ExitCode, UserError
+from cytoclip.pictures import PatchDropout
+from tests import tiny
 from tests.conftest import weights
 from tests.numerics.nursery import spawn
 from tests.test_training import stop_after
@@ -137,3 +142,31 @@ def test_a_dry_run_says_what_it_knows(afar: Experiment, capsys: pytest.CaptureFi
     assert (planned.steps, planned.steps_per_epoch, planned.times_seen) == (7, None, None)
     assert "each pair" not in planned.text()
     assert "6 shards" in capsys.readouterr().err
+
+
+def test_each_process_reads_shards_of_its_own(afar: Experiment, base: Path) -> None:
+    """Trap 2: the same pairs in every process would be each other's negatives."""
+    wanted, opened, read = afar(), checkpoint.open_model(str(base)), []
+    shards = streams.shards(str(wanted.data.train))
+    for rank in range(2):
+        plan = intake._from_afar(wanted, opened, shards, None, 0, World(torch.device("cpu"), rank, 2)).plan
+        came = islice(streams._batches(plan, 0, 1, streams.Position()), 8)
+        read.append({name for batch in came for name in batch.names})
+    assert len(read[0]) == len(read[1]) == 24
+    assert not read[0] & read[1]
+
+
+@pytest.mark.parametrize("kind", ["siglip", "siglip2"])
+def test_captions_from_afar_are_read_as_their_family_is(kind: str, afar: Experiment, bases: dict[str, Path]) -> None:
+    opened = checkpoint.open_model(str(bases[kind]))
+    plan = intake._from_afar(afar(), opened, [], None, 0, World(torch.device("cpu"))).plan
+    expected = captions.tokenise(opened.tokenizer, tiny.CAPTIONS, opened.context, opened.encoder.family).batch(range(4))
+    assert plan.tokenise(tiny.CAPTIONS).batch(range(4)).equal(expected)
+    assert expected.shape[1] == opened.context
+
+
+def test_patches_are_dropped_from_afar_too(afar: Experiment, base: Path) -> None:
+    wanted, opened = afar(train={"patch_dropout": 0.5}), checkpoint.open_model(str(base))
+    plan = intake._from_afar(wanted, opened, [], None, 0, World(torch.device("cpu"))).plan
+    assert isinstance(plan.dropout, PatchDropout)
+    assert len(plan.dropout.keep(0, 0)) == 2

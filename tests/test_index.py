@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tarfile
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from cytoclip import encoder, images, index, index_plan, index_rows, manifest, vector_shards
+from cytoclip import encoder, entries, images, index, index_plan, index_rows, manifest, vector_shards
 from cytoclip.console import Console
 from cytoclip.encoder import Encoder
 from cytoclip.errors import ExitCode, UserError
@@ -362,3 +363,20 @@ def test_shards_at_an_address_are_read_and_known_again(
     assert (again.embedded, again.kept, again.removed) == (0, 8, 0)
     fewer = built(base, f"file://{tmp_path / 'data'}/000.tar", tmp_path / "index")
     assert (fewer.manifest.pictures, fewer.embedded, fewer.removed) == (4, 0, 4)
+
+
+def test_processes_share_the_shards_at_an_address(pictures: Path, tmp_path: Path) -> None:
+    """Trap 2: each picture once, whoever embeds it."""
+    for number, path in enumerate(sorted(pictures.rglob("*.png"))):
+        (tmp_path / "caption.txt").write_text(f"cell {number}")
+        with tarfile.open(tmp_path / f"{number // 3}.tar", "a") as tar:
+            tar.add(path, f"{number}.png")
+            tar.add(tmp_path / "caption.txt", f"{number}.txt")
+    source = entries.Source([], None, [f"file://{tmp_path}/{shard}.tar" for shard in range(4)])
+    alone = [work.entry.captions[0] for work in index._from_afar(source, 0, 1, How())]
+    assert sorted(alone) == sorted(f"cell {number}" for number in range(12))
+    for size in (2, 3):
+        shares = [
+            [work.entry.captions[0] for work in index._from_afar(source, rank, size, How())] for rank in range(size)
+        ]
+        assert sorted(text for share in shares for text in share) == sorted(alone)

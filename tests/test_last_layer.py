@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import BertConfig, VisionTextDualEncoderConfig, VisionTextDualEncoderModel, ViTConfig
+from transformers.models.dinov2.modeling_dinov2 import Dinov2DropPath
 
 from cytoclip import adapters, checkpoint, last_layer, model, training
 from cytoclip.config import Config, Model
@@ -194,3 +195,16 @@ def test_a_run_has_it_unless_it_is_compiled(
     monkeypatch.setattr(model, "compile_towers", lambda _: None)
     training.fit(experiment(train={"compile": compiled}), Console(quiet=True))
     assert len(seen) == (0 if compiled else 2 * 4), "two towers, four steps of one chunk; and no validation"
+
+
+def test_dropout_of_attention_and_of_paths_falls_on_the_one_token(bases: dict[str, Path], pixels: torch.Tensor) -> None:
+    """Trap 5."""
+    encoder = checkpoint.open_model(str(bases["two towers"])).encoder.train()
+    last_layer.shorten(encoder.clip)
+    last: Any = model.layers(encoder.image_tower)[-1]
+    assert torch.equal(encoder.images(pixels), encoder.images(pixels))
+    last.attention.attention_dropout = 0.5
+    assert not torch.equal(encoder.images(pixels), encoder.images(pixels))
+    last.attention.attention_dropout = 0.0
+    last.drop_path = Dinov2DropPath(0.5).train()
+    assert not torch.equal(encoder.images(pixels), encoder.images(pixels))

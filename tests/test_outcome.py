@@ -158,7 +158,7 @@ def test_a_starting_model_that_changed_meanwhile_is_said_and_nothing_is_lost(
         return held_out(*given)
 
     monkeypatch.setattr(outcome, "_held_out", change)
-    with pytest.raises(UserError, match=f"{own} holds other weights than when") as caught:
+    with pytest.raises(UserError, match=f"{own} has other weights or settings than when") as caught:
         training.fit(wanted, QUIET)
     assert caught.value.code is ExitCode.RUN
     assert not (tmp_path / "run" / "results.json").exists()

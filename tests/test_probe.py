@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -130,3 +131,18 @@ def test_few_takes_as_many_of_each_class() -> None:
 def test_mean_and_spread() -> None:
     assert probe.mean_and_spread([0.25, 0.75]) == (0.5, pytest.approx(0.5 / 2**0.5))
     assert probe.mean_and_spread([0.25]) == (0.25, None)
+
+
+def test_neighbours_that_are_equally_near_share_a_place_in_any_order() -> None:
+    """Trap 21: of a hundred equal pictures the first twenty would vote."""
+    rows = np.zeros((100, 8), np.float32)
+    rows[:, 0] = 1
+    rows[:4] = np.linalg.qr(np.random.default_rng(0).normal(size=(8, 8)))[0][:4]
+    rows[0] = (0.8, 0.6, 0, 0, 0, 0, 0, 0)
+    labels = np.arange(100) % 2
+    for order in (np.arange(100), np.arange(100)[::-1], np.random.default_rng(1).permutation(100)):
+        of_all = known(rows[order], labels[order])
+        equal, near = probe.neighbours(of_all, np.stack([rows[50], rows[0]]))
+        assert equal == pytest.approx([0.5, 0.5])
+        itself, others = math.exp(1 / probe.TEMPERATURE), 19 * math.exp(0.8 / probe.TEMPERATURE)
+        assert near == pytest.approx(np.array([itself + others / 2, others / 2]) / (itself + others))

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig
 
-from cytoclip import batches, canonical, checkpoint, features, jobs, pictures, projection_fit, training
+from cytoclip import batches, canonical, checkpoint, features, jobs, pictures, projection_fit, towers, training
 from cytoclip.config import Config
 from cytoclip.console import Console
 from cytoclip.errors import UserError
@@ -239,3 +240,22 @@ def test_joined_towers_at_chance_are_told_of_it(experiment: Experiment, bases: d
     assert told in log(ran(experiment, tmp_path / "a", "run", model=towers, train={"steps": 1}))
     assert told not in log(ran(experiment, tmp_path / "b", "run", model={**towers, **FITTED}, train={"steps": 1}))
     assert told not in log(ran(experiment, tmp_path / "c", "run", train={"steps": 1}))
+
+
+def test_a_projection_with_a_hidden_layer_is_refused_and_not_recommended(
+    bases: dict[str, Path], experiment: Experiment, tmp_path: Path
+) -> None:
+    """As BiomedCLIP has it."""
+    folder = shutil.copytree(bases["two towers"], tmp_path / "deep")
+    parts = AutoConfig.from_pretrained(folder)
+    made = towers.TwoTowersConfig.from_vision_text_configs(parts.vision_config, parts.text_config, projection_dim=16)
+    made.text_hidden = 24
+    torch.manual_seed(0)
+    (folder / "model.safetensors").unlink()
+    towers.TwoTowers(made).save_pretrained(folder)
+    said = "fitted replaces linear layers, and the text_projection of .* has a hidden layer"
+    with pytest.raises(UserError, match=said) as caught:
+        training.fit(experiment(model={"name": str(folder), **FITTED}), QUIET)
+    assert caught.value.hint == "set model.projections=full"
+    wanted = ran(experiment, tmp_path, "full", model={"name": str(folder)}, train={"steps": 1})
+    assert "projections=fitted" not in log(wanted)

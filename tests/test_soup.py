@@ -284,7 +284,7 @@ def test_another_starting_model_is_refused_and_other_pairs_are_said(
     soup.soup(run, Asked((0.5,)), Console())
     assert "the validation pairs are others than those that the run was validated on" in capsys.readouterr().err
     shutil.copy(run / "model" / "model.safetensors", own / "model.safetensors")
-    with pytest.raises(UserError, match=f"{own} holds other weights than {run} began with"):
+    with pytest.raises(UserError, match=f"{own} has other weights or settings than {run} began with"):
         soup.soup(run, Asked((0.5,)), QUIET)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import math
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -14,15 +15,20 @@ from typing import Any
 
 import fsspec
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
+from pyarrow import parquet
 from torch.utils.data import DataLoader
 
 from cytoclip import streams
+from cytoclip.augment import Variation
 from cytoclip.captions import Tokens
+from cytoclip.data_options import Augment
 from cytoclip.errors import UserError
 from cytoclip.pairs import Identity, Pairs, identities, right_answers
+from cytoclip.pictures import PatchDropout
 from cytoclip.pixels import PixelSpec
 from cytoclip.streams import Arrived, Columns, Plan, Position, Stream
 
@@ -261,3 +267,62 @@ def test_the_library_that_is_missing_is_named(folder: Path, monkeypatch: pytest.
     with pytest.raises(UserError, match="datasets library") as caught:
         next(streams.samples(f"file://{folder}/000.tar", Columns()))
     assert "cytoclip[hub]" in str(caught.value.hint)
+
+
+def right_for_each_other(batch: Arrived) -> set[tuple[int, int]]:
+    """Numbers of the pairs, the lower one first."""
+    right, rows = right_answers(batch.identity, batch.identity), numbers([batch])
+    return {(rows[i], rows[j]) for i, j in np.argwhere(right).tolist() if rows[i] < rows[j]}
+
+
+def test_an_empty_group_is_none_and_captions_are_compared_as_on_disk(tmp_path: Path) -> None:
+    said = [("a  cell", ""), ("a cell ", "g"), ("another", ""), ("a third", None), ("a fourth", "g")]
+    members = {}
+    for i, (caption, group) in enumerate(said):
+        about = {"caption": caption, **({} if group is None else {"group": group})}
+        members |= {f"{i}.png": picture(i), f"{i}.json": json.dumps(about).encode()}
+    write_tar(tmp_path / "0.tar", members)
+    plan = planned(tmp_path, shards=[f"file://{tmp_path}/0.tar"], each=5)
+    assert right_for_each_other(next(reader(plan, 0, 1))) == {(0, 1), (1, 4)}
+
+
+def test_groups_are_as_plain_as_on_disk(tmp_path: Path) -> None:
+    """A column of numbers with one missing is floats: 7.0 is group 7, and what is missing is no group."""
+    for name, groups, kind in (("0", [7, 8], pa.int64()), ("1", [7.0, math.nan, math.nan], pa.float64())):
+        rows = [{"bytes": picture(3 * int(name) + i), "path": None} for i in range(len(groups))]
+        said = [f"caption {name} {i}" for i in range(len(groups))]
+        parquet.write_table(
+            pa.table({"image": rows, "caption": said, "group": pa.array(groups, kind)}), tmp_path / f"{name}.parquet"
+        )
+    plan = planned(tmp_path, shards=[f"file://{tmp_path}/{i}.parquet" for i in range(2)], each=5)
+    batch = next(reader(plan, 0, 1))
+    right = right_answers(batch.identity, batch.identity)
+    together = {(batch.names[i], batch.names[j]) for i, j in np.argwhere(right).tolist() if i < j}
+    assert [sorted(name.rpartition("/")[2] for name in two) for two in together] == [
+        ["0.parquet, row 0", "1.parquet, row 0"]
+    ]
+
+
+@pytest.mark.parametrize("group", [True, ["a"], 0.5])
+def test_a_group_that_is_neither_text_nor_number_is_named(group: Any, tmp_path: Path) -> None:
+    about = json.dumps({"caption": "a nucleus", "group": group}).encode()
+    write_tar(tmp_path / "0.tar", {"0.png": picture(0), "0.json": about})
+    with pytest.raises(UserError, match=r"0: its group is .*, not a text or whole number"):
+        next(reader(planned(tmp_path, shards=[f"file://{tmp_path}/0.tar"], each=1), 0, 1))
+
+
+def test_what_comes_from_afar_changes_with_the_epoch(tmp_path: Path) -> None:
+    members = {}
+    for i in range(3):
+        members |= {f"{i}.png": picture(i), f"{i}.txt": b"a nucleus"}
+    write_tar(tmp_path / "0.tar", members)
+    dropout, variation = PatchDropout(64, 0.5, 3), Variation(Augment(rotation="any"), (8, 8), 3)
+    shards = [f"file://{tmp_path}/0.tar"]
+    plan = planned(tmp_path, shards=shards, each=3, dropout=dropout, variation=variation)
+    for epoch in range(2):
+        batch = next(reader(plan, 0, 1, Position(epoch))).batch
+        assert batch.keep is not None
+        assert batch.changes is not None
+        for pair, keep, change in zip(batch.indices.tolist(), batch.keep, batch.changes, strict=True):
+            assert torch.equal(keep, dropout.keep(pair, epoch))
+            assert torch.equal(change, variation.draw(pair, epoch))

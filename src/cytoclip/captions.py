@@ -89,7 +89,7 @@ def tokenise(tokenizer: Any, captions: Sequence[str], context: int, family: Fami
         cut = tokenizer(some, truncation=True, max_length=context)["input_ids"]
         truncated += sum(len(ids) > context for ids in whole)
         rows += cut
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = pad_of(tokenizer)
     _refuse_unreadable(tokenizer, captions, rows, pad, family)
     return Tokens(
         np.concatenate([np.array(r, np.int32) for r in rows]),
@@ -99,6 +99,12 @@ def tokenise(tokenizer: Any, captions: Sequence[str], context: int, family: Fami
         whole=context if family.pads == "context" else None,
         left=family.pads == "context" and tokenizer.padding_side == "left",
     )
+
+
+def pad_of(tokenizer: Any) -> int:
+    """The id that captions are padded with: the end token's where padding has none of its own."""
+    known = (token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None)
+    return next(known, 0)
 
 
 def _refuse_unreadable(

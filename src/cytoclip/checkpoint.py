@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from cytoclip import adapters, files, from_open_clip, model
+from cytoclip.captions import pad_of
 from cytoclip.config import Config, Model
 from cytoclip.errors import ExitCode, UserError, neighbour
 from cytoclip.model import DualEncoder
@@ -266,10 +267,7 @@ def _opened(read: model.Checkpoint, clip: Any, place: str, plain: bool) -> Opene
             "set size and crop_size in preprocessor_config.json to the model's image_size",
             ExitCode.MODEL,
         )
-    pad = read.tokenizer.pad_token_id
-    encoder = DualEncoder(
-        clip, lambda pixels_B3HW: to_floats(pixels_B3HW, pixels), 0 if pad is None else pad, pixels.size
-    )
+    encoder = DualEncoder(clip, lambda pixels_B3HW: to_floats(pixels_B3HW, pixels), pad_of(read.tokenizer), pixels.size)
     _try_blank_pair(encoder, read.tokenizer, place)
     return Opened(encoder, read.tokenizer, read.image_processor, pixels, read.context, place, plain)
 

@@ -4,8 +4,8 @@ Letters: N pairs, U different pictures or captions, W processes, width of the to
 
 A frozen tower without randomness in its input says the same of a picture each time it is asked. What it says before
 the projection, which may move, is kept beside the run folders in `.features/`, under a name made of all it depends on:
-the tower's bytes, the precision, the pixel settings, and the pictures' contents (or the captions' tokens). Another run
-on the same pairs finds it there.
+the tower's bytes, the model's settings, the precision, and the pictures' contents, how they are decoded and cut (or the
+captions' tokens). Another run on the same pairs finds it there.
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ import hashlib
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
-from cytoclip import files
+from cytoclip import files, images
 from cytoclip.batches import loader, next_batch
 from cytoclip.captions import Tokens
 from cytoclip.console import Console
 from cytoclip.device import World
 from cytoclip.encode import different
 from cytoclip.errors import ExitCode, UserError
-from cytoclip.model import DualEncoder, fingerprint
+from cytoclip.model import DualEncoder, deciding, fingerprint
 from cytoclip.order import STANDBYS
 from cytoclip.pairs import Pairs
 from cytoclip.pictures import Pictures, Rows
@@ -51,7 +52,8 @@ def of_pictures(
     """
     first, of = different(pairs.contents)
     sources = [pairs.images[row] for row in first]
-    key = _key(encoder.image_tower, place.world, [repr(spec), *(pairs.contents[row] for row in first)])
+    read = [repr(spec), images.VERSION, *(pairs.contents[row] for row in first)]
+    key = _key(encoder, encoder.image_tower, place.world, read)
 
     def blocks(cuts: list[list[int]]) -> Iterable[torch.Tensor]:
         ahead = range(1 + STANDBYS if skips else 1)
@@ -71,7 +73,7 @@ def of_captions(encoder: DualEncoder, pairs: Pairs, tokens: Tokens, batch_size: 
     """The text tower's features of every different caption of `pairs`, computed or found at `place`."""
     first, of = different(pairs.captions)
     some = [tokens.batch(first[begin : begin + 1000]).numpy() for begin in range(0, len(first), 1000)]
-    key = _key(encoder.text_tower, place.world, [hashlib.sha256(ids.tobytes()).hexdigest() for ids in some])
+    key = _key(encoder, encoder.text_tower, place.world, [hashlib.sha256(ids.tobytes()).hexdigest() for ids in some])
 
     def blocks(cuts: list[list[int]]) -> Iterable[torch.Tensor]:
         for cut in cuts:
@@ -143,6 +145,7 @@ def _append(stream: BinaryIO, rows: NDArray[np.float32], count: int) -> None:
     stream.write(np.ascontiguousarray(rows, np.float32).tobytes())
 
 
-def _key(tower: Any, world: World, parts: list[str]) -> str:
-    digest = hashlib.sha256("\n".join([fingerprint(tower), world.precision, *parts]).encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()[:32]
+def _key(encoder: DualEncoder, tower: nn.Module, world: World, read: list[str]) -> str:
+    settings = repr(deciding(encoder.clip.config.to_dict()))
+    written = "\n".join([fingerprint(tower), settings, world.precision, *read])
+    return hashlib.sha256(written.encode("utf-8", "surrogatepass")).hexdigest()[:32]

@@ -16,6 +16,7 @@ from cytoclip import (
     autosize,
     batches,
     buckets,
+    captions,
     checkpoint,
     config,
     device,
@@ -116,7 +117,7 @@ def prepare(
     found = world.once(lambda: intake.find(wanted, console))
     opened = _start(wanted, console)
     objective = _objective(wanted, opened)
-    began_from = model.fingerprint(opened.encoder.clip)
+    began_from = opened.digest()
     start = copy.deepcopy(opened.encoder).to(world.device).eval().requires_grad_(False) if objective.anchored else None
     torch.manual_seed(wanted.train.seed)  # new weights are the same in every process
     adapter = adapters.set_moving(opened.encoder, wanted.model, bias=objective.kind == "sigmoid")
@@ -127,7 +128,7 @@ def prepare(
     splits = world.once(lambda: intake.scanned(wanted, found, console))
     opened.encoder.to(world.device).train()
     if world.device.type == "cpu" and not wanted.train.shard:
-        buckets.fill(opened.encoder, opened.tokenizer.pad_token_id == opened.tokenizer.eos_token_id)
+        buckets.fill(opened.encoder, captions.pad_of(opened.tokenizer) == opened.tokenizer.eos_token_id)
     wanted = _with_chunks(wanted, opened, planned, world, console)
     torch.manual_seed(wanted.train.seed + world.rank)  # dropout is not
     encoder, val = opened.encoder, spread(splits["val"])
@@ -208,6 +209,8 @@ def _start(wanted: Config, console: Console) -> Opened:
         console.warn("data.crop=pad: plain transformers, which cannot say it, would cut the saved model's pictures")
     image_tower = opened.encoder.clip.config.vision_config.model_type
     families.refuse_unsupported(opened.encoder.family, image_tower, wanted.model, wanted.train)
+    if wanted.model.projections == "fitted":
+        projection_fit.refuse_hidden_layers(opened)
     return opened
 
 

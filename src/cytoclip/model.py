@@ -28,6 +28,8 @@ _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model",
 CLIP_SCALE_CEILING = math.log(100)  # of the logit scale: CLIP, arXiv 2103.00020, section 2.5
 _DECIDING = ("model_type", "hidden_act", "layer_norm_eps", "num_attention_heads", "eos_token_id", "pad_token_id",
              "text_pooling")  # fmt: skip
+_PROBES = ("A  Naïve CELL, 5 μm", "细胞: don't")  # tokenizers of the same words read them in other ways
+_RATES = ("p", "dropout", "attention_dropout", "drop_prob")  # of dropout, in modules of torch and transformers
 KEPT_POSITIONS = 20  # of the text tower, when the context is stretched: Long-CLIP, arXiv 2403.15378, section 3.2
 
 
@@ -169,7 +171,7 @@ class DualEncoder(nn.Module):
 
     def drops_out(self) -> bool:
         """Whether something is dropped at random in training: then other chunks mean other masks."""
-        rates = (getattr(m, "p" if isinstance(m, nn.Dropout) else "dropout", 0) for m in self.modules() if m.training)
+        rates = (getattr(m, name, 0) for m in self.modules() if m.training for name in _RATES)
         return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
     def frozen_statistics(self) -> int:
@@ -397,14 +399,15 @@ def _stretched(old_Lh: torch.Tensor, length: int) -> torch.Tensor:
 
 def digest_of(clip: Any, tokenizer: Any, *reading: Any) -> str:
     """SHA-256 of the weights and of whatever else decides an embedding: settings, words, pixels, context, precision."""
-    words = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
-    settings = _deciding(clip.config.to_dict())
-    return hashlib.sha256(repr((fingerprint(clip), settings, words, *reading)).encode()).hexdigest()
+    words = sorted(tokenizer.get_vocab().items()), [tokenizer(text)["input_ids"] for text in _PROBES]
+    read = hashlib.sha256(repr(words).encode()).hexdigest()
+    settings = deciding(clip.config.to_dict())
+    return hashlib.sha256(repr((fingerprint(clip), settings, read, *reading)).encode()).hexdigest()
 
 
-def _deciding(settings: dict[str, Any]) -> list[Any]:
+def deciding(settings: dict[str, Any]) -> list[Any]:
     """What a configuration and those inside it say that decides an embedding and that no weight's shape shows."""
-    inner = ((key, _deciding(value)) for key, value in settings.items() if isinstance(value, dict))
+    inner = ((key, deciding(value)) for key, value in settings.items() if isinstance(value, dict))
     return [*((key, settings[key]) for key in _DECIDING if key in settings), *sorted(inner)]
 
 

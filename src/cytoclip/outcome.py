@@ -19,7 +19,6 @@ from cytoclip import (
     jobs,
     labels,
     measure,
-    model,
     plan,
     prompts,
 )
@@ -152,9 +151,9 @@ def _opened(job: Job, side: str) -> Opened:
         opened = checkpoint.open_model(str(job.run.best))
     else:
         opened = checkpoint.open_start(job.config)
-        if model.fingerprint(opened.encoder.clip) != job.inputs["model"]:
+        if opened.digest() != job.inputs["model"]:
             raise UserError(
-                f"{job.config.model.name} holds other weights than when {job.run.path} was begun",
+                f"{job.config.model.name} has other weights or settings than when {job.run.path} was begun",
                 "put them back and give the same command again: all steps are done and saved",
                 ExitCode.RUN,
             )

@@ -19,6 +19,7 @@ PLAIN = 1.0  # where there is too little to choose by
 FOLDS = 3
 CHOOSE_ON = 10_000  # pictures at most, to choose by: all 40,000 would take four times as long for the same choice
 NEIGHBOURS = 20
+_ALIKE = 1e-6  # apart in cosine, in float32, and no nearer than each other
 TEMPERATURE = 0.07  # of the neighbours' votes, as Wu et al. (arXiv 1805.01978) and DINO (arXiv 2104.14294) have both
 _STEPS = 1000  # of L-BFGS; those to choose a strength may stop after a fifth
 
@@ -103,17 +104,32 @@ def fitted(known: Known, scaling: Scaling, image_ND: Floats, strength: float, ch
 def neighbours(known: Known, image_ND: Floats, block: int = 1024) -> NDArray[np.float64]:
     """Each class's share (N, C) of the votes of the 20 nearest known pictures, by cosine.
 
-    A vote weighs exp(cosine / 0.07). Exact; with torch, since scikit-learn's brute search takes five times as long.
+    A vote weighs exp(cosine / 0.07); pictures as near as the 20th share its place, however many and in whatever order.
+    Exact; with torch, since scikit-learn's brute search takes five times as long.
     """
+    count = min(NEIGHBOURS, len(known.image_MD))
     known_MD, label_M = torch.from_numpy(known.image_MD), torch.from_numpy(known.label_M)
     shares = []
     for some_bD in torch.split(torch.from_numpy(image_ND), block):
-        near_bk, rows_bk = (some_bD @ known_MD.T).topk(min(NEIGHBOURS, len(known_MD)), dim=1)
+        cosine_bM = some_bD @ known_MD.T
+        near_bk, rows_bk = cosine_bM.topk(count, dim=1)
         votes_bk = torch.softmax(near_bk.double() / TEMPERATURE, dim=1)
         shares.append(
             torch.zeros(len(some_bD), known.classes, dtype=torch.float64).scatter_add_(1, label_M[rows_bk], votes_bk)
         )
+        tied_b = (cosine_bM >= near_bk[:, -1:] - _ALIKE).sum(dim=1) > count
+        for row in tied_b.nonzero()[:, 0].tolist():
+            shares[-1][row] = _tied(cosine_bM[row].double(), label_M, count, known.classes)
     return torch.cat(shares).numpy()
+
+
+def _tied(cosine_M: torch.Tensor, label_M: torch.Tensor, count: int, classes: int) -> torch.Tensor:
+    """The shares (C,) where more known pictures than are left to vote are as near as the last that does."""
+    away_M = cosine_M - cosine_M.topk(count).values[-1]
+    within_M, at_M = away_M > _ALIKE, away_M.abs() <= _ALIKE
+    places = (count - within_M.sum()) / at_M.sum()
+    votes_M = (away_M / TEMPERATURE).exp() * (within_M + at_M * places)
+    return torch.zeros(classes, dtype=torch.float64).scatter_add_(0, label_M, votes_M / votes_M.sum())
 
 
 def few(label_M: Whole, shots: int, seed: int) -> Whole:

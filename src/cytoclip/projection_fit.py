@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from cytoclip import apart, canonical, captions, features
 from cytoclip.canonical import Fit
@@ -17,7 +18,7 @@ from cytoclip.checkpoint import Opened
 from cytoclip.config import Config
 from cytoclip.device import placed
 from cytoclip.encode import Reading
-from cytoclip.errors import counted
+from cytoclip.errors import UserError, counted
 from cytoclip.features import Place
 from cytoclip.model import DualEncoder
 from cytoclip.pairs import Pairs, identities, spread
@@ -64,6 +65,17 @@ def fit(wanted: Config, opened: Opened, train: Pairs, reading: Reading, place: P
     found = place.world.once(fitted)
     console.say(_line(found, len(said)))
     return found if found.better else None
+
+
+def refuse_hidden_layers(opened: Opened) -> None:
+    """Raise `UserError` for a projection that is more than one linear layer: no closed form gives that."""
+    projections = opened.encoder.family.projections
+    deep = [name for name in projections if not isinstance(getattr(opened.encoder.clip, name), nn.Linear)]
+    if deep:
+        raise UserError(
+            f"model.projections: fitted replaces linear layers, and the {deep[0]} of {opened.name} has a hidden layer",
+            "set model.projections=full",
+        )
 
 
 def put(found: Fit, encoder: DualEncoder) -> None:

@@ -21,7 +21,6 @@ from cytoclip import (
     intake,
     liveness,
     mixing,
-    model,
     selection,
     soup_curve,
     sources,
@@ -267,9 +266,11 @@ def _splits(wanted: Config, root: str | None, console: Console) -> dict[str, Pai
 def _refuse_other_start(run: RunFolder, wanted: Config, opened: Opened, val: Pairs, console: Console) -> None:
     """The line must begin where the run did, whose first validation has left the digests of its weights and pairs."""
     began = embeddings.owner(run.embeddings / "before.safetensors")
-    if began and began.weights != model.fingerprint(opened.encoder.clip):
+    if began and began.weights != opened.digest():
         raise UserError(
-            f"{wanted.model.name} holds other weights than {run.path} began with", "put them back", ExitCode.MODEL
+            f"{wanted.model.name} has other weights or settings than {run.path} began with",
+            "put them back",
+            ExitCode.MODEL,
         )
     if began and began.pairs != fingerprint(val):
         console.warn("the validation pairs are others than those that the run was validated on")

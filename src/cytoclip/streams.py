@@ -32,7 +32,7 @@ from cytoclip.pairs import NO_GROUP, Identity, same_caption_key
 from cytoclip.pictures import PatchDropout
 from cytoclip.pixels import PixelSpec
 from cytoclip.places import MANY, braces
-from cytoclip.rows import Columns
+from cytoclip.rows import Columns, plain_row, tags_problem
 from cytoclip.sides import names_side
 
 BLOCK = 512  # pairs of a shard that are shuffled together: their encoded pictures are held, about 50 MB
@@ -253,8 +253,11 @@ def _sample(row: dict[str, Any], columns: Columns, name: str) -> Sample:
     captions = tuple(said) if isinstance(said, list) else (said,)
     if not captions or not all(isinstance(caption, str) and caption.strip() for caption in captions):
         raise _no_pair(name, "has an empty caption", "take its pair out of the shard")
-    group = fields.get("group")
-    return Sample(name, picture, captions, None if group is None else str(group))
+    plain = plain_row({"group": fields.get("group")})
+    wrong = tags_problem(plain)
+    if wrong:
+        raise UserError(f"{name}: {wrong}", "write each group as a text or a whole number", ExitCode.DATA)
+    return Sample(name, picture, captions, None if plain["group"] is None else str(plain["group"]))
 
 
 def _bytes(value: Any) -> Any:

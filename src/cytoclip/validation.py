@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from cytoclip import alarms, checkpoint, embeddings, encode, evaluation, families, files, report, selection, shard
 from cytoclip.checkpoint import RunFolder
@@ -147,8 +148,9 @@ def best_weights(run: RunFolder) -> str:
 
 def _is_new(job: Job) -> bool:
     """Whether towers were joined, and what joins them could be fitted."""
-    kind = job.opened.encoder.clip.config.model_type
-    return kind in families.JOINED and job.config.model.projections == "full"
+    clip, names = job.opened.encoder.clip, job.opened.encoder.family.projections
+    linear = all(isinstance(getattr(clip, name), nn.Linear) for name in names)
+    return clip.config.model_type in families.JOINED and linear and job.config.model.projections == "full"
 
 
 def _write_embeddings(job: Job, name: str, seen: Seen, weights: str) -> None:
