@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -228,3 +229,20 @@ def test_classes_are_embedded_as_captions_of_the_family_are(kind: str, bases: di
         each = opened.encoder.eval().texts(tokens.batch(range(4)))
     expected = torch.nn.functional.normalize(torch.stack([each[0], each[1:].mean(0)]))
     assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_predictions_are_what_was_measured(root: Path, base: Path, tmp_path: Path, result: dict[str, Any]) -> None:
+    path = tmp_path / "new" / "predictions.csv"
+    asked = Asked(shots=(1, 2), seeds=2, predictions=path)
+    assert classify.classify(str(base), root, asked, QUIET, batch_size=7, workers=0) == result
+    rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+    some, classes = entries(root / "val"), result["classes"]
+    assert [(row["image"], row["label"]) for row in rows] == [(entry["img"], entry["label"]) for entry in some]
+    for way, measured in (("zero_shot", result), ("probe", result["probe"]), ("knn", result["knn"])):
+        confusion = np.zeros((len(classes), len(classes)))
+        for row in rows:
+            shares = [float(row[f"{way}: {name}"]) for name in classes]
+            assert sum(shares) == pytest.approx(1, abs=1e-4)
+            assert max(shares) == float(row[f"{way} share"]) == shares[classes.index(row[way])]
+            confusion[classes.index(row["label"]), classes.index(row[way])] += 1
+        assert confusion.tolist() == measured["confusion"], way

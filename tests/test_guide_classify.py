@@ -27,7 +27,7 @@ def test_the_commands_in_order(
     monkeypatch.chdir(tmp_path)
     (block,) = blocks("bash")
     commands = block.splitlines()
-    assert len(commands) == 3
+    assert len(commands) == 4
     shutil.copytree(root, "path/to/data_root")
     entries = json.loads((root / "val" / "img_text_pair.json").read_text())
     rows = [f"{entry['img']},{'NEU' if i % 3 else 'LYM'}" for i, entry in enumerate(entries)]
@@ -45,6 +45,9 @@ def test_the_commands_in_order(
     assert "20 pictures of val in 2 classes, 2 templates" in said[1].out
     assert "linear probe" not in said[1].out
     document = json.loads(said[2].out)
+    assert (
+        Path("predictions.csv").read_text(encoding="utf-8").startswith("image,label,zero_shot,zero_shot share,probe,")
+    )
     assert list(document["few_shot"]) == ["1", "2", "4"]
     section = PAGE.partition("## The JSON document")[2]
     keys = set(re.findall(r"`([a-z_0-9]+)`", " ".join(re.findall(r"^\| (`.*?) \|", section, flags=re.MULTILINE))))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from cytoclip import (
     device,
     encode,
     evaluation,
+    files,
     intervals,
     labels,
     leaks,
@@ -43,6 +46,7 @@ LEARNED_FROM = "train"
 
 Result = dict[str, Any]
 Floats = NDArray[np.float32]
+Shares = dict[str, NDArray[np.float64]]  # of the classes, (N, C), by the way that they came about
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ class Asked:
         Train classifiers on the features of train, too.
     shots, seeds
         Pictures of each class to learn from, each drawn `seeds` times.
+    predictions
+        A CSV to write: of each picture its label, and by each way the class that it takes and the shares of all.
     """
 
     split: str = "val"
@@ -65,6 +71,7 @@ class Asked:
     probe: bool = True
     shots: Sequence[int] = (1, 2, 4, 8, 16)
     seeds: int = 5
+    predictions: Path | None = None
 
 
 def classify(
@@ -92,11 +99,16 @@ def classify(
             split: encode.encode_pictures(opened.encoder, pairs, how, world, console) for split, pairs in splits.items()
         }
         result: Result = {"schema": SCHEMA, "model": name, "split": asked.split}
-        result |= zero_shot(opened, tried, embedded[asked.split], templates, how, world, console)
-        if len(splits) == 1:
-            return result
-        plain = {split: image_ND.cpu().numpy() for split, image_ND in embedded.items()}
-        return result | world.once(lambda: _learned(splits, plain, asked, result["classes"], console))
+        shares: Shares = {}
+        result |= zero_shot(opened, tried, embedded[asked.split], templates, how, world, console, shares)
+        if len(splits) > 1:
+            plain = {split: image_ND.cpu().numpy() for split, image_ND in embedded.items()}
+            result |= world.once(lambda: _learned(splits, plain, asked, result["classes"], console, shares))
+        if asked.predictions is not None:
+            path = asked.predictions
+            world.once(lambda: files.write_text(path, _table(tried, result["classes"], shares)))
+            console.say(f"predictions: {path}")
+        return result
 
 
 def zero_shot(
@@ -107,6 +119,7 @@ def zero_shot(
     reading: Reading,
     world: World,
     console: Console,
+    shares: Shares | None = None,
 ) -> Result:
     """Each picture takes the class whose prompts it is nearest to; the same result in every process.
 
@@ -118,6 +131,8 @@ def zero_shot(
         Different pictures, each with a label, and their unit embeddings.
     reading
         How the model reads: its tokens are not asked.
+    shares
+        Filled, in the first process, with those of the classes, (N, C).
     """
     classes = prompts.classes(templates, [str(label) for label in pairs.labels])
     if not 2 <= len(classes) <= MOST_CLASSES:
@@ -131,6 +146,8 @@ def zero_shot(
     def measured() -> Result:
         scores_NC = classification.class_scores(image_ND.cpu().numpy(), class_CD.numpy())
         scale = float(opened.encoder.logit_scale.detach().exp())
+        if shares is not None:
+            shares["zero_shot"] = _softmax(scores_NC * scale)
         found = classification.measure(scores_NC, classification.margins(scores_NC * scale), truth)
         written = classification.document(found, classification.knowing_nothing(truth), truth)
         counts_C = np.bincount(truth.label_N, minlength=len(classes))
@@ -194,9 +211,14 @@ def _labelled(data_root: Path, asked: Asked, table: Mapping[str, str], console: 
 
 
 def _learned(
-    splits: Mapping[str, Pairs], embedded: Mapping[str, Floats], asked: Asked, classes: Sequence[str], console: Console
+    splits: Mapping[str, Pairs],
+    embedded: Mapping[str, Floats],
+    asked: Asked,
+    classes: Sequence[str],
+    console: Console,
+    shares: Shares,
 ) -> Result:
-    """The parts of the result that learn from train."""
+    """The parts of the result that learn from train, and the shares that they give the classes."""
     truth, _ = truth_of(splits[asked.split], classes)
     known = _known(splits[LEARNED_FROM], embedded[LEARNED_FROM], classes, console)
     if known is None:
@@ -214,6 +236,7 @@ def _learned(
             str(shots): _few_shot(known, image_ND, truth, chance, shots, asked.seeds, bar) for shots in asked.shots
         }
     logits = probed.logits_NC
+    shares |= {"probe": _softmax(logits), "knn": votes_NC}
     return {
         "probe": {
             **classification.document(
@@ -232,6 +255,24 @@ def _learned(
         },
         "few_shot": few_shot,
     }
+
+
+def _softmax(logits_NC: NDArray[Any]) -> NDArray[np.float64]:
+    shares_NC: NDArray[np.float64] = torch.from_numpy(logits_NC).double().softmax(dim=1).numpy()
+    return shares_NC
+
+
+def _table(pairs: Pairs, classes: Sequence[str], shares: Shares) -> str:
+    """CSV: a line a picture, with the best class of each way and its share, then the share of every class."""
+    written = io.StringIO()
+    rows = csv.writer(written, lineterminator="\n")
+    best = [name for way in shares for name in (way, f"{way} share")]
+    rows.writerow(["image", "label", *best, *(f"{way}: {name}" for way in shares for name in classes)])
+    for row, (name, label) in enumerate(zip(pairs.names, pairs.labels, strict=True)):
+        of_ways = [shares_NC[row] for shares_NC in shares.values()]
+        first = [text for of in of_ways for text in (classes[of.argmax()], f"{of.max():.6f}")]
+        rows.writerow([name, label, *first, *(f"{share:.6f}" for of in of_ways for share in of)])
+    return written.getvalue()
 
 
 def _known(pairs: Pairs, image_MD: Floats, classes: Sequence[str], console: Console) -> Known | None:

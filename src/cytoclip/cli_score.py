@@ -71,6 +71,10 @@ def classify(  # noqa: PLR0913 - each is an option
     probe: Annotated[bool, typer.Option(help="Train classifiers on the features of train, too.")] = True,
     shots: Annotated[str, typer.Option(help="Labels a class to learn from, such as --shots 1 4 16.")] = "1 2 4 8 16",
     seeds: Annotated[int, typer.Option(min=1, help="How often those are drawn.")] = 5,
+    predictions: Annotated[
+        Path | None,
+        typer.Option(help="CSV to write: each picture's class by each way, with shares.", show_default=False),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures or prompts embedded at once.")] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
@@ -78,7 +82,8 @@ def classify(  # noqa: PLR0913 - each is an option
     from cytoclip import class_table
     from cytoclip import classify as classifying
 
-    asked = classifying.Asked(split, labels or (), templates, probe, arguments.numbers(shots, "--shots"), seeds)
+    of_each = arguments.numbers(shots, "--shots")
+    asked = classifying.Asked(split, labels or (), templates, probe, of_each, seeds, predictions)
     console = arguments.console()
     result = classifying.classify(model, data_root, asked, console, batch_size)
     console.result(json.dumps(result, ensure_ascii=False) if as_json else class_table.text(result))
