@@ -212,10 +212,7 @@ def _tokens(name: str, split: Split, reader: Reader) -> list[Finding]:
     if cut:
         detail = f"{len(cut) / len(captions):.1%} lose what follows token {reader.context}"
         found.append(Finding("cut-captions", name, len(captions), longest, detail))
-    foreign = [text for text in dict.fromkeys(text for _, text in captions) if texts.foreign_share(text) > 0.5]
-    unread = {
-        text for text, bad in zip(foreign, texts.unread(reader.tokenizer, foreign, reader.family), strict=True) if bad
-    }
+    unread = texts.unread_among(reader.tokenizer, [text for _, text in captions], reader.family)
     cases = tuple(_said(name, split, row, text) for row, text in captions if text in unread)
     if cases:
         found.append(Finding("unread-script", name, len(captions), cases, texts.READ_BY))
