@@ -153,6 +153,12 @@ KINDS = {
     "near-constant": Kind(
         "warning", "pictures", "pictures of nearly one colour", "take them out: a caption says more than they show"
     ),
+    "dim": Kind(
+        "warning",
+        "pictures",
+        "pictures that use a quarter of their 16 bits or less, and are read nearly black",
+        "multiply all of them by one number (16 for a camera of 12 bits, 4 for 14), or save them as 8 bits",
+    ),
     "cropped-away": Kind(
         "warning",
         "pictures",
