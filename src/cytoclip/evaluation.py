@@ -19,6 +19,7 @@ from cytoclip import (
     embeddings,
     encode,
     files,
+    intervals,
     liveness,
     measure,
     places,
@@ -291,9 +292,7 @@ def _measured(pairs: Pairs, embedded: dict[str, Embedded], question: Question, c
         with console.progress("ranking", len(set(pairs.contents))) as bar:
             found[title] = measure.full(image_ND, text_ND, pairs, question.ks, question.directions, bar.advance)
     drawn = next(iter(found.values())).drawn
-    if drawn.rough:
-        console.warn(
-            f"intervals are drawn from {counted(drawn.count, drawn.by)}: "
-            f"{'one says nothing of others' if drawn.count < 2 else 'with so few they are too narrow'}"
-        )
+    doubt = intervals.doubt(drawn.by, drawn.count)
+    if doubt:
+        console.warn(doubt)
     return found
