@@ -218,6 +218,7 @@ class _Asked:
 
 
 def _asked(models: Sequence[str], base: str | None) -> list[_Asked]:
+    """The base first. Named among the models too it is one column, as it has nothing to differ in from itself."""
     found = [
         _Asked(f"./{name}" if name == BASE else name, name, lambda name=name: checkpoint.open_model(name))  # type: ignore[misc]
         for name in dict.fromkeys(models)
@@ -225,11 +226,21 @@ def _asked(models: Sequence[str], base: str | None) -> list[_Asked]:
     run = next((run for run in map(checkpoint.run_of, models) if run), None)
     if base is None and run:
         wanted = config.load(run.config)
-        return [_Asked(BASE, wanted.model.name, lambda: checkpoint.open_start(wanted), implied=True), *found]
+        as_it_is = wanted.model.context_length is None and wanted.data.crop == "auto"
+        others = _others(found, wanted.model.name) if as_it_is else found
+        implied = others == found  # else it was named, and must be there
+        return [_Asked(BASE, wanted.model.name, lambda: checkpoint.open_start(wanted), implied), *others]
     if base in (None, NO_BASE):
         return found
     name = str(base)
-    return [_Asked(BASE, name, lambda: checkpoint.open_model(name)), *found]
+    return [_Asked(BASE, name, lambda: checkpoint.open_model(name)), *_others(found, name)]
+
+
+def _others(asked: list[_Asked], base: str) -> list[_Asked]:
+    """Those that are not the base itself, or all where that would leave none."""
+    paths = {name: Path(name) for name in (base, *(one.name for one in asked))}
+    same = {name: str(path.resolve()) if path.exists() else name for name, path in paths.items()}
+    return [one for one in asked if same[one.name] != same[base]] or asked
 
 
 def _opened(asked: _Asked, console: Console) -> Opened | None:
