@@ -70,6 +70,12 @@ def _deep(bed: Bed) -> None:
     bed.replace(".png", lambda to: Image.fromarray(grey).save(to))
 
 
+def _dim(bed: Bed) -> None:
+    """As a camera of 12 bits writes it."""
+    grey = np.asarray(bed.picture.convert("L")).astype(np.uint16) * 16
+    bed.replace(".png", lambda to: Image.fromarray(grey).save(to))
+
+
 def _see_through(bed: Bed) -> None:
     layer = bed.picture.convert("RGBA")
     layer.putpixel((3, 3), (0, 0, 0, 0))
@@ -149,6 +155,7 @@ PLANTS: dict[str, tuple[Callable[[Bed], object], list[str]]] = {
     "near-constant": (_flat, ["train/{}"]),
     "cropped-away": (lambda bed: bed.picture.resize((96, 60)).save(bed.file), ["train/{}"]),
     "enlarged": (lambda bed: bed.picture.resize((30, 30)).save(bed.file), ["train/{}"]),
+    "dim": (_dim, ["train/{}"]),
     "deep": (_deep, ["train/{}"]),
     "other-colours": (lambda bed: bed.picture.convert("CMYK").save(bed.file), ["train/{}"]),
     "transparent": (_see_through, ["train/{}"]),

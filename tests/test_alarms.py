@@ -61,11 +61,15 @@ def test_a_run_rings_once_each_and_only_where_it_should(
     assert said.count("nearly no contrast") == 1
     assert said.count("no better than chance") == 2  # once a validation
     assert said.count("stays at ln(batch)") == 1
+    assert said.count(", as before training\n") == 1
+    assert "the best so far" not in said, "no score moved"
     monkeypatch.undo()
     well = experiment(train={"steps": 12, "learning_rate": 3e-3}, output=str(tmp_path / "well"))
     training.fit(well, Console())
-    assert "contrast" not in (tmp_path / "well" / "train.log").read_text()
-    assert "stays at" not in (tmp_path / "well" / "train.log").read_text()
+    said = (tmp_path / "well" / "train.log").read_text()
+    assert "contrast" not in said
+    assert "stays at" not in said
+    assert "the best so far" in said
 
 
 def said(shares: list[float], first: int = 0, workers: int = 64, **options: Any) -> list[tuple[int, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import multiprocessing
 import os
 import shutil
@@ -59,8 +60,9 @@ def test_a_clean_set_reports_nothing(clean: Path, base: Path) -> None:
 
 def test_every_planted_fault_is_found_by_kind_count_and_name_and_nothing_else(bed: Path, base: Path) -> None:
     kinds = list(planted.PLANTS)
-    assert len(KINDS) == 37
-    assert set(KINDS) - set(kinds) == {"no-validation", "decoder-died"}, "each has a test of its own below"
+    assert len(KINDS) == 40
+    others = {"no-validation", "decoder-died", "nothing-to-learn", "little-to-learn"}
+    assert set(KINDS) - set(kinds) == others, "each has a test of its own below"
     expected = planted.plant(bed, kinds)
     report = check.check(bed, str(base), 500, QUIET)
     assert found(report) == expected
@@ -97,6 +99,19 @@ def test_pictures_within_shards_are_checked_like_files(bed: Path) -> None:
 def test_no_validation_split(bed: Path) -> None:
     shutil.rmtree(bed / "val")
     assert found(check.check(bed, None, None, QUIET)) == {"no-validation": []}
+
+
+@pytest.mark.parametrize(("captions", "kind"), [(1, "nothing-to-learn"), (3, "little-to-learn"), (20, None)])
+def test_captions_that_tell_few_pictures_apart(captions: int, kind: str | None, bed: Path) -> None:
+    listed = bed / "train" / "img_text_pair.json"
+    entries = json.loads(listed.read_text())
+    said = [{**entry, "caption": f"A cell of kind {i % captions}."} for i, entry in enumerate(entries)]
+    listed.write_text(json.dumps(said))
+    report = check.check(bed, None, 24, QUIET)
+    assert set(found(report)) == {"repeated-captions", *([kind] if kind else [])}
+    assert report.needs_a_hand == (kind is not None)
+    assert ("repeats take" in report.text()) == (kind is not None)
+    assert report.verdict().startswith("Not ready") == (kind == "nothing-to-learn")
 
 
 def test_a_process_that_dies_is_its_files_problem(bed: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,6 +136,16 @@ def test_what_intervals_were_drawn_from() -> None:
     assert conclusion.drawn_from(scores(0.1)) == ""
 
 
+def test_few_clusters_are_doubted_in_the_words_of_evaluate() -> None:
+    def one(split: str, count: int) -> Judged:
+        return Judged(split, None, {**scores(0.1), "clusters": {"by": "source", "count": count}}, {})
+
+    assert conclusion.doubts([one("test", 3), one("val", 20), Judged("val", None, scores(0.1), {}), one("val", 1)]) == [
+        "On test, intervals are drawn from 3 sources: with so few they are too narrow.",
+        "On val, intervals are drawn from 1 source: one says nothing of others.",
+    ]
+
+
 def test_lower_ranks_are_better() -> None:
     told = {"image_to_text": {"median_rank": {"by": -5.0, "interval": [-7, -3], "beyond_noise": True},
                               "hit@10": {"by": -0.1, "interval": [-0.2, -0.05], "beyond_noise": True},

@@ -305,6 +305,24 @@ def test_several_models_and_a_named_base(
         evaluation.evaluate([str(run)], root / "val", Question([1]), QUIET, How(base=str(tmp_path), workers=0))
 
 
+def test_the_base_named_among_the_models_is_the_base_alone(
+    experiment: Callable[..., Config], base: Path, root: Path
+) -> None:
+    """But for a run that reads its starting point another way, and where there would be nothing else."""
+    run = trained(experiment)
+
+    def names(models: list[str], wanted: str | None) -> dict[str, str]:
+        found = evaluation.evaluate(models, root / "val", Question([1]), QUIET, How(base=wanted, workers=0))
+        assert set(found.differences) == set(found.names) - {"base"}
+        return found.names
+
+    assert names([str(run), f"{base}/"], None) == {"base": str(base), str(run): str(run)}
+    assert list(names([str(base), str(run)], str(base))) == ["base", str(run)]
+    assert list(names([str(base)], str(base))) == ["base", str(base)]
+    padded = trained(experiment, data={"crop": "pad"}, output=f"{run}-padded")
+    assert list(names([str(padded), str(base)], None)) == ["base", str(padded), str(base)]
+
+
 def test_a_model_called_base_is_not_the_base(
     base: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -327,6 +345,9 @@ def test_without_its_starting_point_a_run_stands_alone(
     found = evaluation.evaluate([str(run)], root / "val", Question([1]), Console(), How(base=None, workers=0))
     assert list(found.names) == [str(run)]
     assert "without the run's starting point" in capsys.readouterr().err
+    both = [str(run), str(moved)]
+    with pytest.raises(UserError, match=r"no such folder: .*start"):
+        evaluation.evaluate(both, root / "val", Question([1]), QUIET, How(base=None, workers=0))
 
 
 def test_embeddings_are_kept_and_used_again(

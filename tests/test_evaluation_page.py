@@ -85,6 +85,7 @@ def test_one_model_against_a_base_has_the_numbers_of_the_document(root: Path) ->
     assert str(root) in made
     assert "run folder" not in made
     assert "4 sources, drawn 1,000 times: with so few they are too narrow" in made
+    assert "On val, intervals are drawn from 4 sources: with so few they are too narrow." in made
 
 
 def test_one_model_alone_is_held_against_chance(root: Path) -> None:

@@ -119,3 +119,26 @@ def test_pictures_of_nearly_one_colour_are_not_alike() -> None:
 
     assert kinds(one("a", 40), one("b", 40)) == ["alike"]
     assert kinds(one("a", 1), one("b", 1), one("c", 40)) == ["near-constant"]
+
+
+@pytest.mark.parametrize(
+    ("depth", "used", "spread", "kinds"),
+    [
+        (8, 8, 40, []),
+        (8, 8, 1, ["near-constant"]),
+        (16, 16, 40, ["deep"]),
+        (16, 15, 40, ["deep"]),
+        (16, 14, 40, ["dim"]),
+        (16, 12, 1, ["dim"]),
+        (16, 0, 0, ["near-constant", "deep"]),
+        (16, 16, 1, ["near-constant", "deep"]),
+    ],
+)
+def test_a_picture_of_few_of_its_bits_is_to_be_rescaled_and_not_taken_out(
+    depth: int, used: int, spread: float, kinds: list[str]
+) -> None:
+    found = findings.of_pictures("train", split(replace(PLAIN, depth=depth, used=used, spread=spread)))
+    assert [one.kind for one in found] == kinds
+    assert [case.note for one in found if one.kind == "dim" for case in one.cases] == [
+        f"uses {used} of 16 bits" for kind in kinds if kind == "dim"
+    ]

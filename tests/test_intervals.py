@@ -38,7 +38,6 @@ def test_clusters_are_sources_else_groups_else_pictures() -> None:
     assert (by_group.by, by_group.of.tolist(), by_group.count) == ("group", [0, 1, 0, 1], 2)
     by_picture = clusters(pairs_of([None] * 3, [None] * 3, ["1", "2", "1"]))
     assert (by_picture.by, by_picture.of.tolist(), by_picture.count) == ("picture", [0, 1, 0], 2)
-    assert by_picture.rough
 
 
 def written_out(column: np.ndarray, drawn: Clusters, statistic: str) -> np.ndarray:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 import tarfile
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -321,3 +323,36 @@ def test_no_damage_of_a_file_raises_or_takes_long(cell: Image.Image, tmp_path: P
     assert len(kept) == 250
     assert 20 < sum(look.problem is None for look in kept) < 230
     assert all(look.content for look in kept)
+
+
+def _deep_colours(to: Path, highest: int) -> None:
+    """A PNG of 16 bits a channel, which Pillow does not write; its alpha is full."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    pixels = np.full((9, 9, 4), highest, ">u2")
+    pixels[..., 3] = 65535
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 9, 9, 16, 6, 0, 0, 0))
+    to.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize(("highest", "used"), [(0, 0), (255, 8), (4095, 12), (16383, 14), (16384, 15), (65535, 16)])
+def test_the_bits_that_are_used_of_16(highest: int, used: int, tmp_path: Path) -> None:
+    """In grey of every ending, and in colour, of which Pillow keeps the upper 8 bits alone."""
+    grey = Image.fromarray(np.array([[0, highest]], np.uint16))
+    for ending in ("png", "tif", "pgm"):
+        grey.save(tmp_path / f"a.{ending}")
+        assert looks.look(tmp_path / f"a.{ending}").used == used, ending
+    _deep_colours(tmp_path / "b.png", highest)
+    seen = looks.look(tmp_path / "b.png")
+    assert (seen.mode, seen.depth, seen.used) == ("RGBA", 16, max(used, 8))
+
+
+def test_bits_are_not_counted_where_the_range_is_declared(tmp_path: Path) -> None:
+    """Then it is scaled from that range, and nothing is dark."""
+    grey = Image.fromarray(np.array([[0, 4095]], np.uint16))
+    grey.save(tmp_path / "a.tif", tiffinfo={280: 0, 281: 4095})
+    seen = looks.look(tmp_path / "a.tif")
+    assert (seen.depth, seen.used) == (16, 16)

@@ -51,6 +51,16 @@ def test_the_hub_reads_it_and_its_numbers(results: dict[str, Any], tmp_path: Pat
     assert again[0]["results"]
 
 
+@pytest.mark.parametrize(("count", "doubted"), [(3, True), (20, False)])
+def test_intervals_of_few_sources_are_doubted_at_the_headline(
+    results: dict[str, Any], count: int, doubted: bool
+) -> None:
+    best = results["val"]["best"] | {"clusters": {"by": "source", "count": count}}
+    text = card(results | {"val": results["val"] | {"best": best}})
+    said = "On val, intervals are drawn from 3 sources: with so few they are too narrow."
+    assert (said in text.partition("| metric |")[0]) == doubted
+
+
 def test_no_place_name_or_caption(told: Path, results: dict[str, Any]) -> None:
     read = record.read(told)
     embedded = read.embedded("val", "best")

@@ -13,6 +13,7 @@ from cytoclip import repeats
 from cytoclip.device import World
 from cytoclip.objectives import Objective, contrast
 from cytoclip.pairs import Identity, right_answers
+from cytoclip.repeats import Repeats
 
 B = 12
 EACH, NOTHING = np.arange(B), np.full(B, -1)
@@ -79,6 +80,35 @@ def test_the_line_of_the_log() -> None:
     said = repeats.line(found, B, Objective())
     assert said.startswith("about 6.0 of the 12 pairs of a batch share")
     assert "below 0.5493 (groups; ln(batch): 2.485)" in said
+
+
+@pytest.mark.parametrize("kind", ["infonce", "sigmoid"])
+@pytest.mark.parametrize("positives", ["groups", "pairs", "ignore"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.4])
+def test_what_the_pairs_do_not_tell_is_a_share_of_ln_batch(kind: Any, positives: Any, smoothing: float) -> None:
+    """Of one caption all, of different ones nothing, of three pairs each ln 3, whatever is minimised."""
+    objective = Objective(kind, positives, smoothing)
+    same = Identity(np.zeros_like(EACH), EACH, NOTHING)
+    assert repeats.untold(same, objective) == pytest.approx(1)
+    assert repeats.untold(DIFFERENT, objective) == pytest.approx(0)
+    assert repeats.untold(CAPTIONS, objective) == pytest.approx(math.log(3) / math.log(B))
+    assert repeats.untold(same.take(np.array([0])), objective) == 0
+    grouped = repeats.untold(Identity(EACH, EACH, np.zeros_like(EACH)), objective)
+    assert grouped == pytest.approx(0 if positives == "pairs" else 1), "pairs of a group are told apart by `pairs`"
+
+
+@pytest.mark.parametrize(
+    ("untold", "kind"),
+    [(0.0, None), (0.49, None), (0.5, "little-to-learn"), (0.94, "little-to-learn"), (0.95, "nothing-to-learn")],
+)
+def test_too_little_to_learn_is_named_and_says_what_to_do(untold: float, kind: str | None) -> None:
+    found = Repeats(12, 1.0, untold)
+    assert found.kind == kind
+    said = repeats.warning(found, 64)
+    assert (said is None) == (kind is None)
+    if said:
+        assert f"repeats take {untold:.0%} of what a batch of 64 could teach; write captions" in said
+        assert "cytoclip classify" in said
 
 
 def descended(batch: Identity, objective: Objective) -> float:

@@ -52,6 +52,14 @@ def test_the_page_is_whole_asks_for_nothing_and_is_small(page: str) -> None:
     assert {one[1:] for one in read.asked if one.startswith("#")} <= set(re.findall(r'id="([a-z]+)"', page))
 
 
+@pytest.mark.parametrize(("count", "doubted"), [(3, True), (20, False)])
+def test_intervals_of_few_sources_are_doubted_before_the_first_of_them(count: int, doubted: bool, copied: Path) -> None:
+    val = json.loads((copied / "results.json").read_text())["val"]
+    best = val["best"] | {"clusters": {"by": "source", "count": count}}
+    above = changed(copied, val=val | {"best": best}).partition('id="scores"')[0]
+    assert ("On val, intervals are drawn from 3 sources: with so few they are too narrow." in above) == doubted
+
+
 def test_headings_are_in_order(page: str) -> None:
     levels = [int(tag[1]) for tag in Reader(page).tags if re.fullmatch(r"h\d", tag)]
     assert levels[0] == 1

@@ -20,6 +20,7 @@ from cytoclip import claim, config, files, optim, training, validation
 from cytoclip.config import Config, parse
 from cytoclip.console import Console
 from cytoclip.errors import ExitCode, UserError
+from cytoclip.kinds import KINDS
 from tests.conftest import weights
 from tests.test_training import QUIET, Experiment, listing, losses, no_step, stop_after
 
@@ -330,3 +331,18 @@ def test_odd_things_are_said_but_not_refused(
     assert "LoRA rank 4, scaling 0.25" in said, "trap 12"
     assert "warning: groups that are in two splits" in said
     assert said.count("warning:") == 4
+
+
+def test_captions_that_teach_next_to_nothing_are_said_before_the_first_step(
+    experiment: Experiment, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Trap 37's cause, and not only that the loss stays: one caption for all, or a script that nobody reads."""
+    data = shutil.copytree(root, tmp_path / "data")
+    for caption, kind in (("a cell", "nothing-to-learn"), ("骨髓涂片中可见一个巨核细胞", "unread-script")):
+        change_list(data / "train", lambda e, said=caption: [{**one, "caption": said} for one in e])
+        training.dry_run(experiment(data={"root": str(data)}), Console())
+        said = capsys.readouterr().err
+        assert f"warning: {KINDS[kind].title}" in said
+        assert KINDS[kind].fix in said
+        assert ("48 of 48 training captions" in said) == (kind == "unread-script")
+    assert "repeats take 100% of what a batch of 12 could teach" in said

@@ -29,7 +29,7 @@ from cytoclip.measure import full
 from cytoclip.pairs import Pairs
 from cytoclip.trials import Ending, Heard, Trial
 from cytoclip.tune import Asked
-from tests import runs
+from tests import runs, test_cache
 
 QUIET = Console(quiet=True)
 Experiment = Callable[..., Config]
@@ -112,6 +112,31 @@ def test_the_trials_and_the_best_of_them(searched: tuple[Asked, tuned.Tuned], wa
     held = json.loads((asked.to / "held_out.json").read_text())
     assert len(held) == found.pairs
     assert f"trial {found.best.number} is the best of 5 trials on {found.pairs} held-out pairs" in found.table()
+
+
+def test_chance_stands_beside_the_scores(searched: tuple[Asked, tuned.Tuned]) -> None:
+    """It is that of evaluation on the same pairs; a search whose best is not above it has chosen nothing."""
+    asked, found = searched
+    results = json.loads((asked.to / found.best.folder / "results.json").read_text())
+    assert found.chance == pytest.approx(selection.chance(results["best"]))
+    assert json.loads((asked.to / "tune.json").read_text())["chance"] == found.chance
+    assert re.search(rf"^ *chance +{found.chance:.4f}$", found.table(), flags=re.MULTILINE)
+    score = found.best.score
+    assert score is not None
+    for interval, chance, shown in (((0.2, 0.4), 0.3, False), ((0.3, 0.4), 0.2, True), (None, score, False),
+                                    (None, score - 0.01, True)):  # fmt: skip
+        one = replace(found, chance=chance, trials=[replace(found.best, interval=interval), *found.trials[1:]])
+        assert (f"not shown to be better than chance ({chance:.4f})" in one.table()) == (not shown)
+
+
+def test_a_k_that_no_trial_can_miss_is_said(wanted: Config, tmp_path: Path) -> None:
+    heard = test_cache.Heard()
+    asked = Asked(tmp_path / "search", trials=1, share=0.25)
+    ks = wanted.validation.model_copy(update={"ks": [1, 11, 12]})
+    found = tune.tune(wanted.model_copy(update={"validation": ks}), asked, heard)
+    assert found.pairs == 12
+    (said,) = [line for line in heard.lines if line.startswith("warning: k = ")]
+    assert said.startswith("warning: k = 12 of validate.ks is not below the 12 held-out pairs: hit@12 is 1")
 
 
 def test_the_best_configuration_is_one_to_train(

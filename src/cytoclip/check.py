@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from cytoclip import apart, cache, checkpoint, findings, looks, places, sources, texts, verdict
+from cytoclip import apart, cache, checkpoint, findings, looks, places, repeats, sources, texts, verdict
 from cytoclip.console import Console
 from cytoclip.data_options import Data
 from cytoclip.errors import ExitCode, UserError, counted, first_few
@@ -18,6 +18,7 @@ from cytoclip.looks import Look
 from cytoclip.objectives import Objective
 from cytoclip.pairs import Pairs
 from cytoclip.pictures import Pictures
+from cytoclip.repeats import Repeats
 from cytoclip.rows import Columns
 from cytoclip.verdict import Facts, Report
 
@@ -77,7 +78,8 @@ def check(
     first = next(iter(splits.values()))
     size = batch_size or verdict.batch_size(len(first.pairs))
     objective = Objective(reader.family.objective if reader else "infonce")
-    found = [*findings.find(splits, reader), *unreadable, *_as_a_whole(splits, size)]
+    repeated = verdict.typical_repeats(first.pairs, size, objective)
+    found = [*findings.find(splits, reader), *unreadable, *_as_a_whole(splits, size, repeated)]
     return Report(
         root=str(root),
         splits=splits,
@@ -85,7 +87,7 @@ def check(
         findings=by_severity(found),
         batch_size=size,
         objective=objective,
-        repeats=verdict.typical_repeats(first.pairs, size, objective),
+        repeats=repeated,
         reader=reader,
         crop=asked.crop,
     )
@@ -178,11 +180,13 @@ def _unnamed(base: Path, pairs: Pairs) -> Iterator[str]:
                 yield str(place.relative_to(base))
 
 
-def _as_a_whole(splits: dict[str, Split], size: int) -> list[Finding]:
+def _as_a_whole(splits: dict[str, Split], size: int, repeated: Repeats | None) -> list[Finding]:
     found = []
     train = splits.get("train")
     if train is not None and len(train.pairs) < size:
         found.append(Finding("few-pairs", "train", 0, (), f"{len(train.pairs)} pairs and a batch of {size}"))
+    if train is not None and repeated and repeated.kind:
+        found.append(Finding(repeated.kind, "train", 0, (), repeats.lost(repeated, size)))
     if "val" not in splits:
         found.append(Finding("no-validation", ", ".join(splits), 0, ()))
     return found

@@ -100,6 +100,7 @@ def drawn(columns: Sequence[Column], noise: Noise, private: bool, facts: Sequenc
         names=[column.name for column in columns],
         split=columns[0].one.split,
         verdict=verdict(columns, direction, key, noise),
+        doubts=conclusion.doubts([columns[0].one]),
         tables=[(DIRECTIONS[side], list(_rows(columns, side))) for side in both],
         held=[column.name for column in columns if column.one.before],
         against={title: rows for title, rows in differences.items() if rows},

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cytoclip.errors import counted
-from cytoclip.intervals import RESAMPLES, ROUGH
+from cytoclip.intervals import RESAMPLES, ROUGH, doubt
 from cytoclip.report import DIRECTIONS
 
 MOST_VALUES = 40  # of a slice
@@ -136,6 +136,13 @@ def drawn_from(scores: Scores) -> str:
     if found["count"] < 2:
         return f"none: {counted(found['count'], found['by'])} says nothing of others"
     return f"{said}: with so few they are too narrow" if found["count"] < ROUGH else said
+
+
+def doubts(judged: Sequence[Judged]) -> list[str]:
+    """What `cytoclip evaluate` warns of, a sentence a split: it stands where the first interval is read."""
+    found = [(one.split, one.best["clusters"]) for one in judged if one.best.get("clusters")]
+    said = [(split, doubt(each["by"], each["count"])) for split, each in found]
+    return [f"On {split}, {text}." for split, text in said if text]
 
 
 def headline(one: Judged) -> tuple[str, str]:

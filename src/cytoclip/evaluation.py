@@ -19,6 +19,7 @@ from cytoclip import (
     embeddings,
     encode,
     files,
+    intervals,
     liveness,
     measure,
     places,
@@ -217,6 +218,7 @@ class _Asked:
 
 
 def _asked(models: Sequence[str], base: str | None) -> list[_Asked]:
+    """The base first. Named among the models too it is one column, as it has nothing to differ in from itself."""
     found = [
         _Asked(f"./{name}" if name == BASE else name, name, lambda name=name: checkpoint.open_model(name))  # type: ignore[misc]
         for name in dict.fromkeys(models)
@@ -224,11 +226,21 @@ def _asked(models: Sequence[str], base: str | None) -> list[_Asked]:
     run = next((run for run in map(checkpoint.run_of, models) if run), None)
     if base is None and run:
         wanted = config.load(run.config)
-        return [_Asked(BASE, wanted.model.name, lambda: checkpoint.open_start(wanted), implied=True), *found]
+        as_it_is = wanted.model.context_length is None and wanted.data.crop == "auto"
+        others = _others(found, wanted.model.name) if as_it_is else found
+        implied = others == found  # else it was named, and must be there
+        return [_Asked(BASE, wanted.model.name, lambda: checkpoint.open_start(wanted), implied), *others]
     if base in (None, NO_BASE):
         return found
     name = str(base)
-    return [_Asked(BASE, name, lambda: checkpoint.open_model(name)), *found]
+    return [_Asked(BASE, name, lambda: checkpoint.open_model(name)), *_others(found, name)]
+
+
+def _others(asked: list[_Asked], base: str) -> list[_Asked]:
+    """Those that are not the base itself, or all where that would leave none."""
+    paths = {name: Path(name) for name in (base, *(one.name for one in asked))}
+    same = {name: str(path.resolve()) if path.exists() else name for name, path in paths.items()}
+    return [one for one in asked if same[one.name] != same[base]] or asked
 
 
 def _opened(asked: _Asked, console: Console) -> Opened | None:
@@ -291,9 +303,7 @@ def _measured(pairs: Pairs, embedded: dict[str, Embedded], question: Question, c
         with console.progress("ranking", len(set(pairs.contents))) as bar:
             found[title] = measure.full(image_ND, text_ND, pairs, question.ks, question.directions, bar.advance)
     drawn = next(iter(found.values())).drawn
-    if drawn.rough:
-        console.warn(
-            f"intervals are drawn from {counted(drawn.count, drawn.by)}: "
-            f"{'one says nothing of others' if drawn.count < 2 else 'with so few they are too narrow'}"
-        )
+    doubt = intervals.doubt(drawn.by, drawn.count)
+    if doubt:
+        console.warn(doubt)
     return found

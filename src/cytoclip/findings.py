@@ -20,6 +20,7 @@ from cytoclip.pixels import PixelSpec
 
 CONSTANT = 3.0  # grey levels: blank fields of a lit slide spread by 1 to 2, a field with one small cell by 5 and more
 LOST = 0.2  # share of a picture that the crop may throw away without being a finding
+_UNUSED = 2  # bits at the top, of pictures that are read too dark
 _EXCERPT = 80  # characters of a caption beside its name
 
 
@@ -155,6 +156,16 @@ def _wrong_extension(look: Look, name: str) -> str | None:
     return f"it is {look.format}"
 
 
+def _is_dim(look: Look) -> bool:
+    """A quarter of the range at most: cameras of 12 and 14 bits. What is black is not."""
+    return look.depth > 8 and 0 < look.used <= look.depth - _UNUSED
+
+
+def _one_colour(look: Look, _: str) -> str | None:
+    """What is dim may show a lot once it is rescaled."""
+    return f"grey levels spread by {look.spread:.1f}" if look.spread < CONSTANT and not _is_dim(look) else None
+
+
 def _only_dated(look: Look) -> bool:
     return all(field.endswith(DATED) for field in look.personal)
 
@@ -163,8 +174,9 @@ def _only_dated(look: Look) -> bool:
 _OF_LOOKS: dict[str, Callable[[Look, str], str | None]] = {
     "wrong-extension": _wrong_extension,
     "several-pages": lambda look, _: look.format if look.several else None,
-    "near-constant": lambda look, _: f"grey levels spread by {look.spread:.1f}" if look.spread < CONSTANT else None,
-    "deep": lambda look, _: f"{look.depth} bits" if look.depth > 8 else None,
+    "near-constant": _one_colour,
+    "dim": lambda look, _: f"uses {look.used} of {look.depth} bits" if _is_dim(look) else None,
+    "deep": lambda look, _: f"{look.depth} bits" if look.depth > 8 and not _is_dim(look) else None,
     "other-colours": lambda look, _: look.mode if look.mode in ("CMYK", "YCbCr", "LAB", "HSV") else None,
     "transparent": lambda look, _: look.mode if look.transparent else None,
     "turned": lambda look, _: f"orientation {look.orientation}" if look.orientation != 1 else None,
@@ -212,10 +224,7 @@ def _tokens(name: str, split: Split, reader: Reader) -> list[Finding]:
     if cut:
         detail = f"{len(cut) / len(captions):.1%} lose what follows token {reader.context}"
         found.append(Finding("cut-captions", name, len(captions), longest, detail))
-    foreign = [text for text in dict.fromkeys(text for _, text in captions) if texts.foreign_share(text) > 0.5]
-    unread = {
-        text for text, bad in zip(foreign, texts.unread(reader.tokenizer, foreign, reader.family), strict=True) if bad
-    }
+    unread = texts.unread_among(reader.tokenizer, [text for _, text in captions], reader.family)
     cases = tuple(_said(name, split, row, text) for row, text in captions if text in unread)
     if cases:
         found.append(Finding("unread-script", name, len(captions), cases, texts.READ_BY))

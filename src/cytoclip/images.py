@@ -179,6 +179,21 @@ def examine(place: Path | Piece | bytes, look: Callable[[ImageFile.ImageFile], _
     return Scan(content, None), found
 
 
+def stored_range(image: Image.Image) -> tuple[float, float] | None:
+    """The range that the storage of one channel of more than 8 bits declares, if any: it becomes black and white."""
+    tags = getattr(image, "tag_v2", {})
+    for lowest, highest in _RANGES:
+        if lowest in tags and highest in tags:
+            low, high = (float(np.ravel(tags[tag])[0]) for tag in (lowest, highest))
+            if low < high:
+                return low, high
+    if image.mode.startswith("I;16"):
+        return 0, 2 ** int(np.ravel(tags.get(_BITS, 16))[0]) - 1
+    if image.mode == "I" and image.format in ("PPM", "PNG"):  # older Pillows read 16-bit PNG so
+        return 0, 65535
+    return None
+
+
 class _UnusableError(Exception):
     """Carries the phrase for what is wrong with a file."""
 
@@ -284,7 +299,7 @@ def _grey(image: Image.Image) -> NDArray[np.uint8]:
     """One channel of more than 8 bits as (H, W) of 0..255, white where it is transparent."""
     values_HW = np.asarray(image)
     tags = getattr(image, "tag_v2", {})
-    low, high = _range(image, tags) or _own_range(values_HW)
+    low, high = stored_range(image) or _own_range(values_HW)
     if values_HW.dtype.itemsize == 2:
         grey_HW = _levels(np.arange(65536), low, high)[values_HW]  # a look-up is ten times faster than arithmetic
     else:
@@ -293,20 +308,6 @@ def _grey(image: Image.Image) -> NDArray[np.uint8]:
         grey_HW = 255 - grey_HW
     key = image.info.get("transparency")
     return grey_HW if key is None else np.where(values_HW == key, np.uint8(255), grey_HW)
-
-
-def _range(image: Image.Image, tags: Any) -> tuple[float, float] | None:
-    """The range that the storage declares, if any."""
-    for lowest, highest in _RANGES:
-        if lowest in tags and highest in tags:
-            low, high = (float(np.ravel(tags[tag])[0]) for tag in (lowest, highest))
-            if low < high:
-                return low, high
-    if image.mode.startswith("I;16"):
-        return 0, 2 ** int(np.ravel(tags.get(_BITS, 16))[0]) - 1
-    if image.mode == "I" and image.format in ("PPM", "PNG"):  # older Pillows read 16-bit PNG so
-        return 0, 65535
-    return None
 
 
 def _own_range(values_HW: NDArray[Any]) -> tuple[float, float]:

@@ -16,6 +16,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from cytoclip.errors import counted
 from cytoclip.pairs import Pairs
 
 RESAMPLES = 1000
@@ -44,10 +45,6 @@ class Clusters:
     of: NDArray[np.int64]
     count: int
 
-    @property
-    def rough(self) -> bool:
-        return self.count < ROUGH
-
 
 def clusters(pairs: Pairs) -> Clusters:
     by = "source" if any(pairs.sources) else "group" if any(pairs.groups) else "picture"
@@ -56,6 +53,14 @@ def clusters(pairs: Pairs) -> Clusters:
     numbers: dict[tuple[str, str], int] = {}
     of = np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int64)
     return Clusters(by, of, len(numbers))
+
+
+def doubt(by: str, count: int) -> str:
+    """Why intervals from so many clusters promise too much, wherever they are shown; empty where they do not."""
+    if count >= ROUGH:
+        return ""
+    why = "one says nothing of others" if count < 2 else "with so few they are too narrow"
+    return f"intervals are drawn from {counted(count, by)}: {why}"
 
 
 def intervals(

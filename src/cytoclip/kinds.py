@@ -83,6 +83,7 @@ def by_severity(findings: list[Finding]) -> list[Finding]:
     return sorted(findings, key=lambda one: (ranks.index(one.severity), order.index(one.kind)))
 
 
+_APART = "write captions that tell pictures apart; where captions are class names, `cytoclip classify` is for them"
 _MEND = "replace the files from where they came, or take their pairs out"
 
 KINDS = {
@@ -97,6 +98,8 @@ KINDS = {
     "few-pairs": Kind(
         "error", "pairs", "fewer pairs than a batch", "set train.batch_size lower, as in the configuration below"
     ),
+    "nothing-to-learn": Kind("error", "", "pairs of which next to none are told apart", _APART),
+    "little-to-learn": Kind("warning", "", "pairs of which few are told apart", _APART),
     # leaks
     "leak-content": Kind(
         "error",
@@ -149,6 +152,12 @@ KINDS = {
     ),
     "near-constant": Kind(
         "warning", "pictures", "pictures of nearly one colour", "take them out: a caption says more than they show"
+    ),
+    "dim": Kind(
+        "warning",
+        "pictures",
+        "pictures that use a quarter of their 16 bits or less, and are read nearly black",
+        "multiply all of them by one number (16 for a camera of 12 bits, 4 for 14), or save them as 8 bits",
     ),
     "cropped-away": Kind(
         "warning",
@@ -236,7 +245,7 @@ KINDS = {
         "note",
         "pairs",
         "captions of several pictures",
-        "none is needed: all are right answers (train.positives: groups)",
+        "none is needed while most differ: all are right answers (train.positives: groups)",
     ),
 }
 

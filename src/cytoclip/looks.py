@@ -35,7 +35,7 @@ DIED = "ended the process that decoded it: out of memory, or more than 120 secon
 
 DATED = " (date)"  # behind the name of a field of metadata in which nothing but a day was found
 
-_VERSION = "1"  # of what a look finds: another one forgets what is remembered
+_VERSION = "2"  # of what a look finds: another one forgets what is remembered
 _SECONDS = 120
 _CHUNK = 8  # files given to a worker at once: what a worker that dies may have had in hand
 _SAVE_EVERY = 300.0  # seconds
@@ -62,6 +62,8 @@ class Look:
         Pillow's name of it.
     mode, depth
         Pillow's mode of the first page, and bits a channel, as they are stored.
+    used
+        Bits that the highest value takes; fewer than `depth` where a camera of 12 bits was stored in 16.
     transparent
         Some pixel lets the background through.
     orientation
@@ -85,6 +87,7 @@ class Look:
     format: str = ""
     mode: str = ""
     depth: int = 0
+    used: int = 0
     transparent: bool = False
     orientation: int = 1
     several: bool = False
@@ -134,11 +137,13 @@ def look(place: Place) -> Look:
 
 
 def _facts(image: ImageFile.ImageFile) -> dict[str, Any]:
-    stored = {"format": image.format or "", "mode": image.mode, "depth": _depth(image)}
+    depth = _depth(image)
+    stored = {"format": image.format or "", "mode": image.mode, "depth": depth}
     plain = images.normalise(image)
     reduced = plain.reduce(max(1, min(plain.size) // _HASHED)).convert("L")
     return {
         **stored,
+        "used": _used(image, depth),
         "transparent": _see_through(image),
         "orientation": _orientation(image),
         "several": bool(getattr(image, "is_animated", False)),
@@ -169,6 +174,18 @@ def _depth(image: ImageFile.ImageFile) -> int:
         return 1
     tile = getattr(image, "tile", None)
     return 16 if image.mode.startswith("I") or (tile and ";16" in str(tile[0].args)) else 8
+
+
+def _used(image: Image.Image, depth: int) -> int:
+    """Of 16 bits that are scaled from their whole range, those that the highest value takes; of others, all."""
+    if depth != 16:
+        return depth
+    if image.mode.startswith("I"):
+        low, high = images.stored_range(image) or (0, 0)
+        return int(np.asarray(image).max()).bit_length() if (low, high) == (0, 65535) else depth
+    shown = [band for band in image.getbands() if band not in "Aa"]
+    highest = max(image.getchannel(band).getextrema()[1] for band in shown)  # the upper 8 bits: Pillow keeps no more
+    return 8 + int(highest).bit_length()  # type: ignore[arg-type]
 
 
 def _see_through(image: Image.Image) -> bool:
@@ -343,7 +360,8 @@ def _read(cache: Path, most: int) -> dict[_Key, Look]:
 
 def _is_whole(look: Look) -> bool:
     """Whether it is one that `look` could have made: what is remembered may have come with the data."""
-    numbers, texts = (look.width, look.height, look.depth, look.orientation), (look.content, look.format, look.mode)
+    numbers = (look.width, look.height, look.depth, look.used, look.orientation)
+    texts = look.content, look.format, look.mode
     known = None not in (*numbers, *texts, look.spread, look.transparent, look.several, *look.personal)
     if not known or look.problem is not None:
         return known
@@ -377,6 +395,6 @@ def _names() -> tuple[str, ...]:
 
 
 _TEXTS = pa.list_(pa.string())
-_TYPES = {name: pa.int64() for name in (*_COLUMNS[1:], "depth", "orientation", "width", "height")}
+_TYPES = {name: pa.int64() for name in (*_COLUMNS[1:], "depth", "used", "orientation", "width", "height")}
 _TYPES |= {"spread": pa.float64(), "hashes": _TEXTS, "personal": _TEXTS, "thumb": pa.binary()}
 _TYPES |= {"transparent": pa.bool_(), "several": pa.bool_()}

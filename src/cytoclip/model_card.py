@@ -165,7 +165,7 @@ def _what(results: Mapping[str, Any], wanted: Config | None, judged: list[Judged
 def _numbers(judged: list[Judged]) -> list[str]:
     parts = ["## Results"]
     if judged:
-        parts.append(conclusion.verdict(judged[0]).text)
+        parts += [conclusion.verdict(judged[0]).text, *conclusion.doubts(judged)]
     for one in judged:
         for direction, title in DIRECTIONS.items():
             if direction in one.best:

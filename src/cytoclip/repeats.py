@@ -5,31 +5,62 @@ Letters: B pairs of a batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cytoclip.kinds import KINDS
 from cytoclip.objectives import Objective, binary_entropy
 from cytoclip.pairs import NO_GROUP, Identity
 
 TYPICAL = 8  # batches whose mean is called typical
+LITTLE = 0.5  # of ln(batch) out of reach: √B right answers a pair, so a batch tells no more than √B things apart
+NOTHING = 0.95  # what is left is a twentieth: 0.2 nats of a batch of 64
 
 
 @dataclass(frozen=True)
 class Repeats:
-    """Of a typical batch: how many of its pairs have a right answer beside their own, and the floor of the loss."""
+    """Of a typical batch.
+
+    Parameters
+    ----------
+    pairs
+        How many of its pairs have a right answer beside their own.
+    floor
+        Of the loss.
+    untold
+        The share of ln(batch) that no model learns, because the pairs do not tell it.
+    """
 
     pairs: float
     floor: float
+    untold: float
+
+    @property
+    def kind(self) -> str | None:
+        """What the check calls it, where too little is left to learn."""
+        return "nothing-to-learn" if self.untold >= NOTHING else "little-to-learn" if self.untold >= LITTLE else None
 
 
 def typical(batches: Iterable[Identity], objective: Objective) -> Repeats:
     """The mean over `batches`, whose fields are numpy arrays (B,)."""
-    found = [(int((right_counts(batch) > 1).sum()), floor(batch, objective)) for batch in batches]
-    pairs, floors = (sum(column) / len(found) for column in zip(*found, strict=True))
-    return Repeats(pairs, floors)
+    found = [
+        (int((right_counts(batch) > 1).sum()), floor(batch, objective), untold(batch, objective)) for batch in batches
+    ]
+    return Repeats(*(sum(column) / len(found) for column in zip(*found, strict=True)))
+
+
+def untold(batch: Identity, objective: Objective) -> float:
+    """The floor of InfoNCE without smoothing, as a share of ln B, whatever is minimised.
+
+    The sigmoid's own floor is 0 though all captions be the same, and smoothing puts one under pairs that all differ.
+    """
+    size = len(batch.caption)
+    plain = Objective("infonce", "pairs" if objective.positives == "pairs" else "groups")
+    return floor(batch, plain) / math.log(size) if size > 1 else 0.0
 
 
 def right_counts(batch: Identity) -> NDArray[np.int64]:
@@ -95,3 +126,16 @@ def line(repeats: Repeats, batch_size: int, objective: Objective) -> str:
         f"about {repeats.pairs:.1f} of the {batch_size} pairs of a batch share a caption, picture or group: "
         f"the loss cannot fall below {abs(repeats.floor):.4f} ({ways})"
     )
+
+
+def lost(repeats: Repeats, batch_size: int) -> str:
+    """How much is out of reach, for whoever does not think in nats."""
+    return f"repeats take {repeats.untold:.0%} of what a batch of {batch_size} could teach"
+
+
+def warning(repeats: Repeats, batch_size: int) -> str | None:
+    """What the check finds, as one line; None where there is enough to learn."""
+    if repeats.kind is None:
+        return None
+    kind = KINDS[repeats.kind]
+    return f"{kind.title}: {lost(repeats, batch_size)}; {kind.fix}"

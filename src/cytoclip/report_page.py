@@ -105,6 +105,7 @@ class Page:
         return pages.render(
             "report_page.html",
             **vars(self),
+            doubts=conclusion.doubts(self.judged),
             tables=[(one, list(_tables(one))) for one in self.judged],
             slices=[_private(one, self.images) for one in islice(conclusion.slices(self.judged[0]), _KEYS)],
             split=self.judged[0].split,

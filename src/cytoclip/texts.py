@@ -33,6 +33,7 @@ _LONGEST = 100_000  # characters of a caption that are looked at
 # vocabulary that never met a script spends a token on nearly each of the 2 to 4 bytes of a letter; one that knows
 # Chinese takes at most 1.
 _SPELT_OUT = 1.2
+_FOREIGN = 0.5  # share of letters that are not Latin
 _UNKNOWN = 0.1  # or this share of tokens that stand for what is not in the vocabulary
 
 
@@ -78,6 +79,12 @@ def token_counts(tokenizer: Any, captions: Sequence[str], family: Family) -> NDA
         rows = tokenizer([_as_read(one, family) for one in some], truncation=False, verbose=False)["input_ids"]
         counts |= zip(some, map(len, rows), strict=True)
     return np.array([counts[caption] for caption in captions], np.int64)
+
+
+def unread_among(tokenizer: Any, captions: Sequence[str], family: Family) -> set[str]:
+    """Those in a script that the tokenizer does not know: only mostly foreign ones are asked about."""
+    foreign = [text for text in dict.fromkeys(captions) if foreign_share(text) > _FOREIGN]
+    return {text for text, bad in zip(foreign, unread(tokenizer, foreign, family), strict=True) if bad}
 
 
 def unread(tokenizer: Any, captions: Sequence[str], family: Family) -> list[bool]:

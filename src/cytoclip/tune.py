@@ -75,6 +75,7 @@ def tune(wanted: Config, asked: Asked, console: Console) -> Tuned:
         held = _held_out(wanted, asked)
         pairs = split_reader.read(held.data, ("train", "val"), console)
         search = _begun(held, asked, {name: of for name, (_, of) in pairs.items()}, console)
+        _warn_of_large_ks(wanted, len(spread(pairs["val"][1])), console)
         study = _study(search)
         with console.progress("trials", asked.trials, start=len(_done(study))) as bar:
             book = _Book(search, study, console, bar)
@@ -124,6 +125,15 @@ def _refuse_unready() -> None:
             "start it plainly; --jobs says how many trials run at once",
             ExitCode.SYSTEM,
         )
+
+
+def _warn_of_large_ks(wanted: Config, held_out: int, console: Console) -> None:
+    for k in wanted.validation.ks:
+        if k >= held_out:
+            console.warn(
+                f"k = {k} of validate.ks is not below the {held_out} held-out pairs: hit@{k} is 1 in every trial; "
+                "hold out more (--share), or take it out of validate.ks"
+            )
 
 
 def _held_out(wanted: Config, asked: Asked) -> Config:

@@ -62,10 +62,11 @@ class Tried:
 
 @dataclass(frozen=True)
 class Tuned:
-    """All trials, the finished ones first and the best of them first of all."""
+    """All trials, the finished ones first and the best of them first of all; `chance` is of their score."""
 
     by: str
     pairs: int
+    chance: float
     trials: list[Tried]
     yaml: str
     clusters: dict[str, Any] = field(default_factory=dict)
@@ -80,6 +81,7 @@ class Tuned:
             "schema": 1,
             "select_by": self.by,
             "held_out_pairs": self.pairs,
+            "chance": self.chance,
             "clusters": self.clusters,
             "best": self.best.number,
             "best_config": self.yaml,
@@ -93,10 +95,11 @@ class Tuned:
         for one in finished[:_SHOWN]:
             below = [f"{one.below_best:.4f}", _span(one.below_best_interval)] if one is not self.best else ["", ""]
             rows.append([f"{one.number}{_mark(one)}", f"{one.score:.4f}", _span(one.interval), *below])
-        head, *drawn = aligned(rows)
+        head, *drawn, chance = aligned([*rows, ["chance", f"{self.chance:.4f}", "", "", ""]])
         wide = max(map(len, (head, *drawn)))
         both = zip(drawn, finished, strict=False)
         lines = [f"{line:<{wide}}  {space.said(one.chosen)}".rstrip() for line, one in both]
+        lines.append(chance.rstrip())
         rest = {state: sum(one.state == state for one in self.trials) for state in (ENDED, FAILED)}
         left = len(finished) - _SHOWN
         more = [f"{left} more finished"] * (left > 0) + [f"{count} {state}" for state, count in rest.items() if count]
@@ -107,6 +110,11 @@ class Tuned:
         given = next((one for one in self.trials if not one.chosen and one.state == FINISHED), None)
         best, several = self.best.number, counted(len(self.trials), "trial")
         said = [f"trial {best} is the best of {several} on {self.pairs} held-out pairs"]
+        lowest = self.best.interval[0] if self.best.interval else self.best.score or 0
+        if lowest <= self.chance:
+            said.append(
+                f"it is not shown to be better than chance ({self.chance:.4f}): these pairs choose none of them"
+            )
         if given is self.best:
             said.append("it is the configuration as it was given: nothing that was tried is better")
         elif given and given.below_best is not None:
@@ -148,9 +156,16 @@ def outcome(folder: Path, tried: Sequence[Tried], wanted: Config, pairs: Pairs, 
     first = f"# trial {finished[0].number} of {folder}: {by} {finished[0].score:.4f} on what was held out of train"
     files.write_text(yaml, f"{first}\n{config.dump(best)}")
     clusters = {"by": drawn.by, "count": drawn.count}
-    found = Tuned(by, len(pairs), [*judged, *others], str(yaml), clusters)
+    chance = chance_of(pairs, wanted.validation.ks, by)
+    found = Tuned(by, len(pairs), chance, [*judged, *others], str(yaml), clusters)
     files.write_json(folder / "tune.json", found.document())
     return found
+
+
+def chance_of(pairs: Pairs, ks: Sequence[int], by: str) -> float:
+    """What a model that knows nothing has for `selection.score`."""
+    part = retrieval.chance(identities(pairs), ks).flat()
+    return float(np.mean([part[name].mean() for name in selection.names(part, by)]))
 
 
 def column_of(ranked: Mapping[str, Ranked], by: str) -> NDArray[np.float64]:

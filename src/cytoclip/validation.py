@@ -96,7 +96,8 @@ def note(job: Job, progress: Progress, book: Journal | None) -> bool:
         _write_embeddings(job, "best", seen, progress.best_weights)
     elif progress.step % job.config.validation.every == 0:
         progress.waited += 1
-    job.console.say(f"step {progress.step}: {_line(job, seen)}{', the best so far' if better else ''}")
+    stands = "as before training" if progress.last == progress.before else "the best so far"
+    job.console.say(f"step {progress.step}: {_line(job, seen)}{f', {stands}' if better else ''}")
     alarm = alarms.at_chance(progress.last)
     if alarm:
         job.console.warn(alarm)
