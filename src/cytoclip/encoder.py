@@ -151,7 +151,7 @@ def load(path: str | Path, device: str = "auto", precision: str = "no") -> Encod
     Raises
     ------
     UserError
-        Where nothing there can be opened, or the device is not there.
+        Where nothing there can be opened, or the precision or device is none or not there.
 
     Examples
     --------

@@ -66,9 +66,17 @@ class Stopped(Exception):  # noqa: N818 - it is no error
         self.number = number
 
 
+_ELSEWHERE = {"float32": "no", "fp32": "no", "float16": "fp16", "half": "fp16", "bfloat16": "bf16", "gpu": "cuda"}
+_SHOWN = 100  # characters of a value in a message
+
+
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known name that `word` most likely means: by initials (`lr` for `learning_rate`), else by spelling."""
+    """The known name that `word` most likely means: by what other programs call it, by initials (`lr` for
+    `learning_rate`), else by spelling.
+    """
     names = list(known)
+    if _ELSEWHERE.get(word) in names:
+        return _ELSEWHERE[word]
     for name in names:
         if "_" in name and word == "".join(part[0] for part in name.split("_") if part):
             return name
@@ -103,6 +111,12 @@ def first_few(names: list[str], few: int = 3) -> str:
     shown = ", ".join(names[:few])
     rest = len(names) - few
     return f"{shown} and {rest} more" if rest > 0 else shown
+
+
+def shown(value: object) -> str:
+    """A value as a message says it: on one line, and never a screenful."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
 
 
 def first_line(error: BaseException) -> str:
