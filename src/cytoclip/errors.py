@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import signal
 from collections.abc import Iterable
 from enum import IntEnum
 from itertools import islice
@@ -62,12 +63,13 @@ class Stopped(Exception):  # noqa: N818 - it is no error
     """A run that was asked to stop by signal `number`, after it saved step `step`; a search, after trial `step`."""
 
     def __init__(self, number: int, step: int, what: str = "step") -> None:
-        super().__init__(f"stopped by signal {number} after {what} {step}, which is saved; the same command goes on")
+        by = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        super().__init__(f"stopped by {by} after {what} {step}, which is saved; the same command goes on")
         self.number = number
 
 
 _ELSEWHERE = {"float32": "no", "fp32": "no", "float16": "fp16", "half": "fp16", "bfloat16": "bf16", "gpu": "cuda"}
-_SHOWN = 100  # characters of a value in a message
+_SHOWN = 80  # characters of a value in a message
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
@@ -114,9 +116,9 @@ def first_few(names: list[str], few: int = 3) -> str:
 
 
 def shown(value: object) -> str:
-    """A value as a message says it: on one line, and never a screenful."""
+    """A value short enough for a message, and on one line, whatever it holds."""
     text = " ".join(repr(value).split())
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}…"
 
 
 def first_line(error: BaseException) -> str:
