@@ -5,6 +5,7 @@ The description of a field is its documentation; `docs/reference/config.md` and 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -324,7 +325,7 @@ def parse(given: Mapping[str, Any], place: str) -> Config:
 
 
 def made(given: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
-    """A `Config` from nested mappings with `section.key=value` on top, for a caller in Python.
+    """A `Config` from nested mappings with `section.key=value` on top, for a caller in Python; a `Path` is its name.
 
     Raises
     ------
@@ -332,11 +333,20 @@ def made(given: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
         As `load` does.
     """
     try:
-        merged = _merged(OmegaConf.create(dict(given)), [_override(override) for override in overrides])
+        merged = _merged(OmegaConf.create(_named(dict(given))), [_override(override) for override in overrides])
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"the experiment cannot be read: {reason}", "give mappings of plain values") from None
     return parse(merged, f"the call with {' '.join(overrides)}" if overrides else "the call")
+
+
+def _named(given: Any) -> Any:
+    """The same with every path as text, which is what YAML would say."""
+    if isinstance(given, Mapping):
+        return {key: _named(value) for key, value in given.items()}
+    if isinstance(given, list | tuple):
+        return [_named(value) for value in given]
+    return os.fspath(given) if isinstance(given, os.PathLike) else given
 
 
 def dump(config: Config) -> str:

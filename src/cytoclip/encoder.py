@@ -45,6 +45,10 @@ class Encoder:
     _one_at_a_time: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(os.cpu_count()), repr=False)
 
+    def __repr__(self) -> str:
+        world = self.world
+        return f"<Encoder {self.name} on {world.device}, precision {world.precision}, {self.width} dimensions>"
+
     @property
     def name(self) -> str:
         """The hub id or absolute folder that it came from."""
