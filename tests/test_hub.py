@@ -41,6 +41,7 @@ def test_an_export_is_uploaded_whole_and_private(base: Path, tmp_path: Path) -> 
         assert f"{there.address}/lab/pap-clip" in done.stdout
         assert there.files == {path.name: path.read_bytes() for path in out.iterdir()}
         assert "model.safetensors" in there.files
+        assert '\nfolder = snapshot_download("lab/pap-clip")\n' in there.files["README.md"].decode()
 
         there.files["adapter_config.json"] = b"{}"  # on top of a model, transformers would put an adapter
         again = (*words[:2], str(tmp_path / "again"), *words[3:], "--push", "lab/pap-clip")
