@@ -5,8 +5,10 @@ The description of a field is its documentation; `docs/reference/config.md` and 
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +23,7 @@ from cytoclip.data_options import Data, NonEmpty
 from cytoclip.errors import UserError, nearest
 from cytoclip.options import Option, Section
 
+_WORD = re.compile(r"[\w./:+,\[\]\"-]+")  # what a shell and YAML both read as it stands, or nearly
 Tower = Literal["full", "frozen", "lora"]
 
 
@@ -358,6 +361,14 @@ def differences(one: Config, other: Config) -> list[str]:
     """Dotted names of the options whose values differ."""
     flat_one, flat_other = (dict(_flatten(c.model_dump(mode="json", by_alias=True))) for c in (one, other))
     return [name for name in sorted({*flat_one, *flat_other}) if flat_one.get(name) != flat_other.get(name)]
+
+
+def written(config: Config, names: Iterable[str]) -> dict[str, str | None]:
+    """Options by their dotted names as an override has them; None where that takes more than one plain word."""
+    values = dict(_flatten(config.model_dump(mode="json", by_alias=True)))
+    said = {name: json.dumps(values.get(name, {}), ensure_ascii=False).replace(" ", "") for name in names}
+    plain = {name: value.strip('"') if isinstance(values.get(name), str) else value for name, value in said.items()}
+    return {name: value if _WORD.fullmatch(value) else None for name, value in plain.items()}
 
 
 def options() -> Iterator[Option]:
