@@ -94,9 +94,10 @@ def test_a_run_folder_opens_at_its_best_and_is_a_base_for_another_run(base: Path
     adapter = adapters.set_moving(opened.encoder, wanted)
     _train_a_little(opened.encoder)
     run.path.mkdir()
-    run.config.write_text("data: {root: x}\n")
-    with pytest.raises(UserError, match="without a saved model"):
+    run.config.write_text("data: {root: x}\nvalidate: {every: 30}\n")
+    with pytest.raises(UserError, match=r"without a saved model yet: .* at step 30, or at the end") as caught:
         checkpoint.open_model(str(run.path))
+    assert caught.value.hint == f"`cytoclip train {run.config}` goes on; in a new run validate.every=N brings it sooner"
     checkpoint.save_model(run.model, opened, adapter, wanted)
     at_last = _logits(checkpoint.open_model(str(run.path)).encoder)
     _train_a_little(opened.encoder)

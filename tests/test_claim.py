@@ -48,6 +48,56 @@ def test_other_chunks_are_harmless_without_dropout(
             training.fit(again, QUIET)
 
 
+@pytest.mark.parametrize(
+    "model", [{}, {"image_tower": "lora", "text_tower": "lora", "lora": {"dropout": 0.1}}], ids=["full", "dropout"]
+)
+def test_layers_that_are_computed_again_change_no_bit(
+    model: dict[str, Any], experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of losses and weights, dropout's masks among them: so a run may go on with it, or without."""
+    how = {"model": model, "checkpoint": {"every": 2}}
+    whole = experiment(**how, output=str(tmp_path / "whole"))
+    training.fit(whole, QUIET)
+    stop_after(2, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        training.fit(experiment(**how), QUIET)
+    monkeypatch.undo()
+    again = experiment(**how, train={"gradient_checkpointing": True})
+    switched: list[bool] = []
+    switch = checkpoint.model.checkpoint_gradients
+    monkeypatch.setattr(checkpoint.model, "checkpoint_gradients", lambda one: (switch(one), switched.append(True)))
+    training.fit(again, QUIET)
+    assert switched == [True]
+    one, two = (checkpoint.RunFolder(Path(each.output)) for each in (whole, again))
+    assert losses_of(one) == losses_of(two)
+    assert len(losses_of(one)) == 4
+    for name, tensor in checkpoint.open_model(str(one.model)).encoder.clip.state_dict().items():
+        assert torch.equal(tensor, checkpoint.open_model(str(two.model)).encoder.clip.state_dict()[name])
+
+
+def losses_of(run: checkpoint.RunFolder) -> list[float]:
+    return [json.loads(line)["loss"] for line in run.losses.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("changed", "hint"),
+    [
+        ({"validate": {"every": 7}}, "the run goes on with validate.every=100; else name another output"),
+        ({"validate": {"ks": [2]}, "train": {"seed": 1}}, "the run goes on with train.seed=0 validate.ks=[1,5]; else"),
+        ({"validate": {"patience": 2}}, "the run goes on with validate.patience=null; else name"),
+        ({"model": {"image_tower": "lora"}}, "name another output, or delete that folder"),
+    ],
+)
+def test_what_a_run_goes_on_with_is_said(
+    changed: dict[str, Any], hint: str, experiment: Experiment, tmp_path: Path
+) -> None:
+    run = checkpoint.RunFolder(tmp_path)
+    run.config.write_text(config.dump(experiment()))
+    with pytest.raises(UserError, match="another configuration; different") as caught:
+        claim.refuse_other_run(run, experiment(**changed))
+    assert caught.value.hint.startswith(hint)
+
+
 @pytest.mark.parametrize("length", ["steps", "epochs"])
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
 def test_a_run_may_grow_where_the_steps_behind_stay_as_they_are(

@@ -16,6 +16,13 @@ def test_the_nearest_value_of_an_option_is_named(run: Run) -> None:
     assert hints[1] == "cytoclip export --help says what it takes"
 
 
+@pytest.mark.parametrize(("word", "meant"), [("fp32", "no"), ("float16", "fp16"), ("bf61", "bf16"), ("bananas", None)])
+def test_a_precision_that_is_none_is_refused_by_its_nearest(run: Run, word: str, meant: str | None) -> None:
+    message, hint = refused(run("index", "model", "pics", "--to", "x", "--precision", word))
+    assert f"'{word}' is not one of 'no', 'bf16', 'fp16', 'auto'" in message
+    assert hint.startswith(f"did you mean {meant}? " if meant else "cytoclip index --help")
+
+
 @pytest.mark.parametrize(
     ("typed", "said"),
     [

@@ -74,6 +74,8 @@ def test_scores_and_embeddings_are_the_encoders(at: Desk, sample: served.Sample)
     np.testing.assert_allclose(image_ND, made.embed_images(pictures), atol=1e-6)
     np.testing.assert_allclose(text_MD, made.embed_texts(captions), atol=1e-6)
     assert at.embed([], [])[0].shape == (0, 16)
+    with pytest.raises(UserError, match="caption 2 is empty"):
+        at.score(sample.picture(2).read_bytes(), ["a cell", " \n"])
 
 
 @pytest.mark.parametrize(

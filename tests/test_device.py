@@ -96,6 +96,27 @@ def test_precision_is_what_is_written_else_the_launchers_else_the_devices(
 
 
 @pytest.mark.parametrize(
+    ("asked", "message", "hint"),
+    [
+        (("cpu", "bananas"), "precision 'bananas' is none of no, fp16, bf16, auto", "auto chooses"),
+        (("cpu", "fp32"), "precision 'fp32' is none of", "did you mean no?"),
+        (("cpu", torch.bfloat16), "precision torch.bfloat16 is none of", "did you mean bf16?"),
+        (("cpu", None), "precision None is none of", "auto chooses"),
+        (("gpu", "no"), "device 'gpu' is none of cuda, mps, cpu, auto", "did you mean cuda?"),
+        (("cuda:1", "no"), "device 'cuda:1' is none of", "did you mean cuda?"),
+        (("x" * 500, "no"), "device 'xxx", "auto chooses"),
+    ],
+)
+def test_what_is_no_precision_or_device_is_refused(asked: tuple[str, str], message: str, hint: str) -> None:
+    """A precision that is not understood was computed in float32, and recorded under its own name."""
+    with pytest.raises(UserError) as caught:
+        device.start(*asked)
+    assert caught.value.message.startswith(message)
+    assert len(caught.value.message) < 200
+    assert caught.value.hint.startswith(hint)
+
+
+@pytest.mark.parametrize(
     ("kind", "cuda_bf16", "avx512", "amx", "best"),
     [
         ("cuda", True, False, False, "bf16"),

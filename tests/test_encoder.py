@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +24,7 @@ from cytoclip.console import Console
 from cytoclip.encoder import Encoder
 from cytoclip.errors import UserError
 
+PIXEL = np.zeros((3, 3), np.uint8)
 FAMILIES = ["clip", "siglip", "siglip2", "chinese_clip", "two towers"]
 
 
@@ -64,6 +68,41 @@ def test_a_picture_may_come_in_any_form(encoder: Encoder, pictures: list[Path]) 
     assert np.allclose(np.linalg.norm(rows_5D, axis=1), 1, atol=1e-6)
 
 
+def test_pictures_may_come_one_after_another_or_as_one_array(encoder: Encoder, pictures: list[Path]) -> None:
+    rows_3D = encoder.embed_images(pictures[:3])
+    names = [str(path) for path in pictures[:3]]
+    for form in (iter(names), dict.fromkeys(names), np.array(names), np.array(pictures[:3])):
+        assert np.allclose(encoder.embed_images(form, batch_size=2), rows_3D, atol=1e-6)
+    with Image.open(pictures[0]) as opened:
+        one_HW3 = np.asarray(opened.convert("RGB"))
+    assert np.allclose(encoder.embed_images(np.stack([one_HW3, one_HW3])), rows_3D[[0, 0]], atol=1e-6)
+    grey_HW = one_HW3[..., 0]
+    assert np.allclose(encoder.embed_images(grey_HW[..., None]), encoder.embed_images(grey_HW), atol=1e-6)
+    assert encoder.embed_texts(word for word in ["a cell", "debris"]).shape == (2, encoder.width)
+
+
+def test_a_generator_is_asked_for_a_batch_at_a_time(encoder: Encoder, pictures: list[Path]) -> None:
+    """Its pictures may be decoded ones, of which all at once would be too many."""
+    asked: list[int] = []
+
+    def one_by_one() -> Iterator[Path]:
+        for path in pictures[:6]:
+            asked.append(len(embedded))
+            yield path
+
+    embedded: list[int] = []
+    whole = type(encoder).embed_pixels
+    watched = dataclasses.replace(encoder)
+    object.__setattr__(watched, "embed_pixels", lambda rows: (embedded.append(len(rows)), whole(encoder, rows))[1])
+    watched.embed_images(one_by_one(), batch_size=2)
+    assert embedded == [2, 2, 2]
+    assert asked == [0, 0, 1, 1, 2, 2]
+
+
+def test_it_shows_as_one_line(encoder: Encoder, base: Path) -> None:
+    assert repr(encoder) == f"<Encoder {base.resolve()} on cpu, precision no, {encoder.width} dimensions>"
+
+
 def test_nothing_gives_no_rows(encoder: Encoder) -> None:
     assert encoder.embed_images([]).shape == encoder.embed_texts([]).shape == (0, encoder.width)
 
@@ -103,13 +142,44 @@ def test_threads_do_not_disturb_each_other(encoder: Encoder, pictures: list[Path
         (np.zeros((4, 4)), "an array of float64 (4, 4)"),
         (np.zeros((0, 4), np.uint8), "an array of uint8 (0, 4)"),
         (np.zeros(4, np.uint8), "an array of uint8 (4,)"),
-        ("nowhere.png", "nowhere.png"),
+        ("nowhere.png", "nowhere.png: no such file"),
+        ("n" * 5000, f"{'n' * 100}…: no such file"),
+        (["nowhere\0.png"], "nowhere\0.png: no such file"),
+        (None, "row 0 is None, no picture"),
+        ([PIXEL, None], "row 1 is None, no picture"),
+        (range(3), "row 0 is 0, no picture"),
+        ([torch.zeros(3, 40, 40)], "row 0 is tensor([[[0., 0."),
+        ("https://example.org/a.png", "'https://example.org/a.png' is an address, and addresses are not fetched"),
     ],
 )
 def test_what_is_no_picture_is_named(encoder: Encoder, given: object, said: str) -> None:
     with pytest.raises(UserError) as caught:
         encoder.embed_images(given)  # type: ignore[arg-type]
     assert caught.value.message.startswith(said)
+    assert len(caught.value.message) < 150
+    assert "JSON" not in caught.value.hint
+
+
+def test_a_name_that_is_nearly_right_is_told(encoder: Encoder, pictures: list[Path]) -> None:
+    with pytest.raises(UserError) as caught:
+        encoder.embed_images(pictures[0].with_suffix(".pgn"))
+    assert caught.value.hint.startswith(f"did you mean {pictures[0].parent}/")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [(["a cell", None], "row 1 is None"), ([float("nan")], "row 0 is nan"), (None, "row 0 is None"), (7, "row 0 is 7")],
+)
+def test_what_is_no_text_is_named(encoder: Encoder, given: Any, said: str) -> None:
+    with pytest.raises(UserError, match=f"{said}, no text"):
+        encoder.embed_texts(given)
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5, None])
+def test_a_batch_has_a_size(encoder: Encoder, size: Any) -> None:
+    for embed in (encoder.embed_texts, encoder.embed_images):
+        with pytest.raises(UserError, match=f"batch_size {size} is no whole number"):
+            embed(["x"], batch_size=size)
 
 
 def test_digest_tells_weights_tokenizers_and_precisions_apart(

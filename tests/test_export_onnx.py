@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from cytoclip.captions import tokenise
 from cytoclip.console import Console
 from cytoclip.errors import UserError
 from tests import tiny
+from tests.test_export import ran
 
 QUIET = Console(quiet=True)
 
@@ -66,9 +66,7 @@ def exported(model: Path, to: Path) -> export.Exported:
 
 
 def the_code_of_the_card(folder: Path, model: Path, picture: Path) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
-    said: dict[str, Any] = {"folder": str(folder), "picture": str(picture), "texts": tiny.CAPTIONS}
-    exec(code, said)  # noqa: S102 - our own
+    said = ran(folder, picture)
     assert np.abs(said["cosines"] - cytoclip.load(model).similarity([picture], tiny.CAPTIONS)).max() < 1e-5
 
 

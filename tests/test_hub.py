@@ -41,6 +41,7 @@ def test_an_export_is_uploaded_whole_and_private(base: Path, tmp_path: Path) -> 
         assert f"{there.address}/lab/pap-clip" in done.stdout
         assert there.files == {path.name: path.read_bytes() for path in out.iterdir()}
         assert "model.safetensors" in there.files
+        assert '\nfolder = snapshot_download("lab/pap-clip")\n' in there.files["README.md"].decode()
 
         there.files["adapter_config.json"] = b"{}"  # on top of a model, transformers would put an adapter
         again = (*words[:2], str(tmp_path / "again"), *words[3:], "--push", "lab/pap-clip")
@@ -55,6 +56,25 @@ def test_an_export_is_uploaded_whole_and_private(base: Path, tmp_path: Path) -> 
         assert "Traceback" not in refused.stderr
         assert (tmp_path / "kept" / "model.safetensors").is_file()
         assert not there.files
+        by_hand = f"hf upload lab/other {tmp_path / 'kept'} --private"
+        assert by_hand in refused.stderr
+        again = pushed(there.address, tmp_path, *words[:2], str(tmp_path / "kept"), *words[3:], "--push", "lab/other")
+        assert f"hint: it is exported, and uploaded by: {by_hand}; " in again.stderr
+
+
+def test_a_hub_that_cannot_be_reached_is_said(tmp_path: Path) -> None:
+    """Its HTTP library has errors of its own, which are none of Python's."""
+    (tmp_path / "out").mkdir()
+    program = (
+        "from pathlib import Path; from cytoclip import hub; from cytoclip.console import Console\n"
+        "from cytoclip.errors import UserError\n"
+        f"try: hub.upload(Path({str(tmp_path / 'out')!r}), 'lab/x', Console(quiet=True))\n"
+        "except UserError as error: print(error.lines())"
+    )
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert f"error: {tmp_path / 'out'} is exported, but could not be uploaded to lab/x: " in done.stdout, done.stderr
+    assert f"hf upload lab/x {tmp_path / 'out'} --private" in done.stdout
 
 
 @pytest.mark.parametrize(

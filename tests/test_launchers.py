@@ -149,7 +149,7 @@ def assert_saved(under_way: Launch, number: int, stops: int = 1) -> None:
     assert step == done == max(under_way.saved())
     assert json.loads((folder / state.MORE).read_text())["step"] == done
     log = (under_way.run / "train.log").read_text()
-    assert f"stopped by signal {int(number)} after step {done}, which is saved" in log
-    assert log.count("stopped by signal") == stops
+    assert f"stopped by {number.name} after step {done}, which is saved" in log
+    assert log.count("stopped by SIG") == stops
     assert not (under_way.run / "results.json").exists()
     assert "Traceback" not in (under_way.run / "train.log").read_text()

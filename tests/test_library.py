@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import cytoclip
-from cytoclip import training
+from cytoclip import config, training
 from cytoclip.config import Config
 from cytoclip.errors import UserError
 from tests.typed import Run
@@ -41,6 +41,13 @@ def test_train_takes_mappings_a_file_and_a_config(given: dict[str, Any], tmp_pat
     assert cytoclip.train(wanted, f"output={tmp_path / 'again'}", quiet=True).last == first.last
 
 
+def test_a_path_in_a_mapping_is_its_name(given: dict[str, Any]) -> None:
+    named = {**given, "output": Path(given["output"]), "data": {**given["data"], "root": Path(given["data"]["root"])}}
+    named["data"]["replay"] = [{"root": Path("more"), "weight": 0.5}]
+    given["data"]["replay"] = [{"root": "more", "weight": 0.5}]
+    assert config.made(named) == config.made(given)
+
+
 @pytest.mark.parametrize(
     ("wrong", "overrides", "said"),
     [
@@ -65,6 +72,28 @@ def test_evaluate_is_the_command(done: Done, root: Path, run: Run) -> None:
     assert compared.document("val") == json.loads(outcome.out)
     assert list(compared.columns()) == ["base", str(folder)]
     assert list(cytoclip.evaluate([folder], root, ks=[1], base="none", quiet=True).columns()) == [str(folder)]
+
+
+@pytest.mark.parametrize(
+    ("models", "more", "said"),
+    [
+        ([], {}, "models is empty"),
+        ("x", {"ks": 0}, "ks=0 is no whole number from 1"),
+        ("x", {"ks": []}, r"ks=\[\] is no"),
+        ("x", {"ks": [1, 2.5]}, r"ks=\[1, 2.5\] is no"),
+        ("x", {"batch_size": 0}, "batch_size=0 is no"),
+    ],
+)
+def test_evaluate_refuses_what_asks_nothing(models: Any, more: dict[str, Any], said: str, root: Path) -> None:
+    with pytest.raises(UserError, match=said):
+        cytoclip.evaluate(models, root, **more)
+
+
+def test_what_was_compared_shows_as_its_table(base: Path, root: Path) -> None:
+    one = cytoclip.evaluate(base, root, ks=5, quiet=True)
+    assert repr(one) == one.text([5])
+    assert "hit@5" in repr(one)
+    assert repr(cytoclip.evaluate(base, root, ks=[1, 10], quiet=True)).count("hit@") >= 2
 
 
 def test_quiet_says_nothing(done: Done, root: Path, capsys: pytest.CaptureFixture[str]) -> None:

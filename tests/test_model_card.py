@@ -104,7 +104,9 @@ def test_a_run_without_a_readable_configuration_has_a_card(results: dict[str, An
 
 
 @pytest.mark.parametrize("tower", ["full", "lora"])
-def test_the_code_in_it_opens_the_model(experiment: Callable[..., Config], tower: str) -> None:
+def test_the_code_in_it_opens_the_model(
+    experiment: Callable[..., Config], tower: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What runs is what the card says, with the base's id replaced, as there is no hub here."""
     wanted = experiment(model={"image_tower": tower, "text_tower": tower}, train={"steps": 1, "warmup_steps": 1})
     training.fit(wanted, QUIET)
@@ -114,7 +116,8 @@ def test_the_code_in_it_opens_the_model(experiment: Callable[..., Config], tower
     assert wanted.model.name not in text
     (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     assert ("PeftModel" in code) == (tower == "lora")
-    said: dict[str, Any] = {"folder": str(folder)}
+    monkeypatch.chdir(folder)
+    said: dict[str, Any] = {}
     exec(code.replace("the checkpoint it began from", wanted.model.name), said)  # noqa: S102 - our own
     opened = checkpoint.open_model(str(folder)).encoder.clip.state_dict()
     there = said["model"].state_dict()

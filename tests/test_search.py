@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -208,6 +209,13 @@ def test_keys_have_the_most_frequent_value_first(opened: Index, pairs: list[dict
         ({"text": TEXT, "weight": float("nan")}, "weight nan"),
         ({"text": TEXT, "where": {"lable": "x"}}, "has a lable"),
         ({"text": TEXT, "where": {"split": "vall"}}, "split=vall"),
+        ({"text": TEXT, "kind": "caption"}, r"kind 'caption' is none of images, captions"),
+        ({"text": [TEXT, TEXT]}, "is no text to search for"),
+        ({"text": TEXT, "where": "split=val"}, "where='split=val' is no mapping"),
+        ({"text": TEXT, "where": {"split": 5}}, "is no mapping of texts"),
+        ({"text": TEXT, "k": "3"}, "k = '3'"),
+        ({"text": TEXT, "weight": "half"}, "weight half"),
+        ({"image": [np.zeros((9, 9), np.uint8)] * 2}, "2 pictures to search for"),
         ({"image": b"no picture"}, "not a picture"),
         ({"image": "nowhere.png"}, "no such file"),
     ],
@@ -215,6 +223,33 @@ def test_keys_have_the_most_frequent_value_first(opened: Index, pairs: list[dict
 def test_what_cannot_be_searched_is_said(exact: Path, given: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         Index.open(exact).search(**given)
+
+
+@pytest.mark.parametrize(
+    ("query", "said"),
+    [
+        (np.ones(5), r"an embedding of shape \(5,\) is none of this index, which has 16 dimensions"),
+        (np.ones((1, 16)), r"of shape \(1, 16\)"),
+        (np.zeros(16), "of length 0 has no direction"),
+        (np.full(16, np.nan), "of length nan"),
+        ("a cell", "an embedding 'a cell' is none"),
+        (None, "is none of this index"),
+    ],
+)
+def test_what_is_no_embedding_is_said(exact: Path, query: Any, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        Index.open(exact).near(query)
+    with pytest.raises(UserError, match="kind 'caption' is none of images, captions") as caught:
+        Index.open(exact).near(np.ones(16, np.float32), kind="caption")  # type: ignore[arg-type]
+    assert caught.value.hint == "did you mean captions?"
+
+
+def test_of_an_embedding_the_direction_counts(exact: Path, made: Encoder) -> None:
+    """A score is a cosine, however long the query is."""
+    found, query = Index.open(exact), made.embed_texts(TEXT)[0]
+    expected = [(hit.id, pytest.approx(hit.score, abs=1e-6)) for hit in found.search(TEXT, k=5)]
+    for one in (query, 7 * query, query.tolist(), torch.from_numpy(query)):
+        assert [(hit.id, hit.score) for hit in found.near(one, k=5)] == expected  # type: ignore[arg-type]
 
 
 def test_opposite_directions_have_no_middle(exact: Path, monkeypatch: pytest.MonkeyPatch, made: Encoder) -> None:

@@ -49,7 +49,7 @@ def test_the_step_in_hand_is_finished_and_saved(
     assert "after step 2, which is saved" in capsys.readouterr().err
     run = Path(wanted.output)
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-2"]
-    assert "stopped by signal" in (run / "train.log").read_text()
+    assert f"stopped by {'Ctrl-C' if name == 'SIGINT' else name} after" in (run / "train.log").read_text()
     monkeypatch.undo()
     training.fit(wanted, QUIET)
     one, two = (weights(folder / "model") for folder in (run, done[1].run))
@@ -105,7 +105,8 @@ def test_outside_the_main_thread_nothing_is_set() -> None:
 
 
 def test_it_says_what_happened() -> None:
-    assert str(Stopped(15, 7)).startswith("stopped by signal 15 after step 7")
+    assert str(Stopped(15, 7)).startswith("stopped by SIGTERM after step 7")
+    assert str(Stopped(2, 7, "trial")).startswith("stopped by Ctrl-C after trial 7")
 
 
 def send_in_step(index: int, number: int, monkeypatch: pytest.MonkeyPatch, to_all: bool = False) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,14 @@ def test_a_missing_list_names_what_was_found(tmp_path: Path) -> None:
     assert "a split is a folder" in hint
     (tmp_path / "pairs.json").write_text("[]")
     assert refused(tmp_path)[1] == "found pairs.json; rename it"
+
+
+def test_a_list_that_may_not_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, [GOOD])
+    monkeypatch.setattr(os, "access", lambda path, _: not str(path).endswith("img_text_pair.json"))
+    message, hint = refused(tmp_path)
+    assert message == f"{tmp_path / 'img_text_pair.json'} cannot be read: permission denied"
+    assert hint == "make it readable for this user"
 
 
 def test_a_missing_imgs_folder(tmp_path: Path) -> None:

@@ -109,6 +109,15 @@ def test_an_output_that_cannot_be_a_folder_is_refused(
     assert listing(tmp_path) == {"file": b"mine"}
 
 
+def test_an_output_where_no_folder_can_be_made_is_refused(experiment: Experiment) -> None:
+    """Whoever is root may write into /proc, and is told there that the new folder is not found."""
+    if not Path("/proc/self").exists():
+        pytest.skip("no /proc here")
+    with pytest.raises(UserError, match=r"cannot write /proc/cytoclip/\.lock") as caught:
+        training.fit(experiment(output="/proc/cytoclip"), QUIET)
+    assert caught.value.code is ExitCode.SYSTEM
+
+
 def test_a_run_folder_in_use_is_refused(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two runs in one folder would overwrite each other's checkpoints. The lock stays with who holds it."""
     no_step(monkeypatch)

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from cytoclip import adapters, files, from_open_clip, model
 from cytoclip.captions import pad_of
 from cytoclip.config import Config, Model
+from cytoclip.config import load as load_config
 from cytoclip.errors import ExitCode, UserError, neighbour
 from cytoclip.model import DualEncoder
 from cytoclip.pixels import PixelSpec, to_floats
@@ -183,11 +184,7 @@ def locate(name: str) -> str:
         for inner in (run.best, files.old(run.best), run.model):  # old: while its writer exchanges the two
             if inner.is_dir():
                 return str(inner.resolve())
-        raise UserError(
-            f"{folder} is a run folder without a saved model yet",
-            f"run `cytoclip train {run.config}` to its first checkpoint",
-            ExitCode.MODEL,
-        )
+        raise _without_model(run)
     if not ((folder / "config.json").is_file() or (folder / "adapter_config.json").is_file()):
         raise UserError(
             f"{folder} holds no model: neither config.json nor adapter_config.json, open_clip_config.json or a run's "
@@ -196,6 +193,17 @@ def locate(name: str) -> str:
             ExitCode.MODEL,
         )
     return str(folder.resolve())
+
+
+def _without_model(run: RunFolder) -> UserError:
+    wanted = load_config(run.config)
+    first = min(wanted.validation.every, wanted.train.steps or wanted.validation.every)
+    return UserError(
+        f"{run.path} is a run folder without a saved model yet: models are saved at validations, the first of which "
+        f"comes at step {first:,}, or at the end of a shorter run",
+        f"`cytoclip train {run.config}` goes on; in a new run validate.every=N brings it sooner",
+        ExitCode.MODEL,
+    )
 
 
 def _refuse_slip(name: str) -> None:

@@ -14,9 +14,10 @@ from cytoclip.device import World
 from cytoclip.errors import ExitCode, Stopped, UserError, first_few
 
 # May differ when a run resumes, or was moved: they decide no number.
-HARMLESS = {"data.workers", "data.cache", "data.cache_budget_gb", "train.shard", "checkpoint.every",
-    "checkpoint.keep_last", "track.to", "report.images", "output"}  # fmt: skip
+HARMLESS = {"data.workers", "data.cache", "data.cache_budget_gb", "train.shard", "train.gradient_checkpointing",
+    "checkpoint.every", "checkpoint.keep_last", "track.to", "report.images", "output"}  # fmt: skip
 _LENGTHS = ("steps", "epochs")
+_FEW = 3  # options that a hint writes out
 
 
 @contextmanager
@@ -57,7 +58,7 @@ def refuse_other_run(run: RunFolder, wanted: Config) -> None:
         if changed:
             raise UserError(
                 f"{run.path} holds a run with another configuration; different: {first_few(changed)}",
-                "name another output, or delete that folder",
+                f"{_to_go_on(there, changed)}name another output, or delete that folder",
                 ExitCode.RUN,
             )
     elif run.path.exists() and not run.path.is_dir():
@@ -66,6 +67,14 @@ def refuse_other_run(run: RunFolder, wanted: Config) -> None:
         raise UserError(
             f"{run.path} holds files that are no run of ours", "name an empty or a new folder as output", ExitCode.RUN
         )
+
+
+def _to_go_on(there: Config, changed: list[str]) -> str:
+    """Which options the run goes on with, where they are few enough to be read and written in one word each."""
+    was = config.written(there, changed)
+    if len(changed) > _FEW or None in was.values():
+        return ""
+    return f"the run goes on with {' '.join(f'{name}={value}' for name, value in was.items())}; else "
 
 
 def is_longer(run: RunFolder, wanted: Config) -> bool:

@@ -21,6 +21,13 @@ class Format(StrEnum):
     sentence_transformers = "sentence-transformers"
 
 
+class Precision(StrEnum):
+    no = "no"
+    bf16 = "bf16"
+    fp16 = "fp16"
+    auto = "auto"
+
+
 def export(
     model: Annotated[
         str, typer.Argument(help="Run folder (its best weights), Hugging Face folder or hub id.", show_default=False)
@@ -47,7 +54,9 @@ def index(  # noqa: PLR0913 - each is an option
     source: Annotated[str, typer.Argument(help="Folder of pictures, data root, table or shards.", show_default=False)],
     to: Annotated[Path, typer.Option(help="Folder of the index; what is there is brought up to date.")],
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures or captions embedded at once.")] = 64,
-    precision: Annotated[str, typer.Option(help="Of the model: no (float32), bf16, fp16 or auto.")] = "no",
+    precision: Annotated[
+        Precision, typer.Option(help="Of the model: no is float32, auto the best of the device.")
+    ] = Precision.no,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Embed everything anew, by this model.")] = False,
     image_column: Annotated[str | None, typer.Option(help="Column of the picture; guessed if absent.")] = None,
     caption_column: Annotated[str | None, typer.Option(help="Column of the caption; guessed if absent.")] = None,
@@ -57,7 +66,7 @@ def index(  # noqa: PLR0913 - each is an option
     from cytoclip import index as indexing
     from cytoclip.rows import Columns
 
-    how = indexing.How(Columns(image_column, caption_column), batch_size, "auto", precision, rebuild)
+    how = indexing.How(Columns(image_column, caption_column), batch_size, "auto", precision.value, rebuild)
     console = arguments.console()
     built = indexing.build(model, source, to, console, how)
     console.result(json.dumps(built.document(), ensure_ascii=False) if as_json else built.text(to))

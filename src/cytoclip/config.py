@@ -5,7 +5,10 @@ The description of a field is its documentation; `docs/reference/config.md` and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,6 +23,7 @@ from cytoclip.data_options import Data, NonEmpty
 from cytoclip.errors import UserError, nearest
 from cytoclip.options import Option, Section
 
+_WORD = re.compile(r"[\w./:+,\[\]\"-]+")  # what a shell and YAML both read as it stands, or nearly
 Tower = Literal["full", "frozen", "lora"]
 
 
@@ -324,7 +328,7 @@ def parse(given: Mapping[str, Any], place: str) -> Config:
 
 
 def made(given: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
-    """A `Config` from nested mappings with `section.key=value` on top, for a caller in Python.
+    """A `Config` from nested mappings with `section.key=value` on top, for a caller in Python; a `Path` is its name.
 
     Raises
     ------
@@ -332,11 +336,20 @@ def made(given: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
         As `load` does.
     """
     try:
-        merged = _merged(OmegaConf.create(dict(given)), [_override(override) for override in overrides])
+        merged = _merged(OmegaConf.create(_named(dict(given))), [_override(override) for override in overrides])
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"the experiment cannot be read: {reason}", "give mappings of plain values") from None
     return parse(merged, f"the call with {' '.join(overrides)}" if overrides else "the call")
+
+
+def _named(given: Any) -> Any:
+    """The same with every path as text, which is what YAML would say."""
+    if isinstance(given, Mapping):
+        return {key: _named(value) for key, value in given.items()}
+    if isinstance(given, list | tuple):
+        return [_named(value) for value in given]
+    return os.fspath(given) if isinstance(given, os.PathLike) else given
 
 
 def dump(config: Config) -> str:
@@ -348,6 +361,14 @@ def differences(one: Config, other: Config) -> list[str]:
     """Dotted names of the options whose values differ."""
     flat_one, flat_other = (dict(_flatten(c.model_dump(mode="json", by_alias=True))) for c in (one, other))
     return [name for name in sorted({*flat_one, *flat_other}) if flat_one.get(name) != flat_other.get(name)]
+
+
+def written(config: Config, names: Iterable[str]) -> dict[str, str | None]:
+    """Options by their dotted names as an override has them; None where that takes more than one plain word."""
+    values = dict(_flatten(config.model_dump(mode="json", by_alias=True)))
+    said = {name: json.dumps(values.get(name, {}), ensure_ascii=False).replace(" ", "") for name in names}
+    plain = {name: value.strip('"') if isinstance(values.get(name), str) else value for name, value in said.items()}
+    return {name: value if _WORD.fullmatch(value) else None for name, value in plain.items()}
 
 
 def options() -> Iterator[Option]:

@@ -154,6 +154,9 @@ class Desk:
         """How each caption fits, in the order given."""
         if not captions:
             raise UserError("there are no captions to score", "write one a line")
+        empty = next((number for number, one in enumerate(captions, 1) if not one.strip()), None)
+        if empty:
+            raise UserError(f"caption {empty} is empty", "give a few words, or leave it out")
         with self._turn:
             decoded, encoder = decode(picture), self.index.encoder
             cosines = encoder.similarity(decoded, list(captions))[0]

@@ -26,7 +26,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from cytoclip import slurm
-from cytoclip.errors import ExitCode, UserError, counted
+from cytoclip.errors import ExitCode, UserError, counted, nearest, shown
 
 _SETTLING = 0.02  # seconds: a thousand times as long as it takes
 T = TypeVar("T")
@@ -34,6 +34,7 @@ MEETING = timedelta(minutes=10)  # for all processes to be there
 PATIENCE = timedelta(days=1)  # in a collective call; `liveness.py` sees much earlier that a process is gone
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+PRECISIONS = ("no", *DTYPES, "auto")
 
 _REFUSED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -203,8 +204,10 @@ def start(
     Raises
     ------
     UserError
-        For what the launcher was told and we don't do, a device that is not there, or processes that cannot meet.
+        For what the launcher was told and we don't do, a precision or device that is none or not there, or processes
+        that cannot meet.
     """
+    _refuse_unknown("precision", precision, PRECISIONS)
     slurm.adopt(os.environ)
     refuse_launcher(os.environ)
     kind = _device_kind(device)
@@ -370,8 +373,19 @@ def imitates(precision: str, device: str = "auto") -> bool:
     return precision in DTYPES and _device_kind(device) == "cpu" and has_kernels is not None and not has_kernels()
 
 
+def _refuse_unknown(what: str, given: object, known: Iterable[str]) -> None:
+    """Raise `UserError` for a word that is none of the known ones: what is not understood would be ignored."""
+    if given not in tuple(known):
+        near = nearest(str(given).removeprefix("torch.").partition(":")[0], known)
+        raise UserError(
+            f"{what} {shown(given)} is none of {', '.join(known)}",
+            f"did you mean {near}?" if near else "auto chooses the best that is here",
+        )
+
+
 def _device_kind(device: str) -> str:
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    _refuse_unknown("device", device, (*there, "auto"))
     if device == "auto":
         launcher_wants_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
         return "cpu" if launcher_wants_cpu else next(kind for kind, present in there.items() if present)

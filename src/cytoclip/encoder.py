@@ -8,9 +8,10 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,13 +20,18 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from cytoclip import captions, checkpoint, images, pixels
+from cytoclip import captions, checkpoint, images, pixels, places
 from cytoclip.checkpoint import Opened
 from cytoclip.device import World, start
-from cytoclip.errors import ExitCode, UserError
+from cytoclip.errors import ExitCode, UserError, shown, suggested
 from cytoclip.files import Piece
 
 Picture: TypeAlias = str | Path | Piece | bytes | Image.Image | NDArray[np.uint8]
+# What is one picture, though some of it could be gone through like several.
+_ONE: Any = (str, os.PathLike, Piece, bytes, Image.Image)
+_SHAPES = "(H, W), (H, W, 1), (H, W, 3) or (H, W, 4)"
+_LONGEST = 100  # characters of a name of no file
+_TAKEN = f"a picture is a file's name, the bytes of one, a PIL.Image or a uint8 array of shape {_SHAPES}"
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,10 @@ class Encoder:
     world: World
     _one_at_a_time: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(os.cpu_count()), repr=False)
+
+    def __repr__(self) -> str:
+        world = self.world
+        return f"<Encoder {self.name} on {world.device}, precision {world.precision}, {self.width} dimensions>"
 
     @property
     def name(self) -> str:
@@ -71,20 +81,23 @@ class Encoder:
         """SHA-256 of what decides an embedding: the weights, how pictures and texts are read, and the precision."""
         return self.opened.digest(self.world.precision)
 
-    def embed_images(self, pictures: Picture | Sequence[Picture], batch_size: int = 64) -> NDArray[np.float32]:
-        """Unit embeddings (N, D) of pictures: files, their bytes, PIL, or uint8 arrays (H, W), (H, W, 3), (H, W, 4).
+    def embed_images(self, pictures: Picture | Iterable[Picture], batch_size: int = 64) -> NDArray[np.float32]:
+        """Unit embeddings (N, D) of pictures: files, their bytes, PIL, or uint8 arrays (H, W), (H, W, 1), (H, W, 3),
+        (H, W, 4).
 
-        One picture instead of a sequence gives N = 1. Memory holds `batch_size` decoded pictures at a time.
+        They come in a list, a generator, a column of a table, or a uint8 array (N, H, W, 3); one picture gives N = 1.
+        Memory holds `batch_size` decoded pictures at a time.
 
         Raises
         ------
         UserError
-            For a picture that cannot be read, with its place; nothing is returned then.
+            For a picture that cannot be read, with its place, and for what is no picture, with its row; nothing is
+            returned then.
         """
-        some = list(pictures) if isinstance(pictures, list | tuple) else [pictures]
-        parts = [np.empty((0, self.width), np.float32)]
-        for batch in _cut(some, batch_size):
-            parts.append(self.embed_pixels(np.stack(list(self._pool.map(self._pixels, batch)))))
+        parts, rows = [np.empty((0, self.width), np.float32)], count()
+        for batch in _cut(_listed(pictures), batch_size):
+            ready_B3HW = np.stack(list(self._pool.map(self._pixels, batch, rows)))
+            parts.append(self.embed_pixels(ready_B3HW))
         return np.concatenate(parts)
 
     def embed_pixels(self, ready_B3HW: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -94,15 +107,21 @@ class Encoder:
         found: NDArray[np.float32] = embedded.float().cpu().numpy()
         return found
 
-    def embed_texts(self, texts: str | Sequence[str], batch_size: int = 256) -> NDArray[np.float32]:
+    def embed_texts(self, texts: str | Iterable[str], batch_size: int = 256) -> NDArray[np.float32]:
         """Unit embeddings (M, D) of texts, cut to the model's context; one text gives M = 1.
 
         Raises
         ------
         UserError
-            For a text that the model cannot read, such as an empty one where its tokenizer makes no token of it.
+            For what is no text, with its row, and for a text that the model cannot read, such as an empty one where
+            its tokenizer makes no token of it.
         """
-        some = [texts] if isinstance(texts, str) else list(texts)
+        some = [texts] if isinstance(texts, str) or not isinstance(texts, Iterable) else list(texts)
+        for row, text in enumerate(some):
+            if not isinstance(text, str):
+                raise UserError(
+                    f"row {row} is {shown(text)}, no text", "give a text there, or leave it out", ExitCode.DATA
+                )
         encoder, parts = self.opened.encoder, [np.empty((0, self.width), np.float32)]
         for batch in _cut(some, batch_size):
             with self._one_at_a_time:  # a tokenizer keeps how it was last told to cut: two threads would disturb it
@@ -112,12 +131,12 @@ class Encoder:
             parts.append(embedded.float().cpu().numpy())
         return np.concatenate(parts)
 
-    def similarity(self, pictures: Picture | Sequence[Picture], texts: str | Sequence[str]) -> NDArray[np.float32]:
+    def similarity(self, pictures: Picture | Iterable[Picture], texts: str | Iterable[str]) -> NDArray[np.float32]:
         """Cosines (N, M)."""
         cosines: NDArray[np.float32] = self.embed_images(pictures) @ self.embed_texts(texts).T
         return cosines
 
-    def probabilities(self, pictures: Picture | Sequence[Picture], texts: str | Sequence[str]) -> NDArray[np.float32]:
+    def probabilities(self, pictures: Picture | Iterable[Picture], texts: str | Iterable[str]) -> NDArray[np.float32]:
         """How likely each text is for a picture, by the model's own scale: (N, M).
 
         Rows sum to 1 over the texts (zero-shot classification, CLIP, arXiv 2103.00020, section 3.1); in the sigmoid
@@ -132,8 +151,8 @@ class Encoder:
             return torch.sigmoid(logits_NM + self.logit_bias).numpy()
         return logits_NM.softmax(1).numpy()
 
-    def _pixels(self, picture: Picture) -> NDArray[np.uint8]:
-        return pixels.prepare(_plain(picture), self.opened.pixels)
+    def _pixels(self, picture: Picture, row: int) -> NDArray[np.uint8]:
+        return pixels.prepare(_plain(picture, row), self.opened.pixels)
 
 
 def load(path: str | Path, device: str = "auto", precision: str = "no") -> Encoder:
@@ -151,7 +170,7 @@ def load(path: str | Path, device: str = "auto", precision: str = "no") -> Encod
     Raises
     ------
     UserError
-        Where nothing there can be opened, or the device is not there.
+        Where nothing there can be opened, or the precision or device is none or not there.
 
     Examples
     --------
@@ -172,7 +191,14 @@ def opened_in(world: World, path: str | Path) -> Encoder:
     return Encoder(opened, world)
 
 
-def _plain(picture: Picture) -> Image.Image:
+def _listed(pictures: Any) -> Iterable[Any]:
+    """The pictures that were given, one after another."""
+    if isinstance(pictures, np.ndarray) and pictures.ndim != 4:
+        return pictures.tolist() if pictures.dtype.kind in "OU" else [pictures]  # a column of paths, or one picture
+    return pictures if isinstance(pictures, Iterable) and not isinstance(pictures, _ONE) else [pictures]
+
+
+def _plain(picture: Any, row: int) -> Image.Image:
     if isinstance(picture, Image.Image):
         return images.normalise(picture)
     if isinstance(picture, np.ndarray):
@@ -180,16 +206,38 @@ def _plain(picture: Picture) -> Image.Image:
             picture.dtype != np.uint8
             or not picture.size
             or picture.ndim < 2
-            or picture.shape[2:] not in ((), (3,), (4,))
+            or picture.shape[2:] not in ((), (1,), (3,), (4,))
         ):
             raise UserError(
                 f"an array of {picture.dtype} {picture.shape} is no picture",
-                "pass uint8 of shape (H, W), (H, W, 3) or (H, W, 4)",
+                f"pass uint8 of shape {_SHAPES}; several of one size as (N, H, W, 3)",
                 ExitCode.DATA,
             )
-        return images.normalise(Image.fromarray(picture))
-    return images.decode(Path(picture) if isinstance(picture, str) else picture)
+        return images.normalise(Image.fromarray(picture[..., 0] if picture.shape[2:] == (1,) else picture))
+    if not isinstance(picture, _ONE):
+        raise UserError(f"row {row} is {shown(picture)}, no picture", _TAKEN, ExitCode.DATA)
+    if isinstance(picture, str) and places.is_remote(picture):
+        hint = "download it, and give the file or its bytes"
+        raise UserError(f"{shown(picture)} is an address, and addresses are not fetched", hint, ExitCode.DATA)
+    return _read(picture if isinstance(picture, bytes | Piece) else Path(picture))
 
 
-def _cut(some: Sequence[Any], each: int) -> list[Sequence[Any]]:
-    return [some[begin : begin + each] for begin in range(0, len(some), each)]
+def _read(place: Path | Piece | bytes) -> Image.Image:
+    """A picture that a caller named: there is no list of pairs that a hint could send them to."""
+    try:
+        return images.decode(place)
+    except UserError as error:
+        if isinstance(place, Path) and not os.path.exists(place):  # noqa: PTH110 - Path.exists raises for a long name
+            name = str(place) if len(str(place)) <= _LONGEST else f"{str(place)[:_LONGEST]}…"
+            hint = suggested(place, f"a name that does not begin with / is looked for in {Path.cwd()}")
+            raise UserError(f"{name}: no such file", hint, ExitCode.DATA) from error
+        hint = images.READ if images.READ in error.hint else error.hint
+        raise UserError(error.message, hint, ExitCode.DATA) from error
+
+
+def _cut(some: Iterable[Any], each: int) -> Iterator[list[Any]]:
+    if not isinstance(each, int) or each < 1:
+        raise UserError(f"batch_size {shown(each)} is no whole number from 1", "such as batch_size=64")
+    left = iter(some)
+    while batch := list(islice(left, each)):
+        yield batch

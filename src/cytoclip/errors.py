@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import signal
 from collections.abc import Iterable
 from enum import IntEnum
 from itertools import islice
@@ -62,13 +63,22 @@ class Stopped(Exception):  # noqa: N818 - it is no error
     """A run that was asked to stop by signal `number`, after it saved step `step`; a search, after trial `step`."""
 
     def __init__(self, number: int, step: int, what: str = "step") -> None:
-        super().__init__(f"stopped by signal {number} after {what} {step}, which is saved; the same command goes on")
+        by = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        super().__init__(f"stopped by {by} after {what} {step}, which is saved; the same command goes on")
         self.number = number
 
 
+_ELSEWHERE = {"float32": "no", "fp32": "no", "float16": "fp16", "half": "fp16", "bfloat16": "bf16", "gpu": "cuda"}
+_SHOWN = 80  # characters of a value in a message
+
+
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known name that `word` most likely means: by initials (`lr` for `learning_rate`), else by spelling."""
+    """The known name that `word` most likely means: by what other programs call it, by initials (`lr` for
+    `learning_rate`), else by spelling.
+    """
     names = list(known)
+    if _ELSEWHERE.get(word) in names:
+        return _ELSEWHERE[word]
     for name in names:
         if "_" in name and word == "".join(part[0] for part in name.split("_") if part):
             return name
@@ -103,6 +113,12 @@ def first_few(names: list[str], few: int = 3) -> str:
     shown = ", ".join(names[:few])
     rest = len(names) - few
     return f"{shown} and {rest} more" if rest > 0 else shown
+
+
+def shown(value: object) -> str:
+    """A value short enough for a message, and on one line, whatever it holds."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}…"
 
 
 def first_line(error: BaseException) -> str:

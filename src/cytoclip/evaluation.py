@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,12 @@ class Compared:
     measured: dict[str, Measured]
     embedded: dict[str, Embedded]
     differences: dict[str, Scores]
+
+    def __repr__(self) -> str:
+        """The table at every k that was asked for: what a notebook shows."""
+        directions = [one for scores in self.columns().values() for one in scores.values() if isinstance(one, dict)]
+        names = {name for one in directions for name in one}
+        return self.text(sorted(int(name.removeprefix("hit@")) for name in names if re.fullmatch(r"hit@\d+", name)))
 
     def columns(self) -> dict[str, Scores]:
         return {title: one.scores for title, one in self.measured.items()}

@@ -6,6 +6,7 @@ Letters: N pairs, D embedding.
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -139,7 +140,7 @@ def export(
         held = yardstick.make(opened, name, console, most)
         notes = [*written.notes, *_crop_notes(opened)]
         exported = replace(_compared(opened, held, new, form, console), notes=notes)
-        files.write_text(new / model_card.NAME, _card(name, exported, written))
+        files.write_text(new / model_card.NAME, _card(name, exported, written, _place(to, push)))
         files.write_json(new / RESULT, exported.document())
     for note in notes:
         console.warn(note)
@@ -164,10 +165,15 @@ def _refuse(to: Path, form: str, adapter: bool, push: str | None) -> None:
         raise UserError(f"--format {form} is none of {', '.join(FORMATS)}", "such as --format hf")
     if adapter and form != "hf":
         raise UserError(f"--adapter keeps a LoRA apart, and {form} has no place for one", "use --format hf")
-    if os.path.lexists(to) and not (to.is_dir() and not any(to.iterdir())):
-        raise UserError(f"{to} is already there", "name another folder, or delete it first", ExitCode.DATA)
     if push is not None:
         hub.refuse(push)
+    if os.path.lexists(to) and not (to.is_dir() and not any(to.iterdir())):
+        exported = f"it is exported, and uploaded by: {hub.by_hand(to, push)}; " if push and _is_one(to) else ""
+        raise UserError(f"{to} is already there", f"{exported}name another folder, or delete it first", ExitCode.DATA)
+
+
+def _is_one(folder: Path) -> bool:
+    return (folder / RESULT).is_file()
 
 
 def _refuse_family(opened: Opened, form: str) -> None:
@@ -288,9 +294,16 @@ def _crop_notes(opened: Opened) -> Iterator[str]:
         )
 
 
-def _card(name: str, exported: Exported, written: _Written) -> str:
+def _place(to: Path, push: str | None) -> str:
+    """Code that says where the export is, for who reads its card."""
+    if push is None:
+        return f"folder = {json.dumps(str(to), ensure_ascii=False)}"
+    return f'from huggingface_hub import snapshot_download\n\nfolder = snapshot_download("{push}")'
+
+
+def _card(name: str, exported: Exported, written: _Written, place: str) -> str:
     read, best = _record(name)
-    handed = Handed(written.library or FORMATS[exported.format], written.code, list(_checked(exported)))
+    handed = Handed(written.library or FORMATS[exported.format], place, written.code, list(_checked(exported)))
     results = read.results if read else None
     return model_card.card(results, read.wanted if read else None, best, written.adapter, exported.family, handed)
 

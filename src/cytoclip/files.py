@@ -64,7 +64,7 @@ def write_bytes(path: Path, written: bytes) -> None:
     """Write a whole file or leave the old one: a crash at any moment leaves one of the two."""
     beside = path.with_name(f".{path.name}.new")
     with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make(path.parent)
         with beside.open("wb") as stream:
             stream.write(written)
             stream.flush()
@@ -97,7 +97,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     with disk_errors(path):
         recover(path)
         shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
+        _make(beside)
         try:
             yield beside
             _sync_tree(beside)
@@ -119,7 +119,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}.new")
     with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make(path.parent)
         try:
             with beside.open("wb") as stream:
                 yield stream
@@ -168,7 +168,7 @@ def lock(path: Path, busy: UserError, wait: float = 0) -> Iterator[None]:
     held = FileLock(path)
     try:
         with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make(path.parent)
             held.acquire(timeout=wait)
     except Timeout:
         raise busy from None
@@ -211,6 +211,14 @@ def disk_errors(path: Path) -> Iterator[None]:
                 f"cannot write {path}: {os.strerror(number)}", "name a folder that you may write to", ExitCode.SYSTEM
             ) from error
         raise
+
+
+def _make(folder: Path) -> None:
+    """A folder with its parents; where there is no place for one, as in /proc, the system calls it not found."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:
+        raise PermissionError(errno.EPERM, f"no folder can be made: {error.strerror}", str(folder)) from error
 
 
 def _sync_tree(folder: Path) -> None:

@@ -27,7 +27,6 @@ def upload(folder: Path, repository: str, console: Console) -> str:
         adapter that is there from before would be put on top of the model. The folder stays.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     api = HfApi(library_name="cytoclip")
     try:
@@ -44,10 +43,17 @@ def upload(folder: Path, repository: str, console: Console) -> str:
         api.upload_folder(
             repo_id=repository, folder_path=folder, commit_message="Exported with cytoclip", ignore_patterns=[".*"]
         )
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError, ValueError, RuntimeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # of huggingface_hub, of whichever HTTP library it uses, and of the network
         raise UserError(
             f"{folder} is exported, but could not be uploaded to {repository}: {first_line(error)}",
-            f"log in with `hf auth login` and a token that may write, then: hf upload {repository} {folder}",
+            f"log in with `hf auth login` and a token that may write, then: {by_hand(folder, repository)}",
             ExitCode.SYSTEM,
         ) from error
     return str(made)
+
+
+def by_hand(folder: Path, repository: str) -> str:
+    """The command that uploads what is exported already, as privately as `upload` does."""
+    return f"hf upload {repository} {folder} --private"

@@ -198,7 +198,8 @@ class _UnusableError(Exception):
     """Carries the phrase for what is wrong with a file."""
 
 
-_HINT = "replace the file or take its pair out of the JSON; every format that Pillow opens but EPS is read"
+READ = "every format that Pillow opens but EPS is read"
+_HINT = f"replace the file or take its pair out of the JSON; {READ}"
 _HINTS = {
     "no such file": "check the name in the JSON: it is relative to imgs/, and capitals matter",
     "permission denied": "make the file readable for this user",

@@ -10,9 +10,9 @@ from typing import Any
 
 from cytoclip import tables
 from cytoclip.console import Console
-from cytoclip.errors import counted, first_few
+from cytoclip.errors import counted, first_few, shown
 from cytoclip.pairs import Pairs
-from cytoclip.rows import data_error, kind, pick_labels, plain_row, shown, tags_problem
+from cytoclip.rows import data_error, kind, pick_labels, plain_row, tags_problem
 
 _SAMPLE = 100  # rows, to guess the columns
 

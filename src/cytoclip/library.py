@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cytoclip import arguments, config, evaluation, training
 from cytoclip.config import Config
 from cytoclip.console import Console
+from cytoclip.errors import UserError, shown
 from cytoclip.evaluation import Compared, How, Question
 from cytoclip.training import RunResult
 
@@ -60,7 +64,7 @@ def evaluate(
     data_root: str | Path,
     *,
     split: str = "val",
-    ks: Sequence[int] = (1, 5, 10, 50),
+    ks: int | Sequence[int] = (1, 5, 10, 50),
     base: str | None = None,
     batch_size: int = 64,
     quiet: bool = False,
@@ -73,6 +77,8 @@ def evaluate(
         Hub ids, Hugging Face folders or run folders.
     data_root
         The folder that holds the split.
+    ks
+        The k of hit@k, one or several.
     base
         A model to compare with, or `"none"`; None means the starting point of a run among the models.
 
@@ -95,9 +101,24 @@ def evaluate(
     20
     """
     some = [models] if isinstance(models, str | Path) else list(models)
+    if not some:
+        raise UserError("models is empty: nothing to evaluate", "name a run folder, a Hugging Face folder or a hub id")
+    wanted = _whole("ks", ks)
+    _whole("batch_size", batch_size)
     folder = evaluation.split_folder(Path(data_root), split)
     how = How(base=base, batch_size=batch_size)
-    return evaluation.evaluate([str(name) for name in some], folder, Question(ks), _console(quiet), how)
+    return evaluation.evaluate([str(name) for name in some], folder, Question(wanted), _console(quiet), how)
+
+
+def _whole(name: str, given: Any) -> list[int]:
+    """One whole number from 1, or several."""
+    try:
+        found = [operator.index(one) for one in (given if isinstance(given, Sequence | np.ndarray) else [given])]
+    except TypeError:
+        found = []
+    if not found or min(found) < 1:
+        raise UserError(f"{name}={shown(given)} is no whole number from 1", f"such as {name}=10")
+    return found
 
 
 def _console(quiet: bool) -> Console:

@@ -35,6 +35,9 @@ from transformers import AutoModel
 
 model = PeftModel.from_pretrained(AutoModel.from_pretrained("{base}"), folder).merge_and_unload()
 model.load_state_dict(load_file(f"{{folder}}/cytoclip.safetensors"), strict=False)  # projections, logit scale"""
+_HERE = 'folder = "."  # where this file lies'
+_YOURS = """picture = "picture.png"  # yours
+texts = ["one round cell", "a sheet of cells"]"""
 _INDEX = "fine-tuned with cytoclip"
 _RANKS = "Ranks captions for pictures, and pictures for captions, by cosine similarity."
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -48,13 +51,16 @@ class Handed:
     ----------
     library
         The hub's name of what opens it.
+    place
+        Code that says what `folder` is.
     code
-        That opens it, with the name `folder`.
+        That opens it, with the names `folder`, `picture` and `texts`.
     checked
         How it was compared with the run: paragraphs of Markdown.
     """
 
     library: str
+    place: str
     code: str
     checked: Sequence[str]
 
@@ -180,6 +186,7 @@ def _numbers(judged: list[Judged]) -> list[str]:
 
 def _use(base: str | None, wanted: Config | None, adapter: bool, handed: Handed | None) -> list[str]:
     opened = _ADAPTER.format(base=base or "the checkpoint it began from") if adapter else _WHOLE
+    code = f"{handed.place}\n{_YOURS}\n\n{handed.code}" if handed else f"{_HERE}\n\n{opened}"
     beside = "The tokenizer and the image processor lie in the same folder: `AutoTokenizer`, `AutoImageProcessor`."
     limits = [_LIMITS, _READ]
     if wanted is not None and wanted.data.crop == "pad":
@@ -188,7 +195,7 @@ def _use(base: str | None, wanted: Config | None, adapter: bool, handed: Handed 
         "## Intended use",
         _INTENDED,
         "## How to load it",
-        f"```python\n{handed.code if handed else opened}\n```",
+        f"```python\n{code}\n```",
         *([] if handed else [beside]),
         *(["## Compared with the model it was made from", *handed.checked] if handed else []),
         "## Limits",

@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from cytoclip.errors import ExitCode, UserError, first_few, nearest
-from cytoclip.rows import kind, require_regular, shown
+from cytoclip.errors import ExitCode, UserError, first_few, nearest, shown
+from cytoclip.rows import kind, require_regular
 
 HOLE = "{}"
 _MAX_BYTES = 1 << 20

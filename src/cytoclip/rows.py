@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from cytoclip.errors import ExitCode, UserError, counted, first_few, nearest, suggested
+from cytoclip.errors import ExitCode, UserError, counted, first_few, nearest, shown, suggested
 from cytoclip.files import Piece
 from cytoclip.pairs import Pairs, akin_to_source
 
@@ -308,13 +308,9 @@ def require_regular(path: Path) -> os.stat_result:
         raise data_error(f"{path} cannot be read: {reason}", hint) from None
     if not stat.S_ISREG(facts.st_mode):
         raise data_error(f"{path} is not a regular file", "name a file: pipes and devices are not read")
+    if not os.access(path, os.R_OK):
+        raise data_error(f"{path} cannot be read: permission denied", "make it readable for this user")
     return facts
-
-
-def shown(value: object) -> str:
-    """Short enough for a message, whatever it holds."""
-    written = repr(value)
-    return written if len(written) <= 80 else f"{written[:77]}…"
 
 
 def kind(value: object) -> str:

@@ -6,13 +6,14 @@ Letters: N pictures, D embedding.
 from __future__ import annotations
 
 import functools
+import operator
 import os
 import stat
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,7 @@ from cytoclip import catalogue, encoder, images, index, index_faiss, manifest
 from cytoclip.catalogue import Having
 from cytoclip.console import Console
 from cytoclip.encoder import Encoder, Picture
-from cytoclip.errors import ExitCode, UserError, first_few, nearest, suggested
+from cytoclip.errors import ExitCode, UserError, first_few, nearest, shown, suggested
 from cytoclip.files import Piece
 from cytoclip.index_faiss import Captions
 from cytoclip.manifest import Manifest
@@ -195,14 +196,25 @@ class Index:
         Raises
         ------
         UserError
-            For no query, one that cannot be embedded, a number out of range, or a key or value that is not there.
+            For no query, one that cannot be embedded, a number out of range, or a kind, key or value that is not there.
         """
-        return self.near(self._query(text, image, weight), k, kind, where)
+        _refuse_kind(kind)
+        return self._near(self._query(text, image, weight), k, kind, where)
 
     def near(
         self, query_D: NDArray[np.float32], k: int = 10, kind: Kind = "images", where: Mapping[str, str] | None = None
     ) -> list[Hit]:
-        """As `search`, for an embedding of length 1: float32 (D,)."""
+        """As `search`, for an embedding: float32 (D,). Of one that is longer or shorter than 1 the direction counts.
+
+        Raises
+        ------
+        UserError
+            For what is no embedding of the index's width, or has no direction; else as `search`.
+        """
+        _refuse_kind(kind)
+        return self._near(self._direction(query_D), k, kind, where)
+
+    def _near(self, query_D: NDArray[np.float32], k: int, kind: Kind, where: Mapping[str, str] | None) -> list[Hit]:
         if kind == "captions":
             return self._captions_near(query_D, k, where)
         return self._images_near(query_D, k, where)
@@ -251,14 +263,34 @@ class Index:
             )
         return found
 
+    def _direction(self, query_D: Any) -> NDArray[np.float32]:
+        width = self.manifest.width
+        try:
+            given_D = np.asarray(query_D, np.float32)
+        except (TypeError, ValueError, RuntimeError):  # what is no numbers; a tensor on a GPU, or with a gradient
+            given_D = np.empty(0, np.float32)
+        if given_D.shape != (width,):
+            what = f"of shape {given_D.shape}" if given_D.size else shown(query_D)
+            hint = f"give {width} numbers, such as a row of encoder.embed_texts"
+            raise UserError(f"an embedding {what} is none of this index, which has {width} dimensions", hint)
+        length = float(np.linalg.norm(given_D))
+        if not np.isfinite(length) or length == 0:
+            raise UserError(f"an embedding of length {length:g} has no direction", "give a finite one that is not zero")
+        return given_D if abs(length - 1) < 1e-5 else (given_D / length).astype(np.float32)
+
     def _query(self, text: str | None, image: Picture | None, weight: float) -> NDArray[np.float32]:
         if text is None and image is None:
             raise UserError("nothing to search for", "give a text, a picture, or both")
-        if not 0 <= weight <= 1:
+        if not isinstance(weight, int | float) or not 0 <= weight <= 1:
             raise UserError(f"weight {weight} is not from 0 to 1", "such as 0.5: picture and text alike")
+        if text is not None and not isinstance(text, str):
+            raise UserError(f"{shown(text)} is no text to search for", "give one text; search once for each of several")
         if text is not None and not text.strip():
             raise UserError("the text to search for is empty", "give a few words")
-        of_image = None if image is None else self.encoder.embed_images(image)[0]
+        images_ND = [None] if image is None else self.encoder.embed_images(image)
+        if len(images_ND) != 1:
+            raise UserError(f"{len(images_ND)} pictures to search for", "give one; search once for each of several")
+        of_image = images_ND[0]
         of_text = None if text is None else self.encoder.embed_texts(text)[0]
         if of_image is None or of_text is None:
             return of_text if of_image is None else of_image  # type: ignore[return-value]  # one of them is there
@@ -312,6 +344,9 @@ class Index:
         return Hit(rank, score, int(rows.ids[row]), rows.text("name", row), file, caption, rows.keys(row))
 
     def _allowed(self, where: Mapping[str, str] | None) -> NDArray[np.bool_] | None:
+        where = {} if where is None else where
+        if not isinstance(where, Mapping) or not all(isinstance(one, str) for both in where.items() for one in both):
+            raise UserError(f"where={shown(where)} is no mapping of texts", 'such as where={"split": "val"}')
         if not where:
             return None
         allowed = np.ones(len(self), bool)
@@ -382,9 +417,21 @@ def _moved(found: Manifest, roots: Sequence[str | Path]) -> list[str]:
 
 
 def _checked(k: int) -> int:
-    if not 1 <= k <= MOST:
-        raise UserError(f"k = {k} is not from 1 to {MOST}", "such as 10")
-    return k
+    try:
+        number = operator.index(k)
+    except TypeError:
+        number = 0
+    if not 1 <= number <= MOST:
+        raise UserError(f"k = {shown(k)} is not from 1 to {MOST}", "such as 10")
+    return number
+
+
+def _refuse_kind(kind: str) -> None:
+    """Raise `UserError` for what is none: pictures would be found, whatever was meant."""
+    if kind not in get_args(Kind):
+        near = nearest(str(kind), get_args(Kind))
+        raise UserError(f"kind {shown(kind)} is none of {', '.join(get_args(Kind))}",
+                        f"did you mean {near}?" if near else "images finds pictures")  # fmt: skip
 
 
 def document(hits: Sequence[Hit], asked: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from cytoclip import indices
 from cytoclip.console import Console
-from cytoclip.errors import UserError, counted
+from cytoclip.errors import UserError, counted, shown
 from cytoclip.files import Piece
 from cytoclip.pairs import Pairs
 from cytoclip.rows import (
@@ -26,7 +26,6 @@ from cytoclip.rows import (
     is_picture,
     plain_row,
     require_regular,
-    shown,
 )
 
 _BLOCK = 512

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cytoclip.console import Console
+from cytoclip.errors import shown
 from cytoclip.pairs import Pairs
 from cytoclip.rows import (
     MAX_TEXT,
@@ -22,7 +23,6 @@ from cytoclip.rows import (
     pick,
     plain_row,
     require_regular,
-    shown,
 )
 
 _SEPARATORS = ",;\t|"
