@@ -67,6 +67,22 @@ def test_both_halves_are_all_of_it_and_share_nothing(loose: Path) -> None:
     assert other["val"][1].names != val.names
 
 
+@pytest.mark.parametrize("held", [HoldOut(), None])
+def test_pairs_that_say_other_splits_are_warned_of(
+    loose: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], held: HoldOut | None
+) -> None:
+    shutil.copytree(loose, tmp_path, dirs_exist_ok=True)
+    listed = tmp_path / "train" / "img_text_pair.json"
+    entries = json.loads(listed.read_text())
+    for said in ("test", "train"):
+        listed.write_text(
+            json.dumps([entry | {"split": "train"} for entry in entries[1:]] + [entries[0] | {"split": said}])
+        )
+        split_reader.read(Data(root=str(tmp_path), hold_out=held), ("train",), Console())
+        warned = f"the pairs of {tmp_path / 'train'} say train, test in 'split', and all of them are trained on"
+        assert (warned in capsys.readouterr().err) == (said == "test")
+
+
 def test_the_order_of_the_list_decides_nothing(loose: Path, tmp_path: Path) -> None:
     shutil.copytree(loose, tmp_path, dirs_exist_ok=True)
     listed = tmp_path / "train" / "img_text_pair.json"

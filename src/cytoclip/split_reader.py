@@ -33,13 +33,18 @@ def read(data: Data, names: Iterable[str], console: Console) -> dict[str, tuple[
     if data.hold_out:
         place = data.split("train")
         assert place is not None  # noqa: S101 - as the options have it; for mypy
-        halves = cut(sources.read(place, columns, console), place, data, data.hold_out, console)
+        whole = sources.read(place, columns, console)
+        apart.warn_of_told(whole, place, console)
+        halves = cut(whole, place, data, data.hold_out, console)
         return {name: (place, pairs) for name, pairs in halves.items() if name in wanted}
-    return {
+    found = {
         name: (place, sources.read(place, columns, console))
         for name, place in wanted.items()
         if place and not (name == "train" and places.is_remote(str(data.train)))  # a Path has lost its second slash
     }
+    for place, pairs in found.values():
+        apart.warn_of_told(pairs, place, console)
+    return found
 
 
 def cut(pairs: Pairs, place: Path, data: Data, asked: HoldOut, console: Console) -> dict[str, Pairs]:
