@@ -14,6 +14,7 @@ import yaml
 from cytoclip import __version__, cli, cli_train, config
 from cytoclip.console import Console
 from cytoclip.errors import ExitCode, UserError
+from tests import formats
 from tests.typed import Outcome, Run, refused
 
 
@@ -169,6 +170,17 @@ def test_ks_may_stand_before_the_model(run: Run, asked: list[dict[str, Any]], ro
     """Digits end where the next word begins."""
     assert run("evaluate", "--ks", "1", "5", "some/model", str(root)).code == 0
     assert (asked[0]["models"], asked[0]["ks"]) == (["some/model"], [1, 5])
+
+
+def test_a_table_is_evaluated_under_its_name_and_valid_is_val(
+    run: Run, asked: list[dict[str, Any]], root: Path, tmp_path: Path
+) -> None:
+    place = formats.table("csv")(tmp_path, formats.drawn())
+    for words, split in (((str(place),), "pairs.csv"), ((str(root), "--split", "valid"), "val")):
+        outcome = run("evaluate", "some/model", *words, "--json")
+        assert outcome.code == 0, outcome.err
+        assert json.loads(outcome.out)["split"] == split
+    assert [call["root"] for call in asked] == [tmp_path, root]
 
 
 def test_the_last_word_is_the_data_root(run: Run, asked: list[dict[str, Any]], root: Path) -> None:

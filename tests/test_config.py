@@ -219,7 +219,13 @@ def test_several_faults_are_named(load: Callable[..., Config]) -> None:
         (DATA + "validate: {select_by: hitz}", "validate.select_by: 'hitz' is not measured", "did you mean hits?"),
         ("data: {root: d, train: e, val: f}", "root and train, val are both given", "give root, or train and val"),
         ("data: {root: d, test: f}", "root and test are both given", "give root, or train and val"),
-        ("data: {train: e}", "no data is named", "give data.root, or data.train and data.val"),
+        (
+            "data: {train: e}",
+            "train is e, and nothing is there to validate on",
+            "data.hold_out.share=0.15 validates on",
+        ),
+        ('data: {train: "s3://b/a.tar"}', "nothing is there to validate on", "give data.val"),
+        ("data: {val: e}", "no data is named", "give data.root, or data.train and data.val"),
         ("data: {test: e}", "no data is named", "give data.root, or data.train and data.val"),
         (DATA + "model: {lora: {rank: 4}}", "lora is given but no tower is lora", "model.image_tower=lora"),
         (

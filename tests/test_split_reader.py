@@ -116,11 +116,35 @@ def test_a_share_that_cannot_be_cut_off(loose: Path, tmp_path: Path) -> None:
     assert caught.value.code is ExitCode.DATA
 
 
+def test_a_root_without_val_is_told_what_to_do(loose: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(loose, tmp_path / "my data")
+    shutil.rmtree(data / "val")
+    with pytest.raises(UserError, match=f"no such folder: {data / 'val'}") as caught:
+        split_reader.read(Data(root=str(data)), ("train", "val", "test"), QUIET)
+    assert caught.value.hint == (
+        "data.hold_out.share=0.15 validates on a part of the training pairs; "
+        f"`cytoclip bring '{data / 'train'}' --to …` writes train, val and test"
+    )
+    (data / "vall").mkdir()
+    with pytest.raises(UserError, match="no such folder") as caught:
+        split_reader.read(Data(root=str(data)), ("train", "val", "test"), QUIET)
+    assert caught.value.hint == f"did you mean {data / 'vall'}?"
+
+
+@pytest.mark.parametrize("held", [HoldOut(), None])
+def test_a_root_that_is_a_split_is_told_what_to_do(loose: Path, held: HoldOut | None) -> None:
+    place = loose / "train" / "img_text_pair.json"
+    for root in (place, place.parent):
+        with pytest.raises(UserError, match=f"no split 'train' in {root}, which holds pairs itself") as caught:
+            split_reader.read(Data(root=str(root), hold_out=held), ("train", "val"), QUIET)
+        assert caught.value.hint.startswith(f"data.root=null data.train={root} data.hold_out.share=0.15; or `cytoclip")
+
+
 @pytest.mark.parametrize(
     ("given", "named"),
     [
         ({"train": "s3://bucket/{0..9}.tar", "hold_out": {}}, "needs training pairs that are here"),
-        ({"train": "somewhere"}, "no data is named"),
+        ({"train": "somewhere"}, "nothing is there to validate on"),
     ],
 )
 def test_what_the_options_refuse(given: dict[str, Any], named: str) -> None:

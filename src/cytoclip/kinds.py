@@ -92,7 +92,10 @@ KINDS = {
         "error", "entries", "entries that are no pair", "write what is missing, or take them out; entries count from 0"
     ),
     "no-validation": Kind(
-        "warning", "", "no validation split", "set some pairs apart: `cytoclip bring … --val 0.1` splits by source"
+        "warning",
+        "",
+        "no validation split",
+        "set some pairs apart: `cytoclip bring … --val 0.1` splits by source; or train with data.hold_out.share=0.15",
     ),
     "few-pairs": Kind(
         "error", "pairs", "fewer pairs than a batch", "set train.batch_size lower, as in the configuration below"

@@ -72,6 +72,15 @@ def is_loose(place: Path) -> bool:
     return not any(next(place.glob(f"*.{ending}"), None) for ending in _PACKED)
 
 
+def holds_pairs(place: Path) -> bool:
+    """Whether a place that is there holds pairs itself, and no splits."""
+    if places.is_hub(place):
+        return str(place).count("/") > 1  # owner, name and split
+    if places.is_pattern(place) or place.is_file():
+        return True
+    return place.is_dir() and not places.splits(place) and (not is_loose(place) or folders.holds_texts(place))
+
+
 def called(place: Path) -> Path:
     """What a message names when pictures of a place are meant: `imgs/` in the original layout, else the place."""
     return place / "imgs" if (place / LIST_NAME).is_file() else place

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import shlex
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cytoclip import apart, batches, places, sources
+from cytoclip import apart, batches, places, rows, sources
 from cytoclip.apart import Shares
 from cytoclip.console import Console
-from cytoclip.data_options import Data, HoldOut
-from cytoclip.errors import ExitCode, UserError, counted
+from cytoclip.data_options import HOLD_OUT, Data, HoldOut
+from cytoclip.errors import ExitCode, UserError, counted, neighbour
 from cytoclip.pairs import Pairs, same_caption_key
 from cytoclip.rows import Columns
 
@@ -29,6 +30,8 @@ def read(data: Data, names: Iterable[str], console: Console) -> dict[str, tuple[
         As `sources.read`; for `data.hold_out` of pairs from afar, or of pairs that cannot be cut so.
     """
     wanted = {name: data.split(name) for name in names}
+    if data.root:
+        _require_splits(Path(data.root), wanted if not data.hold_out else {"train": data.split("train")})
     columns = Columns(data.image_column, data.caption_column)
     if data.hold_out:
         place = data.split("train")
@@ -45,6 +48,24 @@ def read(data: Data, names: Iterable[str], console: Console) -> dict[str, tuple[
     for place, pairs in found.values():
         apart.warn_of_told(pairs, place, console)
     return found
+
+
+def _require_splits(root: Path, wanted: Mapping[str, Path | None]) -> None:
+    """Of a data root that is there: a split that is not, or a root that is itself one, has a hint of its own."""
+    missing = [name for name, place in wanted.items() if place and not places.is_hub(root) and not place.exists()]
+    missing = [name for name in missing if places.split(root, name) is None]
+    if not missing or not root.exists() or neighbour(root / missing[0]):
+        return
+    own, bring = shlex.quote(str(root)), "`cytoclip bring {} --to …` writes train, val and test"
+    if missing == ["val"]:
+        raise rows.data_error(
+            f"no such folder: {root / 'val'}", f"{HOLD_OUT}; {bring.format(shlex.quote(str(wanted['train'])))}"
+        )
+    if sources.holds_pairs(root):
+        raise rows.data_error(
+            f"no split {missing[0]!r} in {root}, which holds pairs itself",
+            f"data.root=null data.train={own} data.hold_out.share=0.15; or {bring.format(own)}",
+        )
 
 
 def cut(pairs: Pairs, place: Path, data: Data, asked: HoldOut, console: Console) -> dict[str, Pairs]:
