@@ -17,6 +17,7 @@ from cytoclip.console import Console
 from cytoclip.data_options import Data, HoldOut
 from cytoclip.errors import ExitCode, UserError
 from cytoclip.pairs import Pairs, same_caption_key
+from tests import formats
 from tests.component_twin import assert_components
 
 QUIET = Console(quiet=True)
@@ -81,6 +82,14 @@ def test_pairs_that_say_other_splits_are_warned_of(
         split_reader.read(Data(root=str(tmp_path), hold_out=held), ("train",), Console())
         warned = f"the pairs of {tmp_path / 'train'} say train, test in 'split', and all of them are trained on"
         assert (warned in capsys.readouterr().err) == (said == "test")
+
+
+def test_pictures_below_a_root_of_their_own(tmp_path: Path) -> None:
+    place = formats.table("csv")(tmp_path / "from", formats.drawn())
+    moved = place.rename(tmp_path / "moved.csv")
+    data = Data(train=str(moved), val=str(moved), image_root=str(tmp_path / "from"))
+    for _, pairs in split_reader.read(data, ("train", "val"), QUIET).values():
+        assert all(image.is_file() for image in pairs.images if isinstance(image, Path))
 
 
 def test_the_order_of_the_list_decides_nothing(loose: Path, tmp_path: Path) -> None:

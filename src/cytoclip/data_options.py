@@ -126,6 +126,11 @@ class Data(Section):
     caption_column: NonEmpty | None = Field(
         None, description="Column of the caption in a table (CSV, TSV, JSON lines, Parquet); null: guessed, and said."
     )
+    image_root: NonEmpty | None = Field(
+        None,
+        description="Folder below which the pictures of the splits' tables lie: names are relative to it, or absolute "
+        "and below it; null: relative to the table's folder.",
+    )
     crop: Literal["auto", "center", "pad", "squash"] = Field(
         "auto",
         description="How a picture of another shape becomes the model's: cut its long sides off (center), "

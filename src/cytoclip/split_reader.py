@@ -32,7 +32,7 @@ def read(data: Data, names: Iterable[str], console: Console) -> dict[str, tuple[
     wanted = {name: data.split(name) for name in names}
     if data.root:
         _require_splits(Path(data.root), wanted if not data.hold_out else {"train": data.split("train")})
-    columns = Columns(data.image_column, data.caption_column)
+    columns = columns_of(data)
     if data.hold_out:
         place = data.split("train")
         assert place is not None  # noqa: S101 - as the options have it; for mypy
@@ -48,6 +48,11 @@ def read(data: Data, names: Iterable[str], console: Console) -> dict[str, tuple[
     for place, pairs in found.values():
         apart.warn_of_told(pairs, place, console)
     return found
+
+
+def columns_of(data: Data) -> Columns:
+    """How the tables of the splits are read; those that `data.replay` and `validate.keep` name have other folders."""
+    return Columns(data.image_column, data.caption_column, Path(data.image_root) if data.image_root else None)
 
 
 def _require_splits(root: Path, wanted: Mapping[str, Path | None]) -> None:

@@ -37,7 +37,7 @@ _COCO = 'COCO captions hold "images" with id and file_name, and "annotations" wi
 def read(file: Path, columns: Columns, console: Console) -> Pairs:
     """The pairs of one table, by its ending: .csv, .tsv, .jsonl, .ndjson or .json (a list of objects, or COCO).
 
-    Names of pictures are relative to the table's folder and may not leave it.
+    Names of pictures are relative to the table's folder, or to `columns.root`, and may not leave it.
 
     Raises
     ------
@@ -48,7 +48,11 @@ def read(file: Path, columns: Columns, console: Console) -> Pairs:
     if file.suffix.lower() != ".json":
         return from_rows(file, _text_rows(file, console), columns, console)
     loaded = load_json(file)
-    return _coco(file, loaded) if isinstance(loaded, dict) else from_rows(file, _listed(file, loaded), columns, console)
+    return (
+        _coco(file, loaded, columns)
+        if isinstance(loaded, dict)
+        else from_rows(file, _listed(file, loaded), columns, console)
+    )
 
 
 def rows_of(file: Path, console: Console) -> Iterator[Any]:
@@ -72,7 +76,7 @@ def from_rows(file: Path, rows: Iterator[Any], columns: Columns, console: Consol
     if not objects:
         raise data_error(f"{file} holds rows that are {kind(first[0])}, not objects", _HINT)
     chosen = pick(objects, columns, file, console.say)
-    gathered = Gathered(file, file.parent, "row", "rows", _HINT)
+    gathered = Gathered.of_table(file, columns, "row", "rows", _HINT)
     for number, row in enumerate(chain(first, rows), start=1):
         if isinstance(row, Mapping):
             image = row.get(str(chosen.image))
@@ -179,7 +183,7 @@ def _parsed(lines: Iterator[str], separator: str, file: Path) -> Iterator[list[s
         yield row
 
 
-def _coco(file: Path, loaded: dict[str, Any]) -> Pairs:
+def _coco(file: Path, loaded: dict[str, Any], columns: Columns) -> Pairs:
     """One pair for each picture, in the order of "images"; its captions in the order of "annotations"."""
     images, annotations = loaded.get("images"), loaded.get("annotations")
     if not isinstance(images, list) or not isinstance(annotations, list):
@@ -190,8 +194,7 @@ def _coco(file: Path, loaded: dict[str, Any]) -> Pairs:
         if wrong:
             raise data_error(f"annotation {number} of {file} has no image_id or no caption", _COCO)
         said.setdefault(one["image_id"], []).append(one["caption"])
-    folder = _coco_folder(file, images)
-    gathered = Gathered(file, folder, "image", "images", _COCO)
+    gathered = Gathered.of_table(file, columns, "image", "images", _COCO, _coco_folder(file, images))
     for number, one in enumerate(images):
         if not isinstance(one, dict) or not isinstance(one.get("id"), str | int):
             gathered.skip(number, "it has no id")
