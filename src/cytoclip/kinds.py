@@ -123,7 +123,12 @@ KINDS = {
         "error", "pairs", "groups that are in two splits", "keep all pairs of a group in one split, or rename groups"
     ),
     # files
-    "missing": Kind("error", "pictures", "pictures that are not there", "check the names: capitals matter"),
+    "missing": Kind(
+        "error",
+        "pictures",
+        "pictures that are not there",
+        "check the names: capitals and endings matter, and folders end in /",
+    ),
     "empty-file": Kind("error", "pictures", "files of no bytes", _MEND),
     "truncated": Kind("error", "pictures", "truncated pictures", _MEND),
     "undecodable": Kind("error", "pictures", "files that cannot be decoded", _MEND),
