@@ -17,6 +17,7 @@ from cytoclip.pairs import Pairs, akin_to_source
 
 TAGS = ("group", "source", "label")
 MAX_EXTRA = 64  # characters of a further key or value that is kept beside a pair, and how many of them a pair has
+AS_UTF_8 = 'save it as UTF-8; in Excel: Save As, "CSV UTF-8 (comma delimited)"'
 _VALUES = 256  # of a further key in one place: with more it is a number of the row, and no slice
 MAX_TEXT = 1 << 20  # bytes of one caption, line or record: the longest reports have a hundredth of it
 PICTURES = frozenset(
