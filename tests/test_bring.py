@@ -172,6 +172,17 @@ def test_a_pair_without_a_split_among_others_is_refused(tmp_path: Path, lacking:
     assert not (tmp_path / "to").exists()
 
 
+def test_captions_that_stand_for_none_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = formats.table("csv")(tmp_path / "from", formats.drawn(10))
+    rows = place.read_text(encoding="utf-8").splitlines()
+    for row, said in ((1, "nan"), (2, "-"), (3, "N/A"), (4, "null")):
+        rows[row] = f"{row},pictures/{row - 1:03}.png,slide,{said},1,site,10"
+    place.write_text("\n".join(rows), encoding="utf-8")
+    bring.bring(place, tmp_path / "to", Shares(0.2, 0.0), Columns(), Console())
+    said = "pictures/000.png ('nan'), pictures/001.png ('-'), pictures/002.png ('N/A') and 1 more"
+    assert f"4 captions that say nothing or stand for a missing value: {said}" in capsys.readouterr().err
+
+
 def test_files_are_linked_and_pieces_are_copied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place = formats.table("csv")(tmp_path / "from", formats.drawn())
     bring.bring(place, tmp_path / "to", Shares(0.4, 0.0), Columns(), Console())

@@ -59,7 +59,7 @@ def test_a_clean_set_reports_nothing(clean: Path, base: Path) -> None:
 
 def test_every_planted_fault_is_found_by_kind_count_and_name_and_nothing_else(bed: Path, base: Path) -> None:
     kinds = list(planted.PLANTS)
-    assert len(KINDS) == 37
+    assert len(KINDS) == 38
     assert set(KINDS) - set(kinds) == {"no-validation", "decoder-died"}, "each has a test of its own below"
     expected = planted.plant(bed, kinds)
     report = check.check(bed, str(base), 500, QUIET)

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cytoclip import apart, batches, files, leaks, sources
+from cytoclip import apart, batches, files, leaks, sources, texts
 from cytoclip.apart import SPLITS, Shares
 from cytoclip.console import Console, size
-from cytoclip.errors import ExitCode, UserError, counted
+from cytoclip.errors import ExitCode, UserError, counted, first_few
 from cytoclip.files import Piece
 from cytoclip.pairs import Pairs
 from cytoclip.rows import Columns
@@ -51,6 +51,7 @@ def bring(place: Path, to: Path, shares: Shares, columns: Columns, console: Cons
     pairs = batches.scanned(sources.read(place, columns, console), place, console)
     rows = _rows(pairs, place, shares, console)
     apart.warn_of_cut_sources(pairs, console)
+    _warn_of_no_captions(pairs, console)
     names = safe_names(pairs)
     copied = 0
     with files.whole_folder(to) as folder, console.progress("writing pictures", len(pairs)) as bar:
@@ -200,6 +201,21 @@ def _say(rows: dict[str, NDArray[np.int64]], pairs: Pairs, shares: Shares, conso
     for name, chosen in rows.items():
         if asked[name]:
             console.say(f"{name}: {counted(len(chosen), 'pair')}, {len(chosen) / total:.3f} ({asked[name]:.3f} asked)")
+
+
+def _warn_of_no_captions(pairs: Pairs, console: Console) -> None:
+    """As `check` would find them; who reads the table again can mend it before anything is trained."""
+    said = zip(pairs.names, pairs.captions, pairs.more, strict=True)
+    found = [
+        f"{name} ({text!r})"
+        for name, one, more in said
+        for text in (one, *more)
+        if texts.is_no_value(text) or texts.is_empty(text)
+    ]
+    if found:
+        console.warn(
+            f"{counted(len(found), 'caption')} that say nothing or stand for a missing value: {first_few(found)}"
+        )
 
 
 def _say_packed(pairs: Pairs, console: Console) -> None:

@@ -185,6 +185,12 @@ KINDS = {
     "turned": Kind("note", "pictures", "pictures that EXIF turns", "none is needed: they are turned upright"),
     # captions
     "empty-caption": Kind("error", "captions", "captions that say nothing", "write them, or take their pairs out"),
+    "no-value": Kind(
+        "error",
+        "captions",
+        "captions that stand for a missing value (nan, N/A, None)",
+        "write them, or take their pairs out: each is a right answer for every other one",
+    ),
     "unread-script": Kind(
         "error",
         "captions",
