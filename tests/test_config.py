@@ -209,7 +209,11 @@ def test_several_faults_are_named(load: Callable[..., Config]) -> None:
 @pytest.mark.parametrize(
     ("text", "said", "hint"),
     [
-        (DATA + "train: {steps: 3, epochs: 2}", "steps is 3 and epochs is 2", "give one of the two"),
+        (
+            DATA + "train: {steps: 3, epochs: 2}",
+            "steps is 3 and epochs is 2",
+            "one of the two: train.steps=null goes by",
+        ),
         (DATA + "train: {steps: null}", "steps is null and epochs is null", "give one of the two"),
         (
             DATA + "validate: {select_by: hit@5}",

@@ -29,7 +29,7 @@ _HALF = re.compile("[\ud800-\udfff]")  # half of a character beyond U+FFFF: vali
 _IMAGES = ("image", "img", "image_path", "img_path", "file_name", "filename", "filepath", "file_path", "path", "file",
     "picture", "image_file", "image_name", "image_id", "jpg", "png", "bytes")  # fmt: skip
 _CAPTIONS = ("caption", "captions", "text", "txt", "description", "sentence", "sentences", "title", "report")
-_LABELS = ("label", "labels", "class", "class_name", "category", "diagnosis", "target")
+LABELS = ("label", "labels", "class", "class_name", "category", "diagnosis", "target")
 _LOOKED_AT = 100  # rows, to guess a column by what it holds
 
 
@@ -286,7 +286,7 @@ def pick_labels(sample: Sequence[Mapping[str, Any]], place: Path, say: Callable[
         Where nothing can be guessed.
     """
     there = list(dict.fromkeys(name for row in sample for name in row))
-    label = _usual(there, _LABELS, None)
+    label = _usual(there, LABELS, None)
     image = _usual(there, _IMAGES, label) or _best(there, lambda name: _share(sample, name, is_picture), (label,))
     if image and not label and len(there) == 2:
         label = next(name for name in there if name != image)
