@@ -149,6 +149,15 @@ def test_a_root_that_is_a_split_is_told_what_to_do(loose: Path, held: HoldOut | 
         assert caught.value.hint.startswith(f"data.root=null data.train={root} data.hold_out.share=0.15; or `cytoclip")
 
 
+def test_a_root_with_one_table_is_told_what_to_do(tmp_path: Path) -> None:
+    place = formats.table("csv")(tmp_path, formats.drawn())
+    with pytest.raises(UserError, match=r"no split 'train' in .*, which holds pairs\.csv") as caught:
+        split_reader.read(Data(root=str(tmp_path)), ("train", "val"), QUIET)
+    assert caught.value.hint.startswith(
+        f"data.root=null data.train={place} data.hold_out.share=0.15; or `cytoclip bring"
+    )
+
+
 @pytest.mark.parametrize(
     ("given", "named"),
     [

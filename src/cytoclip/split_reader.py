@@ -66,9 +66,13 @@ def _require_splits(root: Path, wanted: Mapping[str, Path | None]) -> None:
         raise rows.data_error(
             f"no such folder: {root / 'val'}", f"{HOLD_OUT}; {bring.format(shlex.quote(str(wanted['train'])))}"
         )
-    if sources.holds_pairs(root):
+    tables = [place for place in root.glob("*.*") if place.suffix[1:].lower() in places.ENDINGS]
+    holds = "pairs itself" if sources.holds_pairs(root) else None
+    if not holds and len(tables) == 1 and not places.splits(root):
+        holds, own = tables[0].name, shlex.quote(str(tables[0]))
+    if holds:
         raise rows.data_error(
-            f"no split {missing[0]!r} in {root}, which holds pairs itself",
+            f"no split {missing[0]!r} in {root}, which holds {holds}",
             f"data.root=null data.train={own} data.hold_out.share=0.15; or {bring.format(own)}",
         )
 
