@@ -164,6 +164,7 @@ PLANTS: dict[str, tuple[Callable[[Bed], object], list[str]]] = {
     "unread-script": (lambda bed: bed.entry.update(caption="骨髓涂片中可见一个巨核细胞"), ["train/{}"]),
     "mojibake": (lambda bed: bed.entry.update(caption="A naÃ¯ve lymphocyte, 8 Âµm wide"), ["train/{}"]),
     "html": (lambda bed: bed.entry.update(caption="A <b>large</b> cell &amp; a small one"), ["train/{}"]),
+    "no-value": (lambda bed: bed.entry.update(caption="N/A "), ["train/{}"]),
     "one-word": (lambda bed: bed.entry.update(caption="Koilocyte."), ["train/{}"]),
     "cut-captions": (lambda bed: bed.entry.update(caption="a very long story of one cell " * 30), ["train/{}"]),
     "personal-captions": (lambda bed: bed.entry.update(caption="Smear of DOE^JANE, 12.03.2019"), ["train/{}"]),

@@ -303,6 +303,25 @@ def test_where_no_standby_is_good_the_picture_is_named(root: Path, base: Path, t
     assert pictures[1, 0, 2, 3][0] == (3, 0)
 
 
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("below\\1.png", "below\\1.png is written with backslashes: write below/1.png in {}/pairs.csv"),
+        ("https://a.b/1.png", "https://a.b/1.png is an address: download the pictures, and name their files"),
+        ("below/1", "below/1 has no ending, and 1.png is there: write it in {}/pairs.csv"),
+        ("other/1.png", "data.image_root (--image-root with cytoclip bring and check) names the folder below which"),
+    ],
+)
+def test_missing_pictures_are_told_where_they_were_looked_for(tmp_path: Path, name: str, why: str) -> None:
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "1.png").touch()
+    place = tmp_path / "pairs.csv"
+    place.write_text(f"image,caption\n{name},a cell\n")
+    with pytest.raises(UserError, match=r"1 of 1 pictures in .* cannot be used") as caught:
+        batches.open_split(place, QUIET)
+    assert caught.value.hint.startswith(f"looked for {tmp_path / name}; {why.format(tmp_path)}")
+
+
 def test_skipping_says_what_the_scan_found_and_keeps_the_pairs(root: Path, tmp_path: Path, capsys: Capsys) -> None:
     shutil.copytree(root / "train", tmp_path / "train")
     for row in (1, 2):

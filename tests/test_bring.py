@@ -132,6 +132,57 @@ def test_sources_under_another_name_are_said(
     assert (f"what comes from one '{key}'" in capsys.readouterr().err) == said
 
 
+def with_splits(folder: Path, said: list[str | None], key: str = "split") -> Path:
+    place = formats.json_lines(folder, formats.drawn(len(said)))
+    lines = [json.loads(line) for line in place.read_text().splitlines()]
+    rows = [one | ({} if name is None else {key: name}) for one, name in zip(lines, said, strict=True)]
+    place.write_text("\n".join(json.dumps(row) for row in rows))
+    return place
+
+
+@pytest.mark.parametrize("key", ["split", "Split"])
+def test_a_column_that_names_splits_is_followed(tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str) -> None:
+    """Two pairs of a slide each: what is cut is said, and not mended by moving a pair."""
+    said: list[str | None] = ["train", "train", "Train", "valid", "test", "test", "validation", "train"]
+    counts = bring.bring(with_splits(tmp_path / "from", said, key), tmp_path / "to", Shares(), Columns(), Console())
+    assert counts == {"train": 4, "val": 2, "test": 2}
+    found = {split: [name[-7:-4] for name in sources.read(tmp_path / "to" / split).names] for split in SPLITS}
+    assert found == {"train": ["000", "001", "002", "007"], "val": ["003", "006"], "test": ["004", "005"]}
+    printed = capsys.readouterr().err
+    assert "splits as column 'split' names them: nothing is shuffled" in printed
+    assert "sources (patient, slide, figure) that are in two splits: 2 of 2 pairs in val and train" in printed
+    assert "asked" not in printed
+
+
+@pytest.mark.parametrize("said", [["left", "right"] * 10, ["train"] * 20])
+def test_a_column_that_cuts_nothing_is_not_followed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], said: list[str | None]
+) -> None:
+    place = with_splits(tmp_path / "from", said)
+    counts = bring.bring(place, tmp_path / "to", Shares(0.2, 0.2), Columns(), Console())
+    assert counts == {"train": 12, "val": 4, "test": 4}
+    assert "nothing is shuffled" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("lacking", "shown"), [(None, "empty"), ("extra", "'extra'")])
+def test_a_pair_without_a_split_among_others_is_refused(tmp_path: Path, lacking: str | None, shown: str) -> None:
+    place = with_splits(tmp_path / "from", ["train", "val", lacking, "train"])
+    with pytest.raises(UserError, match=rf"1 pair of .* without a split's name in 'split', .*: .*002.png \({shown}"):
+        bring.bring(place, tmp_path / "to", Shares(), Columns(), QUIET)
+    assert not (tmp_path / "to").exists()
+
+
+def test_captions_that_stand_for_none_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = formats.table("csv")(tmp_path / "from", formats.drawn(10))
+    rows = place.read_text(encoding="utf-8").splitlines()
+    for row, said in ((1, "nan"), (2, "-"), (3, "N/A"), (4, "null")):
+        rows[row] = f"{row},pictures/{row - 1:03}.png,slide,{said},1,site,10"
+    place.write_text("\n".join(rows), encoding="utf-8")
+    bring.bring(place, tmp_path / "to", Shares(0.2, 0.0), Columns(), Console())
+    said = "pictures/000.png ('nan'), pictures/001.png ('-'), pictures/002.png ('N/A') and 1 more"
+    assert f"4 captions that say nothing or stand for a missing value: {said}" in capsys.readouterr().err
+
+
 def test_files_are_linked_and_pieces_are_copied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place = formats.table("csv")(tmp_path / "from", formats.drawn())
     bring.bring(place, tmp_path / "to", Shares(0.4, 0.0), Columns(), Console())

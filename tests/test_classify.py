@@ -175,6 +175,15 @@ def test_pairs_without_labels_are_refused(root: Path, base: Path, tmp_path: Path
         assert ("1 class to choose from" if label else "no picture of val") in refused.value.message
 
 
+def test_labels_under_another_key_are_named(root: Path, base: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "val", tmp_path / "val")
+    some = [{k: v for k, v in entry.items() if k != "label"} | {"class": "one"} for entry in entries(tmp_path / "val")]
+    (tmp_path / "val" / "img_text_pair.json").write_text(json.dumps(some))
+    with pytest.raises(UserError, match="no picture of val") as refused:
+        classify.classify(str(base), tmp_path, Asked(), QUIET, workers=0)
+    assert refused.value.hint == "call their key 'class' label, or a table: --labels labels.csv"
+
+
 def test_more_of_a_class_than_there_is_is_named(root: Path, base: Path) -> None:
     found = classify.classify(str(base), root, Asked(shots=(40,), seeds=1), QUIET, workers=0)
     assert found["few_shot"]["40"]["fewer"] == found["classes"]

@@ -14,6 +14,7 @@ import yaml
 from cytoclip import __version__, cli, cli_train, config
 from cytoclip.console import Console
 from cytoclip.errors import ExitCode, UserError
+from tests import formats
 from tests.typed import Outcome, Run, refused
 
 
@@ -58,7 +59,7 @@ def test_config_shows_every_option_with_type_default_and_doc(run: Run) -> None:
     outcome = run("config")
     assert (outcome.code, outcome.err) == (0, "")
     options = list(config.options())
-    assert len(options) == 87
+    assert len(options) == 88
     for option in options:
         assert option.doc in outcome.out
         line = (
@@ -169,6 +170,39 @@ def test_ks_may_stand_before_the_model(run: Run, asked: list[dict[str, Any]], ro
     """Digits end where the next word begins."""
     assert run("evaluate", "--ks", "1", "5", "some/model", str(root)).code == 0
     assert (asked[0]["models"], asked[0]["ks"]) == (["some/model"], [1, 5])
+
+
+def test_a_table_is_evaluated_under_its_name_and_valid_is_val(
+    run: Run, asked: list[dict[str, Any]], root: Path, tmp_path: Path
+) -> None:
+    place = formats.table("csv")(tmp_path, formats.drawn())
+    for words, split in (((str(place),), "pairs.csv"), ((str(root), "--split", "valid"), "val")):
+        outcome = run("evaluate", "some/model", *words, "--json")
+        assert outcome.code == 0, outcome.err
+        assert json.loads(outcome.out)["split"] == split
+    assert [call["root"] for call in asked] == [tmp_path, root]
+
+
+def test_pictures_may_lie_below_a_folder_that_is_named(run: Run, tmp_path: Path) -> None:
+    place = formats.table("csv")(tmp_path / "from", formats.drawn(20))
+    text = place.read_text(encoding="utf-8")
+    (tmp_path / "moved.csv").write_text(text.replace("pictures/", f"{tmp_path}/from/pictures/"), encoding="utf-8")
+    words = ("bring", str(tmp_path / "moved.csv"), "--to", str(tmp_path / "to"))
+    outcome = run(*words)
+    assert outcome.code == ExitCode.DATA
+    assert f"data.image_root={tmp_path}/from/pictures, or --image-root" in outcome.err.splitlines()[-1]
+    outcome = run(*words, "--image-root", str(tmp_path / "from"))
+    assert outcome.code == 0, outcome.err
+    assert (tmp_path / "to" / "train" / "imgs" / "pictures").is_dir()
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_check_takes_the_root_of_the_pictures(run: Run, tmp_path: Path, given: bool) -> None:
+    place = formats.table("csv")(tmp_path / "from", formats.drawn(20))
+    (tmp_path / "root").mkdir()
+    place.rename(tmp_path / "root" / "train.csv")
+    words = ("check", str(tmp_path / "root"), *(("--image-root", str(tmp_path / "from")) if given else ()))
+    assert ("pictures that are not there" in run(*words).out) != given
 
 
 def test_the_last_word_is_the_data_root(run: Run, asked: list[dict[str, Any]], root: Path) -> None:

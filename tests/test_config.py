@@ -209,7 +209,11 @@ def test_several_faults_are_named(load: Callable[..., Config]) -> None:
 @pytest.mark.parametrize(
     ("text", "said", "hint"),
     [
-        (DATA + "train: {steps: 3, epochs: 2}", "steps is 3 and epochs is 2", "give one of the two"),
+        (
+            DATA + "train: {steps: 3, epochs: 2}",
+            "steps is 3 and epochs is 2",
+            "one of the two: train.steps=null goes by",
+        ),
         (DATA + "train: {steps: null}", "steps is null and epochs is null", "give one of the two"),
         (
             DATA + "validate: {select_by: hit@5}",
@@ -219,7 +223,13 @@ def test_several_faults_are_named(load: Callable[..., Config]) -> None:
         (DATA + "validate: {select_by: hitz}", "validate.select_by: 'hitz' is not measured", "did you mean hits?"),
         ("data: {root: d, train: e, val: f}", "root and train, val are both given", "give root, or train and val"),
         ("data: {root: d, test: f}", "root and test are both given", "give root, or train and val"),
-        ("data: {train: e}", "no data is named", "give data.root, or data.train and data.val"),
+        (
+            "data: {train: e}",
+            "train is e, and nothing is there to validate on",
+            "data.hold_out.share=0.15 validates on",
+        ),
+        ('data: {train: "s3://b/a.tar"}', "nothing is there to validate on", "give data.val"),
+        ("data: {val: e}", "no data is named", "give data.root, or data.train and data.val"),
         ("data: {test: e}", "no data is named", "give data.root, or data.train and data.val"),
         (DATA + "model: {lora: {rank: 4}}", "lora is given but no tower is lora", "model.image_tower=lora"),
         (
@@ -370,7 +380,7 @@ def fields() -> set[str]:
 def test_options_lists_every_field_with_a_doc() -> None:
     listed = list(config.options())
     assert {option.name for option in listed} == fields()
-    assert len(listed) == len(fields()) == 87
+    assert len(listed) == len(fields()) == 88
     assert {option.name for option in listed if option.kind == "section"} == {*SECTIONS} - {""}
     for option in listed:
         assert option.doc.endswith("."), option.name

@@ -23,7 +23,7 @@ from cytoclip.errors import ExitCode, UserError
 from cytoclip.evaluation import How, Question
 from cytoclip.pairs import Pairs
 from cytoclip.report import Scores
-from tests import tiny
+from tests import formats, tiny
 
 QUIET = Console(quiet=True)
 ALONE = World(torch.device("cpu"))
@@ -237,8 +237,28 @@ def test_a_missing_split_lists_those_there(root: Path, tmp_path: Path) -> None:
         evaluation.split_folder(tmp_path, "val")
     assert "train/ and val/" in caught.value.hint
     with pytest.raises(UserError, match="no split 'val'") as caught:
-        evaluation.split_folder(root / "val", "val")
+        evaluation.split_folder(root / "train", "val")
     assert caught.value.hint == f"give {root}, which holds it"
+
+
+@pytest.mark.parametrize("name", formats.WRITERS)
+def test_a_place_of_pairs_is_its_own_val_split(tmp_path: Path, name: str) -> None:
+    place = formats.WRITERS[name](tmp_path / "from", formats.drawn())
+    assert evaluation.split_folder(place, "val") == evaluation.split_folder(place, "valid") == place
+    with pytest.raises(UserError, match="holds pairs and no split 'test'") as caught:
+        evaluation.split_folder(place, "test")
+    assert caught.value.hint == "leave --split out"
+
+
+def test_other_ways_to_name_a_split(root: Path, tmp_path: Path) -> None:
+    assert evaluation.split_folder(root / "val", "val") == root / "val"
+    assert evaluation.split_folder(root, "valid") == evaluation.split_folder(root, "validation") == root / "val"
+    assert evaluation.split_folder(Path("hub:owner/name/test"), "val") == Path("hub:owner/name/test")
+    assert evaluation.split_folder(Path("hub:owner/name"), "val") == Path("hub:owner/name/val")
+    (tmp_path / "pairs.csv").touch()
+    with pytest.raises(UserError, match=r"pair\.csv cannot be read: No such file") as caught:
+        batches.open_split(evaluation.split_folder(tmp_path / "pair.csv", "val"), QUIET)
+    assert caught.value.hint == f"did you mean {tmp_path / 'pairs.csv'}?"
 
 
 def test_a_missing_data_root_and_a_missing_model_are_named(base: Path, tmp_path: Path, root: Path) -> None:

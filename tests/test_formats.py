@@ -136,6 +136,8 @@ def test_files_of_several_kinds_are_refused(tmp_path: Path) -> None:
         ("pairs.csb", "no such file: .*pairs.csb", "did you mean .*pairs.csv"),
         ("pairs.doc", "of no known format", "a split is a folder"),
         ("pairs.tar.gz", "of no known format", "gzip -d"),
+        ("pairs.tgz", "of no known format", "gzip -d"),
+        ("pairs.xlsx", "of no known format", 'in Excel: Save As, "CSV UTF-8'),
         ("packed.tar", "is compressed", "gzip -d .*packed.tar"),
         ("{0..3}.tar", "3 of the 4 files .* are not there", r"\*"),
         ("*.parquet", "no files match", "holds 0.tar, empty.csv"),
@@ -146,7 +148,7 @@ def test_files_of_several_kinds_are_refused(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_a_place_that_is_nothing_is_refused(tmp_path: Path, place: str, said: str, hint: str) -> None:
     (tmp_path / "empty.csv").touch()
-    for name in ("pairs.csv", "pairs.doc", "pairs.tar.gz", "0.tar"):
+    for name in ("pairs.csv", "pairs.doc", "pairs.tar.gz", "pairs.tgz", "pairs.xlsx", "0.tar"):
         (tmp_path / name).write_text("x")
     (tmp_path / "packed.tar").write_bytes(b"\x1f\x8b" + bytes(600))
     with pytest.raises(UserError, match=said) as caught:
@@ -201,6 +203,40 @@ def test_long_captions_and_line_ends_of_tables(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="new-line") as caught:
         sources.read(place)
     assert caught.value.hint == "save it with line feeds"
+
+
+@pytest.mark.parametrize(
+    ("text", "said", "hint"),
+    [
+        ('image,caption\n0.png,one\n1.png,"two, open\n2.png,"three, or four",five, six\n', "lines 3 to 4 of",
+            "left open in line 3"),
+        ('image,caption\n0.png,one\n1.png,"two\n2.png,three\n', "lines 3 to 4 of .* are one row", "close it in line 3"),
+        ("image,caption\n0.png,one\n1.png,two, or three\n", "line 3 of .*: a row of 3 values for 2", '"quotes"$'),
+    ],
+)  # fmt: skip
+def test_where_a_row_of_a_table_is_wrong(tmp_path: Path, text: str, said: str, hint: str) -> None:
+    (tmp_path / "pairs.csv").write_text(text)
+    with pytest.raises(UserError, match=said) as caught:
+        sources.read(tmp_path / "pairs.csv")
+    assert re.search(hint, caught.value.hint)
+
+
+def test_quotes_that_close_and_inches_are_no_fault(tmp_path: Path) -> None:
+    place = tmp_path / "pairs.csv"
+    place.write_text('image,caption\n0.png,5" wide\n' + "1.png,a cell\n" * 97 + '2.png,"of\ntwo lines"\n')
+    assert sources.read(place).captions[-1] == "of\ntwo lines"
+    place.write_text('image,caption\n0.png,"of\ntwo lines"\n1.png,5" wide\n')
+    assert sources.read(place).captions == ("of\ntwo lines", '5" wide')
+
+
+@pytest.mark.parametrize(
+    ("encoding", "said"), [("latin-1", "line 3 of .* is not UTF-8"), ("utf-16", "is UTF-16, not UTF-8")]
+)
+def test_other_encodings_are_told_how_to_save(tmp_path: Path, encoding: str, said: str) -> None:
+    (tmp_path / "pairs.csv").write_text("image,caption\n0.png,a cell\n1.png,na\xefve\n", encoding=encoding)
+    with pytest.raises(UserError, match=said) as caught:
+        sources.read(tmp_path / "pairs.csv")
+    assert caught.value.hint == 'save it as UTF-8; in Excel: Save As, "CSV UTF-8 (comma delimited)"'
 
 
 @pytest.mark.parametrize("held", ["dictionary", "view", "plain"])

@@ -21,7 +21,7 @@ COMMANDS = [
 
 
 def test_what_the_page_has() -> None:
-    assert len(COMMANDS) == 3
+    assert len(COMMANDS) == 4
     assert len(re.findall("^```[a-z]", PAGE, flags=re.MULTILINE)) == 2
     assert len(re.findall("^[|] (?!place|---)", PAGE, flags=re.MULTILINE)) == 11
 
@@ -33,6 +33,9 @@ def test_every_command_writes_a_data_root(
     pairs = formats.drawn(30)
     formats.table("csv")(tmp_path, pairs)
     formats.tar(tmp_path / "shards", pairs)
+    (tmp_path / "tables").mkdir()
+    if "--image-root" in words:
+        (tmp_path / "pairs.csv").rename(tmp_path / "tables" / "pairs.csv")
     if "--image-column" in words:
         text = (tmp_path / "pairs.csv").read_text(encoding="utf-8")
         (tmp_path / "pairs.csv").write_text(text.replace("img_path,source,caption", "file,source,finding"))
@@ -43,7 +46,7 @@ def test_every_command_writes_a_data_root(
     assert ended.value.code == 0
     printed = capsys.readouterr()
     assert printed.out == f"{words[4]}\n"
-    assert ("(guessed)" in printed.err) == (words[4] == "root")
+    assert ("(guessed)" in printed.err) == (words[4] in ("root", "by_root"))
     splits = ["train", "val"] if "--test" in words else ["train", "val", "test"]
     assert [p.name for p in sorted((tmp_path / words[4]).iterdir())] == sorted(splits)
     assert sum(len(sources.read(tmp_path / words[4] / split)) for split in splits) == 30

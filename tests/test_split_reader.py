@@ -17,6 +17,7 @@ from cytoclip.console import Console
 from cytoclip.data_options import Data, HoldOut
 from cytoclip.errors import ExitCode, UserError
 from cytoclip.pairs import Pairs, same_caption_key
+from tests import formats
 from tests.component_twin import assert_components
 
 QUIET = Console(quiet=True)
@@ -67,6 +68,30 @@ def test_both_halves_are_all_of_it_and_share_nothing(loose: Path) -> None:
     assert other["val"][1].names != val.names
 
 
+@pytest.mark.parametrize("held", [HoldOut(), None])
+def test_pairs_that_say_other_splits_are_warned_of(
+    loose: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], held: HoldOut | None
+) -> None:
+    shutil.copytree(loose, tmp_path, dirs_exist_ok=True)
+    listed = tmp_path / "train" / "img_text_pair.json"
+    entries = json.loads(listed.read_text())
+    for said in ("test", "train"):
+        listed.write_text(
+            json.dumps([entry | {"split": "train"} for entry in entries[1:]] + [entries[0] | {"split": said}])
+        )
+        split_reader.read(Data(root=str(tmp_path), hold_out=held), ("train",), Console())
+        warned = f"the pairs of {tmp_path / 'train'} say train, test in 'split', and all of them are trained on"
+        assert (warned in capsys.readouterr().err) == (said == "test")
+
+
+def test_pictures_below_a_root_of_their_own(tmp_path: Path) -> None:
+    place = formats.table("csv")(tmp_path / "from", formats.drawn())
+    moved = place.rename(tmp_path / "moved.csv")
+    data = Data(train=str(moved), val=str(moved), image_root=str(tmp_path / "from"))
+    for _, pairs in split_reader.read(data, ("train", "val"), QUIET).values():
+        assert all(image.is_file() for image in pairs.images if isinstance(image, Path))
+
+
 def test_the_order_of_the_list_decides_nothing(loose: Path, tmp_path: Path) -> None:
     shutil.copytree(loose, tmp_path, dirs_exist_ok=True)
     listed = tmp_path / "train" / "img_text_pair.json"
@@ -100,11 +125,44 @@ def test_a_share_that_cannot_be_cut_off(loose: Path, tmp_path: Path) -> None:
     assert caught.value.code is ExitCode.DATA
 
 
+def test_a_root_without_val_is_told_what_to_do(loose: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(loose, tmp_path / "my data")
+    shutil.rmtree(data / "val")
+    with pytest.raises(UserError, match=f"no such folder: {data / 'val'}") as caught:
+        split_reader.read(Data(root=str(data)), ("train", "val", "test"), QUIET)
+    assert caught.value.hint == (
+        "data.hold_out.share=0.15 validates on a part of the training pairs; "
+        f"`cytoclip bring '{data / 'train'}' --to …` writes train, val and test"
+    )
+    (data / "vall").mkdir()
+    with pytest.raises(UserError, match="no such folder") as caught:
+        split_reader.read(Data(root=str(data)), ("train", "val", "test"), QUIET)
+    assert caught.value.hint == f"did you mean {data / 'vall'}?"
+
+
+@pytest.mark.parametrize("held", [HoldOut(), None])
+def test_a_root_that_is_a_split_is_told_what_to_do(loose: Path, held: HoldOut | None) -> None:
+    place = loose / "train" / "img_text_pair.json"
+    for root in (place, place.parent):
+        with pytest.raises(UserError, match=f"no split 'train' in {root}, which holds pairs itself") as caught:
+            split_reader.read(Data(root=str(root), hold_out=held), ("train", "val"), QUIET)
+        assert caught.value.hint.startswith(f"data.root=null data.train={root} data.hold_out.share=0.15; or `cytoclip")
+
+
+def test_a_root_with_one_table_is_told_what_to_do(tmp_path: Path) -> None:
+    place = formats.table("csv")(tmp_path, formats.drawn())
+    with pytest.raises(UserError, match=r"no split 'train' in .*, which holds pairs\.csv") as caught:
+        split_reader.read(Data(root=str(tmp_path)), ("train", "val"), QUIET)
+    assert caught.value.hint.startswith(
+        f"data.root=null data.train={place} data.hold_out.share=0.15; or `cytoclip bring"
+    )
+
+
 @pytest.mark.parametrize(
     ("given", "named"),
     [
         ({"train": "s3://bucket/{0..9}.tar", "hold_out": {}}, "needs training pairs that are here"),
-        ({"train": "somewhere"}, "no data is named"),
+        ({"train": "somewhere"}, "nothing is there to validate on"),
     ],
 )
 def test_what_the_options_refuse(given: dict[str, Any], named: str) -> None:

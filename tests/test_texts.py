@@ -20,6 +20,7 @@ PLAIN = [
 ]
 SAYS = {
     texts.is_empty: ["", " \n", "—", "…", "\u200b\ufeff", "?!"],
+    texts.is_no_value: ["nan", "NaN", " NA", "N/A", "None", "null\n", "<NA>"],
     texts.is_one_word: ["Koilocyte.", "cell", "HSIL", "细胞"],
     texts.is_mojibake: ["naÃ¯ve", "8 Âµm wide", "the cellâ€™s nucleus", "a cell\ufffds nucleus", "MÃ¼ller cells"],
     texts.has_html: [
@@ -52,6 +53,11 @@ def test_a_caption_of_each_kind_is_told_from_plain_ones(says: object) -> None:
     assert callable(says)
     assert [text for text in SAYS[says] if not says(text)] == []
     assert [text for text in PLAIN if says(text)] == []
+
+
+def test_a_missing_value_is_no_caption_of_one_word() -> None:
+    assert not any(texts.is_one_word(text) for text in SAYS[texts.is_no_value])
+    assert not any(texts.is_no_value(text) for text in ("None of the cells has a nucleus", "NAN cells", "nano", "-"))
 
 
 @pytest.mark.parametrize("kind", list(identifiers.FORMS))

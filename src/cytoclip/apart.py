@@ -8,14 +8,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cytoclip.console import Console
+from cytoclip.errors import ExitCode, UserError, counted, first_few
 from cytoclip.pairs import Pairs, akin_to_source, same_caption_key
 
 SPLITS = ("train", "val", "test")
+_KEY = "split"
+_SAID = {**{name: number for number, name in enumerate(SPLITS)}, "valid": 1, "validation": 1, "dev": 1}
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,42 @@ def split(pairs: Pairs, shares: Shares, component_N: NDArray[np.int64] | None = 
         split_K[number] = into
         held[into] += count
     return split_K[component_N]
+
+
+def told(pairs: Pairs, place: Path) -> NDArray[np.int64] | None:
+    """The split of each pair, as `split`, with the numbers of `SPLITS`, where a key `split` of theirs names them.
+
+    None where there is no such key, where none of its values is a split's name, or all name one: it cuts nothing then.
+
+    Raises
+    ------
+    UserError
+        Where some pairs name a split, and others none.
+    """
+    said = [next((value for key, value in of if key.lower() == _KEY), "") for of in pairs.extra]
+    numbers = [_SAID.get(value.strip().lower()) for value in said]
+    if len(set(numbers)) == 1:
+        return None
+    lacking = [(name, value) for name, value, into in zip(pairs.names, said, numbers, strict=True) if into is None]
+    if lacking:
+        names = first_few([f"{name} ({repr(value) if value else 'empty'})" for name, value in lacking])
+        raise UserError(
+            f"{counted(len(lacking), 'pair')} of {place} without a split's name in {_KEY!r}, as others have: {names}",
+            f"write {', '.join(SPLITS[:2])} or {SPLITS[2]} there, or rename {_KEY!r}: then the pairs are split anew",
+            ExitCode.DATA,
+        )
+    return np.array(numbers, np.int64)
+
+
+def warn_of_told(pairs: Pairs, place: Path, console: Console) -> None:
+    """Where pairs that are used as one split say that they are several: pairs of test may be trained on."""
+    said = {_SAID.get(value.strip().lower()) for of in pairs.extra for key, value in of if key.lower() == _KEY} - {None}
+    if len(said) > 1:
+        names = ", ".join(name for number, name in enumerate(SPLITS) if number in said)
+        console.warn(
+            f"the pairs of {place} say {names} in {_KEY!r}, and all of them are trained on or held out: "
+            "`cytoclip bring` writes them as the splits that they name"
+        )
 
 
 def warn_of_cut_sources(pairs: Pairs, console: Console) -> None:

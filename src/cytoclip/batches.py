@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import platform
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,10 +24,12 @@ from cytoclip import images, signals, sources
 from cytoclip.captions import Tokens
 from cytoclip.console import Console
 from cytoclip.errors import ExitCode, UserError, first_few
+from cytoclip.files import Piece
+from cytoclip.images import Scan
 from cytoclip.order import Draw, Share, Wording
 from cytoclip.pairs import Pairs
 from cytoclip.pictures import Drawn, Pictures, Rows
-from cytoclip.rows import Columns
+from cytoclip.rows import PICTURES, Columns
 
 # Elsewhere each process begins anew and imports torch, for every validation again: 5 seconds, on a busy machine 20.
 _FORKS = platform.system() == "Linux"
@@ -108,11 +110,40 @@ def scanned(pairs: Pairs, folder: Path, console: Console, skips: bool = False) -
     elif bad:
         raise UserError(
             f"{len(bad)} of {len(files)} pictures in {sources.called(folder)} cannot be used: {first_few(bad)}",
-            f"mend these files, or take their entries out of {sources.listing(folder)}",
+            _mending(files, names, scans, folder),
             ExitCode.DATA,
         )
     contents = (scans[image].content or str(image) for image in pairs.images)  # what nobody can read equals nothing
     return replace(pairs, contents=tuple(contents))
+
+
+def _mending(
+    files: list[Path | Piece], names: Mapping[Path | Piece, str], scans: Mapping[Path | Piece, Scan], folder: Path
+) -> str:
+    """The hint for pictures that cannot be used: where the first one was looked for, and what its name may lack."""
+    listing = sources.listing(folder)
+    mend = f"mend these files, or take their entries out of {listing}"
+    missing = [file for file in files if isinstance(file, Path) and scans[file].problem == images.MISSING]
+    if not missing:
+        return mend
+    first, name = missing[0], names[missing[0]]
+    slashed = name.replace("\\", "/")
+    if "://" in name:
+        why = f"{name} is an address: download the pictures, and name their files"
+    elif slashed != name:
+        why = f"{name} is written with backslashes: write {slashed} in {listing}"
+    elif first.suffix.lower() not in PICTURES and (there := _with_ending(first)):
+        why = f"{name} has no ending, and {there.name} is there: write it in {listing}"
+    elif all(scan.problem == images.MISSING for scan in scans.values()) and listing.name != sources.LIST_NAME:
+        why = "data.image_root (--image-root with cytoclip bring and check) names the folder below which pictures lie"
+    else:
+        why = mend
+    return f"looked for {first}; {why}"
+
+
+def _with_ending(file: Path) -> Path | None:
+    endings = [each for ending in sorted(PICTURES) for each in (ending, ending.upper())]
+    return next((there for ending in endings if os.path.lexists(there := Path(f"{file}{ending}"))), None)
 
 
 @dataclass(frozen=True)

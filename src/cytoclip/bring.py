@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cytoclip import apart, batches, files, sources
+from cytoclip import apart, batches, files, leaks, sources, texts
 from cytoclip.apart import SPLITS, Shares
 from cytoclip.console import Console, size
-from cytoclip.errors import ExitCode, UserError, counted
+from cytoclip.errors import ExitCode, UserError, counted, first_few
 from cytoclip.files import Piece
 from cytoclip.pairs import Pairs
 from cytoclip.rows import Columns
@@ -34,8 +34,8 @@ _MAGIC = ((b"\xff\xd8\xff", ".jpg"), (b"\x89PNG\r\n", ".png"), (b"GIF8", ".gif")
 def bring(place: Path, to: Path, shares: Shares, columns: Columns, console: Console) -> dict[str, int]:
     """Read pairs of any format, split them, and write a data root; how many pairs each split got.
 
-    Pictures are hard-linked where they are files of the same disk, else copied byte by byte; never encoded anew. A
-    crash leaves nothing.
+    Where a key `split` of the pairs names splits, it is followed. Pictures are hard-linked where they are files of the
+    same disk, else copied byte by byte; never encoded anew. A crash leaves nothing.
 
     Raises
     ------
@@ -49,11 +49,9 @@ def bring(place: Path, to: Path, shares: Shares, columns: Columns, console: Cons
     if os.path.lexists(to) and not (to.is_dir() and not any(to.iterdir())):
         raise UserError(f"{to} is already there", "name another folder, or delete it first", ExitCode.DATA)
     pairs = batches.scanned(sources.read(place, columns, console), place, console)
-    split_N = apart.split(pairs, shares)
-    rows = {name: np.flatnonzero(split_N == number) for number, name in enumerate(SPLITS)}
-    _refuse_empty(rows, shares, pairs, place)
-    _say(rows, pairs, shares, console)
+    rows = _rows(pairs, place, shares, console)
     apart.warn_of_cut_sources(pairs, console)
+    _warn_of_no_captions(pairs, console)
     names = safe_names(pairs)
     copied = 0
     with files.whole_folder(to) as folder, console.progress("writing pictures", len(pairs)) as bar:
@@ -62,6 +60,25 @@ def bring(place: Path, to: Path, shares: Shares, columns: Columns, console: Cons
                 copied += _write(folder / split_name, pairs, names, chosen, bar)
     console.say(f"{to}: {copied} pictures copied, {len(set(pairs.images)) - copied} linked")
     return {name: len(chosen) for name, chosen in rows.items()}
+
+
+def _rows(pairs: Pairs, place: Path, shares: Shares, console: Console) -> dict[str, NDArray[np.int64]]:
+    """The pairs of each split: as the data name it, with what leaks said; else by the shares."""
+    told_N = apart.told(pairs, place)
+    split_N = apart.split(pairs, shares) if told_N is None else told_N
+    rows = {name: np.flatnonzero(split_N == number) for number, name in enumerate(SPLITS)}
+    if told_N is None:
+        _refuse_empty(rows, shares, pairs, place)
+        _say(rows, pairs, shares, console)
+    else:
+        console.say("splits as column 'split' names them: nothing is shuffled, and --val, --test and --seed do nothing")
+        for name, chosen in rows.items():
+            if len(chosen):
+                console.say(f"{name}: {counted(len(chosen), 'pair')}, {len(chosen) / len(pairs):.3f}")
+        for line in leaks.warnings({name: pairs.take(chosen.tolist()) for name, chosen in rows.items()}):
+            console.warn(line)
+    _say_packed(pairs, console)
+    return rows
 
 
 def safe_names(pairs: Pairs) -> list[str]:
@@ -184,6 +201,24 @@ def _say(rows: dict[str, NDArray[np.int64]], pairs: Pairs, shares: Shares, conso
     for name, chosen in rows.items():
         if asked[name]:
             console.say(f"{name}: {counted(len(chosen), 'pair')}, {len(chosen) / total:.3f} ({asked[name]:.3f} asked)")
+
+
+def _warn_of_no_captions(pairs: Pairs, console: Console) -> None:
+    """As `check` would find them; who reads the table again can mend it before anything is trained."""
+    said = zip(pairs.names, pairs.captions, pairs.more, strict=True)
+    found = [
+        f"{name} ({text!r})"
+        for name, one, more in said
+        for text in (one, *more)
+        if texts.is_no_value(text) or texts.is_empty(text)
+    ]
+    if found:
+        console.warn(
+            f"{counted(len(found), 'caption')} that say nothing or stand for a missing value: {first_few(found)}"
+        )
+
+
+def _say_packed(pairs: Pairs, console: Console) -> None:
     pieces = sum(image.size for image in set(pairs.images) if isinstance(image, Piece))
     if pieces:
         console.say(f"{size(pieces)} of packed pictures are written out")

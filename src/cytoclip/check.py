@@ -32,7 +32,7 @@ class Asked:
     crop
         As data.crop.
     columns
-        As data.image_column and data.caption_column.
+        As data.image_column, data.caption_column and data.image_root.
     keeps
         Fill the cache of decoded pictures that a run of this checkpoint and crop reads with data.cache=true.
     """

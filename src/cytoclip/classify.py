@@ -39,6 +39,7 @@ from cytoclip.errors import ExitCode, UserError, counted, first_few
 from cytoclip.pairs import Pairs
 from cytoclip.probe import Known
 from cytoclip.prompts import Templates
+from cytoclip.rows import LABELS
 
 SCHEMA = 1
 MOST_CLASSES = 2000  # scores, ranks and confusions grow with them, and a label that each picture has alone is no class
@@ -198,12 +199,15 @@ def _labelled(data_root: Path, asked: Asked, table: Mapping[str, str], console: 
     elif asked.probe:
         names.append(LEARNED_FROM)
     splits = {name: batches.open_split(evaluation.split_folder(data_root, name), console) for name in names}
+    keys = sorted({key for of in splits[asked.split].extra for key, _ in of})
     if table:
         splits = labels.given(splits, table, console)
     splits = {name: labels.pictures(name, pairs, console) for name, pairs in splits.items()}
     if not len(splits[asked.split]):
+        akin = next((key for key in keys if key.lower() in LABELS), None)
+        hint = f"call their key {akin!r} label" if akin else "give entries the key label"
         raise UserError(f"no picture of {asked.split} in {data_root} has a label",
-                        "give entries the key label, or a table: --labels labels.csv", ExitCode.DATA)  # fmt: skip
+                        f"{hint}, or a table: --labels labels.csv", ExitCode.DATA)  # fmt: skip
     if len(splits) > 1:
         for line in leaks.warnings({name: splits[name] for name in reversed(names)}):
             console.warn(line)

@@ -35,6 +35,9 @@ def check(  # noqa: PLR0913 - each is an option
     ] = False,
     image_column: Annotated[str | None, typer.Option(help="Column of the picture; guessed if absent.")] = None,
     caption_column: Annotated[str | None, typer.Option(help="Column of the caption; guessed if absent.")] = None,
+    image_root: Annotated[
+        Path | None, typer.Option(help="Folder below which a table's pictures lie, if not its own.", show_default=False)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     html: Annotated[
         Path | None, typer.Option(help="Write a page with thumbnails and histograms.", show_default=False)
@@ -45,7 +48,10 @@ def check(  # noqa: PLR0913 - each is an option
     from cytoclip import check_page, files
     from cytoclip.rows import Columns
 
-    console, asked = arguments.console(), checks.Asked(crop.value, Columns(image_column, caption_column), cache)
+    console, asked = (
+        arguments.console(),
+        checks.Asked(crop.value, Columns(image_column, caption_column, image_root), cache),
+    )
     report = checks.check(data_root, model, batch_size, console, asked)
     if html is not None:
         files.write_text(html, check_page.page(report))
@@ -63,6 +69,9 @@ def bring(
     seed: Annotated[int, typer.Option(min=0, help="Another seed splits otherwise.")] = 0,
     image_column: Annotated[str | None, typer.Option(help="Column of the picture; guessed if absent.")] = None,
     caption_column: Annotated[str | None, typer.Option(help="Column of the caption; guessed if absent.")] = None,
+    image_root: Annotated[
+        Path | None, typer.Option(help="Folder below which a table's pictures lie, if not its own.", show_default=False)
+    ] = None,
 ) -> None:
     """Split pairs by source and content, and write them as a data root."""
     from cytoclip import apart
@@ -70,5 +79,5 @@ def bring(
     from cytoclip.rows import Columns
 
     console, shares = arguments.console(), apart.Shares(val, test, seed)
-    bringing.bring(source, to, shares, Columns(image_column, caption_column), console)
+    bringing.bring(source, to, shares, Columns(image_column, caption_column, image_root), console)
     console.result(str(to))

@@ -8,16 +8,16 @@ from typing import Annotated
 
 import typer
 
-from cytoclip import arguments
+from cytoclip import arguments, places
 from cytoclip.errors import UserError
 
 
 def evaluate(  # noqa: PLR0913 - each is an option
-    places: Annotated[
+    given: Annotated[
         list[str],
         typer.Argument(
             metavar="MODEL… DATA_ROOT",
-            help="Hub ids, Hugging Face folders or run folders; then the folder that holds the split.",
+            help="Hub ids, Hugging Face folders or run folders; then the folder that holds the split, or pairs.",
             show_default=False,
         ),
     ],
@@ -43,13 +43,14 @@ def evaluate(  # noqa: PLR0913 - each is an option
     from cytoclip.evaluation import evaluate as measure
 
     console, asked = arguments.console(), arguments.numbers(ks)
-    *models, data_root = places
+    *models, data_root = given
     if not models:
         raise UserError(f"evaluate got {data_root} and nothing else", "cytoclip evaluate MODEL… DATA_ROOT")
     if html is not None and html.is_dir():
         raise UserError(f"--html {html} is a folder", f"name a file, such as {html / 'page.html'}")
     folder, how = split_folder(Path(data_root), split), How(base, embeddings, batch_size)
     found = measure(models, folder, Question(asked), console, how)
+    split = folder.name if folder == Path(data_root) else places.ours(split)
     console.result(json.dumps(found.document(split), ensure_ascii=False) if as_json else found.text(asked))
     if html is not None and arguments.is_first_process():
         from cytoclip import evaluation_page
@@ -83,7 +84,7 @@ def classify(  # noqa: PLR0913 - each is an option
     from cytoclip import classify as classifying
 
     of_each = arguments.numbers(shots, "--shots")
-    asked = classifying.Asked(split, labels or (), templates, probe, of_each, seeds, predictions)
+    asked = classifying.Asked(places.ours(split), labels or (), templates, probe, of_each, seeds, predictions)
     console = arguments.console()
     result = classifying.classify(model, data_root, asked, console, batch_size)
     console.result(json.dumps(result, ensure_ascii=False) if as_json else class_table.text(result))

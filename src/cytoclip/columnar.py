@@ -71,7 +71,7 @@ def _parquet(file: Path, columns: Columns, console: Console) -> Pairs:
             raise data_error(f"a row group of {file} claims {size(claimed)}", "write it with smaller row groups")
         rows = (row for batch in table.iter_batches(_ROWS, columns=wanted) for row in batch.to_pylist())
         if not _holds_bytes(table.schema_arrow.field(chosen.image).type):
-            return _paths(file, rows, chosen)
+            return _paths(file, rows, chosen, columns)
         with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
             found = _gathered(file, rows, chosen, _Places(file, data))
             if found is not None:
@@ -96,7 +96,7 @@ def _arrow(file: Path, columns: Columns, console: Console) -> Pairs:
         wanted = _wanted(schema, chosen)
         rows = (row for batch in batches(_ROWS, wanted) for row in batch.to_pylist())
         if not _holds_bytes(schema.field(chosen.image).type):
-            return _paths(file, rows, chosen)
+            return _paths(file, rows, chosen, columns)
         with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
             found = _gathered(file, rows, chosen, _Places(file, data))
             if found is not None:
@@ -183,8 +183,8 @@ def _gathered(
     return gathered.pairs()
 
 
-def _paths(file: Path, rows: Iterator[Mapping[str, Any]], chosen: Columns) -> Pairs:
-    gathered = Gathered(file, file.parent, hint=_HINT)
+def _paths(file: Path, rows: Iterator[Mapping[str, Any]], chosen: Columns, columns: Columns) -> Pairs:
+    gathered = Gathered.of_table(file, columns, hint=_HINT)
     for number, row in enumerate(rows):
         gathered.add(number, row[str(chosen.image)], row[str(chosen.caption)], plain_row(row))
     return gathered.pairs()

@@ -201,8 +201,9 @@ class Train(Section):
     @model_validator(mode="after")
     def _one_length(self) -> Train:
         if (self.steps is None) == (self.epochs is None):
+            how = ": train.steps=null goes by epochs, train.epochs=null by steps" if self.steps else ""
             raise ValueError(
-                f"steps is {self.steps or 'null'} and epochs is {self.epochs or 'null'}|give one of the two"
+                f"steps is {self.steps or 'null'} and epochs is {self.epochs or 'null'}|give one of the two{how}"
             )
         return self
 

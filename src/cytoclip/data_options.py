@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from cytoclip import places
 from cytoclip.options import Section
 
+HOLD_OUT = "data.hold_out.share=0.15 validates on a part of the training pairs"
 NonEmpty = Annotated[str, Field(min_length=1)]
 
 
@@ -125,6 +126,11 @@ class Data(Section):
     caption_column: NonEmpty | None = Field(
         None, description="Column of the caption in a table (CSV, TSV, JSON lines, Parquet); null: guessed, and said."
     )
+    image_root: NonEmpty | None = Field(
+        None,
+        description="Folder below which the pictures of the splits' tables lie: names are relative to it, or absolute "
+        "and below it; null: relative to the table's folder.",
+    )
     crop: Literal["auto", "center", "pad", "squash"] = Field(
         "auto",
         description="How a picture of another shape becomes the model's: cut its long sides off (center), "
@@ -181,7 +187,10 @@ class Data(Section):
         apart = [name for name in ("train", "val", "test") if getattr(self, name)]
         if self.root and apart:
             raise ValueError(f"root and {', '.join(apart)} are both given|give root, or train and val, not both")
-        if not self.root and not (self.train and (self.val or self.hold_out)):
+        if self.train and not (self.val or self.hold_out):
+            here = "" if places.is_remote(self.train) else f"{HOLD_OUT}; or "
+            raise ValueError(f"train is {self.train}, and nothing is there to validate on|{here}give data.val")
+        if not self.root and not self.train:
             raise ValueError("no data is named|give data.root, or data.train and data.val")
         return self
 

@@ -25,6 +25,7 @@ from cytoclip import (
     measure,
     places,
     report,
+    sources,
 )
 from cytoclip.checkpoint import Opened
 from cytoclip.console import Console
@@ -203,15 +204,28 @@ def save_as_original(scored: Scores, place: str, direction: str) -> Path:
 
 
 def split_folder(data_root: Path, split: str) -> Path:
-    """Where a split of a data root is, with the splits there are in the message where it is not."""
+    """Where a split of a data root is, with the splits there are in the message where it is not.
+
+    A place that holds pairs itself is its own val split, such as a table, and `root/val` of a data root.
+    """
+    if sources.holds_pairs(data_root) or (data_root.suffix and not data_root.exists()):
+        return _itself(data_root, split)
     found = places.split(data_root, split)
     if data_root.is_dir() and not found:
         there = places.splits(data_root)
         hint = f"splits there: {', '.join(there)}" if there else "a data root holds train/ and val/"
-        if data_root.name in places.splits(data_root.parent):
-            hint = f"give {data_root.parent}, which holds it"
         raise UserError(f"no split {split!r} in {data_root}", hint, ExitCode.DATA)
     return found or data_root / split
+
+
+def _itself(place: Path, split: str) -> Path:
+    """A place of pairs, where it can be the split that is asked for."""
+    name, beside = places.ours(place.name), places.splits(place.parent) if place.is_dir() else []
+    if name in beside and name != places.ours(split):
+        raise UserError(f"no split {split!r} in {place}", f"give {place.parent}, which holds it", ExitCode.DATA)
+    if name not in beside and places.ours(split) != "val":
+        raise UserError(f"{place} holds pairs and no split {split!r}", "leave --split out", ExitCode.DATA)
+    return place
 
 
 @dataclass(frozen=True)

@@ -186,6 +186,7 @@ _OF_LOOKS: dict[str, Callable[[Look, str], str | None]] = {
 
 _OF_TEXTS: dict[str, Callable[[str], bool]] = {
     "empty-caption": texts.is_empty,
+    "no-value": texts.is_no_value,
     "one-word": texts.is_one_word,
     "mojibake": texts.is_mojibake,
     "html": texts.has_html,

@@ -198,10 +198,11 @@ class _UnusableError(Exception):
     """Carries the phrase for what is wrong with a file."""
 
 
+MISSING = "no such file"
 READ = "every format that Pillow opens but EPS is read"
 _HINT = f"replace the file or take its pair out of the JSON; {READ}"
 _HINTS = {
-    "no such file": "check the name in the JSON: it is relative to imgs/, and capitals matter",
+    MISSING: "check the name in the JSON: it is relative to imgs/, and capitals matter",
     "permission denied": "make the file readable for this user",
     "not a regular file": "name a picture file: folders, pipes and devices are not opened",
 }
@@ -265,7 +266,7 @@ def _why(error: Exception) -> str:
     if isinstance(error, _UnusableError):
         return str(error)
     if isinstance(error, (FileNotFoundError, NotADirectoryError)):
-        return "no such file"
+        return MISSING
     if isinstance(error, PermissionError):
         return "permission denied"
     if isinstance(error, Image.DecompressionBombError):  # inside a plugin, for a part of the picture

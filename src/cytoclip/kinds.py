@@ -93,7 +93,10 @@ KINDS = {
         "error", "entries", "entries that are no pair", "write what is missing, or take them out; entries count from 0"
     ),
     "no-validation": Kind(
-        "warning", "", "no validation split", "set some pairs apart: `cytoclip bring … --val 0.1` splits by source"
+        "warning",
+        "",
+        "no validation split",
+        "set some pairs apart: `cytoclip bring … --val 0.1` splits by source; or train with data.hold_out.share=0.15",
     ),
     "few-pairs": Kind(
         "error", "pairs", "fewer pairs than a batch", "set train.batch_size lower, as in the configuration below"
@@ -123,7 +126,12 @@ KINDS = {
         "error", "pairs", "groups that are in two splits", "keep all pairs of a group in one split, or rename groups"
     ),
     # files
-    "missing": Kind("error", "pictures", "pictures that are not there", "check the names: capitals matter"),
+    "missing": Kind(
+        "error",
+        "pictures",
+        "pictures that are not there",
+        "check the names: capitals and endings matter, and folders end in /",
+    ),
     "empty-file": Kind("error", "pictures", "files of no bytes", _MEND),
     "truncated": Kind("error", "pictures", "truncated pictures", _MEND),
     "undecodable": Kind("error", "pictures", "files that cannot be decoded", _MEND),
@@ -186,6 +194,12 @@ KINDS = {
     "turned": Kind("note", "pictures", "pictures that EXIF turns", "none is needed: they are turned upright"),
     # captions
     "empty-caption": Kind("error", "captions", "captions that say nothing", "write them, or take their pairs out"),
+    "no-value": Kind(
+        "error",
+        "captions",
+        "captions that stand for a missing value (nan, N/A, None)",
+        "write them, or take their pairs out: each is a right answer for every other one",
+    ),
     "unread-script": Kind(
         "error",
         "captions",

@@ -143,6 +143,11 @@ def _parts(within: str) -> list[str]:
     return parts
 
 
+def ours(name: str) -> str:
+    """What a split is called here: `val` for `validation` and `valid`."""
+    return next((called for called, names in _NAMES.items() if name in names), name)
+
+
 def split(root: Path, name: str) -> Path | None:
     """What stands for a split in a data root, or None.
 
@@ -156,7 +161,7 @@ def split(root: Path, name: str) -> Path | None:
     """
     if is_hub(root):
         return root / name
-    for called in _NAMES.get(name, (name,)):
+    for called in (name, *(other for other in _NAMES.get(ours(name), ()) if other != name)):
         folder = root / called
         if any((folder / inside).exists() for inside in ("imgs", "img_text_pair.json")):
             return folder

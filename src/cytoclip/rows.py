@@ -17,6 +17,7 @@ from cytoclip.pairs import Pairs, akin_to_source
 
 TAGS = ("group", "source", "label")
 MAX_EXTRA = 64  # characters of a further key or value that is kept beside a pair, and how many of them a pair has
+AS_UTF_8 = 'save it as UTF-8; in Excel: Save As, "CSV UTF-8 (comma delimited)"'
 _VALUES = 256  # of a further key in one place: with more it is a number of the row, and no slice
 MAX_TEXT = 1 << 20  # bytes of one caption, line or record: the longest reports have a hundredth of it
 PICTURES = frozenset(
@@ -28,16 +29,25 @@ _HALF = re.compile("[\ud800-\udfff]")  # half of a character beyond U+FFFF: vali
 _IMAGES = ("image", "img", "image_path", "img_path", "file_name", "filename", "filepath", "file_path", "path", "file",
     "picture", "image_file", "image_name", "image_id", "jpg", "png", "bytes")  # fmt: skip
 _CAPTIONS = ("caption", "captions", "text", "txt", "description", "sentence", "sentences", "title", "report")
-_LABELS = ("label", "labels", "class", "class_name", "category", "diagnosis", "target")
+LABELS = ("label", "labels", "class", "class_name", "category", "diagnosis", "target")
 _LOOKED_AT = 100  # rows, to guess a column by what it holds
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of a table hold picture and caption; None: guessed from names, else from what they hold."""
+    """How a table is read.
+
+    Parameters
+    ----------
+    image, caption
+        Which columns hold picture and caption; None: guessed from names, else from what they hold.
+    root
+        The folder below which its pictures lie; None: the table's own.
+    """
 
     image: str | None = None
     caption: str | None = None
+    root: Path | None = None
 
 
 _TOLD = 1000  # rows that are no pairs are told, and more only counted
@@ -74,9 +84,35 @@ class Gathered:
         self._values: dict[str, set[str]] = {}  # of each further key; a key that has too many is left out from then on
         self._problems: list[str] = []
         self._outside: list[str] = []
+        self._of_table, self._absolute = False, False  # names may be relative to another folder; may be absolute
+        self._common: str | None = None  # the folder that all absolute names which were refused are below
         self._seen = 0
         self._shared: dict[Any, Any] = {}  # one text for all rows with the same tag, one tuple for the same extras
         self._parents: dict[str, bool] = {}
+
+    @classmethod
+    def of_table(
+        cls,
+        file: Path,
+        columns: Columns,
+        one: str = "row",
+        several: str = "rows",
+        hint: str = "",
+        base: Path | None = None,
+    ) -> Gathered:
+        """Of a table of names: below `columns.root`, absolute ones too, where that is given; else below `base`.
+
+        Raises
+        ------
+        UserError
+            Where `columns.root` is no folder.
+        """
+        if columns.root and not columns.root.is_dir():
+            hint = suggested(columns.root, "data.image_root is the folder below which the pictures lie")
+            raise data_error(f"no such folder: {columns.root}, the root of the pictures of {file}", hint)
+        found = cls(file, columns.root or base or file.parent, one, several, hint)
+        found._of_table, found._absolute = True, columns.root is not None
+        return found
 
     def add(self, where: object, image: object, caption: object, row: Mapping[str, Any], name: str = "") -> None:
         """One row, `where` it is in messages; `image` is a name below the folder, or a Piece called `name`.
@@ -84,9 +120,12 @@ class Gathered:
         Of `row` the tags are read, and what else it says in a few words.
         """
         self._seen += 1
+        written = image
         wrong = None if isinstance(image, Piece) else name_problem(image)
         if wrong is None and isinstance(image, str) and leaves(image):
-            wrong = f"{shown(image)} leaves {self._base.name}/"
+            below = self._below(image)
+            wrong = None if below else f"{shown(image)} {self._leaving(image)}"
+            image = below or image
         no_caption = caption_problem(caption) if caption or not self._bare else None
         wrong = wrong or no_caption or tags_problem(row)
         if wrong:
@@ -107,7 +146,7 @@ class Gathered:
         for column, key in zip(self._tags, TAGS, strict=True):
             value = None if row.get(key) is None else str(row[key])
             column.append(None if value is None else self._shared.setdefault(value, value))
-        extra = tuple(each for each in extras(row, (image, caption)) if self._distinguishes(*each))
+        extra = tuple(each for each in extras(row, (written, caption)) if self._distinguishes(*each))
         self._extra.append(self._shared.setdefault(extra, extra))
 
     def refuse(self, where: object, wrong: str) -> None:
@@ -133,7 +172,7 @@ class Gathered:
             raise data_error(
                 f"{len(self._problems)} of {self._seen} {self._several} of {self._place} are not pairs: "
                 f"{first_few(self._problems)}",
-                self._hint,
+                self._root_hint() if self._common else self._hint,
             )
         if self._outside:
             raise data_error(
@@ -168,13 +207,41 @@ class Gathered:
                 values.clear()
         return bool(values)
 
-    def _is_inside(self, image: Path) -> bool:
-        """By its folder, looked at once for all that it holds, and by the file itself where that is a link."""
-        parent = os.path.dirname(image)  # noqa: PTH120 - a Path for each of a million pictures is slow
+    def _below(self, name: str) -> str | None:
+        """An absolute name as one relative to the folder, where that may be and it is inside; None: it leaves it."""
+        if not os.path.isabs(name) or ".." in PureWindowsPath(name).parts or "\0" in name:  # noqa: PTH117 - as below
+            return None
+        parent, last = os.path.split(name)
+        if self._absolute and last and self._holds(parent):
+            return (Path(os.path.realpath(parent)).relative_to(self._inside) / last).as_posix()
+        if self._of_table:
+            self._common = os.path.commonpath([self._common, parent]) if self._common else parent
+        return None
+
+    def _leaving(self, name: str) -> str:
+        if self._of_table and not self._absolute and os.path.isabs(name):  # noqa: PTH117 - as below
+            return "is absolute"
+        return f"leaves {self._base.name or self._inside.name}/"
+
+    def _root_hint(self) -> str:
+        if self._common == "/":
+            return "data.image_root takes absolute names below a folder, and these are below none but /"
+        return (
+            f"absolute names are read below a folder that is named: data.image_root={self._common}, "
+            "or --image-root with cytoclip bring and check"
+        )
+
+    def _holds(self, parent: str) -> bool:
+        """Whether a folder is inside, looked at once for all that it holds."""
         if parent not in self._parents:
             self._parents[parent] = Path(os.path.realpath(parent)).is_relative_to(self._inside)
+        return self._parents[parent]
+
+    def _is_inside(self, image: Path) -> bool:
+        """By its folder, and by the file itself where that is a link."""
+        parent = os.path.dirname(image)  # noqa: PTH120 - a Path for each of a million pictures is slow
         if not image.is_symlink():
-            return self._parents[parent]
+            return self._holds(parent)
         return Path(os.path.realpath(image)).is_relative_to(self._inside)  # as resolve(), which raises on a cycle
 
 
@@ -219,7 +286,7 @@ def pick_labels(sample: Sequence[Mapping[str, Any]], place: Path, say: Callable[
         Where nothing can be guessed.
     """
     there = list(dict.fromkeys(name for row in sample for name in row))
-    label = _usual(there, _LABELS, None)
+    label = _usual(there, LABELS, None)
     image = _usual(there, _IMAGES, label) or _best(there, lambda name: _share(sample, name, is_picture), (label,))
     if image and not label and len(there) == 2:
         label = next(name for name in there if name != image)

@@ -11,7 +11,7 @@ from cytoclip import columnar, folders, places, shards, tables
 from cytoclip.console import Console
 from cytoclip.errors import ExitCode, UserError, counted, first_few, nearest
 from cytoclip.pairs import Pairs
-from cytoclip.rows import Columns, Gathered, concatenated, data_error, kind
+from cytoclip.rows import AS_UTF_8, Columns, Gathered, concatenated, data_error, kind
 
 LIST_NAME = "img_text_pair.json"
 _LAYOUT = f'a split is a folder with `imgs/` and `{LIST_NAME}`, a list of {{"img": …, "caption": …}}'
@@ -19,6 +19,7 @@ _ENTRY = 'each entry needs "img", a path below imgs/, and "caption", a text; ent
 _FORMATS = "or a .csv, .tsv, .jsonl, .json, .parquet or .tar, a folder of pictures with a .txt each, or hub:owner/name"
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of Hugging Face's imagefolder
 _PACKED = ("arrow", "parquet", "tar")
+_WORKBOOKS = ("xlsx", "xlsm", "xls", "ods")
 _QUIET = Console(quiet=True)
 
 
@@ -70,6 +71,15 @@ def is_loose(place: Path) -> bool:
     if any(os.path.lexists(place / name) for name in lists):
         return False
     return not any(next(place.glob(f"*.{ending}"), None) for ending in _PACKED)
+
+
+def holds_pairs(place: Path) -> bool:
+    """Whether a place that is there holds pairs itself, and no splits."""
+    if places.is_hub(place):
+        return str(place).count("/") > 1  # owner, name and split
+    if places.is_pattern(place) or place.is_file():
+        return True
+    return place.is_dir() and not places.splits(place) and (not is_loose(place) or folders.holds_texts(place))
 
 
 def called(place: Path) -> Path:
@@ -130,7 +140,8 @@ def _files(files: list[Path], columns: Columns, console: Console) -> Pairs:
         return concatenated([tables.read(file, columns, console) for file in files])
     if not files[0].exists():
         raise _no_folder(files[0])
-    hint = f"unpack it: gzip -d {files[0]}" if ending in ("gz", "tgz") else f"{_LAYOUT}; {_FORMATS}"
+    hints = {"gz": f"unpack it: gzip -d {files[0]}"} | dict.fromkeys(_WORKBOOKS, AS_UTF_8)
+    hint = hints.get("gz" if ending == "tgz" else ending, f"{_LAYOUT}; {_FORMATS}")
     raise data_error(f"{files[0]} is of no known format", hint)
 
 

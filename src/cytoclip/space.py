@@ -18,8 +18,8 @@ from cytoclip.errors import UserError, counted
 
 # What trials are compared on, and where they are written; the hint of any other section says so.
 _FIXED = ("data.root", "data.train", "data.val", "data.test", "data.hold_out", "data.image_column",
-    "data.caption_column", "data.on_bad_image", "data.cache", "data.workers", "train.seed", "train.device",
-    "train.shard", "validate", "checkpoint", "track", "report", "output")  # fmt: skip
+    "data.caption_column", "data.image_root", "data.on_bad_image", "data.cache", "data.workers", "train.seed",
+    "train.device", "train.shard", "validate", "checkpoint", "track", "report", "output")  # fmt: skip
 _WARMUPS = (0.02, 0.05, 0.1, 0.2, 0.4)  # of the steps
 _HORIZONS = (0.02, 0.1)  # of the steps, over which a moving average goes back
 _VIEWS = {"rotation": "right", "flips": True}  # all eight views of a field, and nothing of its colours

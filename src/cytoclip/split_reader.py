@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import shlex
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cytoclip import apart, batches, places, sources
+from cytoclip import apart, batches, places, rows, sources
 from cytoclip.apart import Shares
 from cytoclip.console import Console
-from cytoclip.data_options import Data, HoldOut
-from cytoclip.errors import ExitCode, UserError, counted
+from cytoclip.data_options import HOLD_OUT, Data, HoldOut
+from cytoclip.errors import ExitCode, UserError, counted, neighbour
 from cytoclip.pairs import Pairs, same_caption_key
 from cytoclip.rows import Columns
 
@@ -29,17 +30,51 @@ def read(data: Data, names: Iterable[str], console: Console) -> dict[str, tuple[
         As `sources.read`; for `data.hold_out` of pairs from afar, or of pairs that cannot be cut so.
     """
     wanted = {name: data.split(name) for name in names}
-    columns = Columns(data.image_column, data.caption_column)
+    if data.root:
+        _require_splits(Path(data.root), wanted if not data.hold_out else {"train": data.split("train")})
+    columns = columns_of(data)
     if data.hold_out:
         place = data.split("train")
         assert place is not None  # noqa: S101 - as the options have it; for mypy
-        halves = cut(sources.read(place, columns, console), place, data, data.hold_out, console)
+        whole = sources.read(place, columns, console)
+        apart.warn_of_told(whole, place, console)
+        halves = cut(whole, place, data, data.hold_out, console)
         return {name: (place, pairs) for name, pairs in halves.items() if name in wanted}
-    return {
+    found = {
         name: (place, sources.read(place, columns, console))
         for name, place in wanted.items()
         if place and not (name == "train" and places.is_remote(str(data.train)))  # a Path has lost its second slash
     }
+    for place, pairs in found.values():
+        apart.warn_of_told(pairs, place, console)
+    return found
+
+
+def columns_of(data: Data) -> Columns:
+    """How the tables of the splits are read; those that `data.replay` and `validate.keep` name have other folders."""
+    return Columns(data.image_column, data.caption_column, Path(data.image_root) if data.image_root else None)
+
+
+def _require_splits(root: Path, wanted: Mapping[str, Path | None]) -> None:
+    """Of a data root that is there: a split that is not, or a root that is itself one, has a hint of its own."""
+    missing = [name for name, place in wanted.items() if place and not places.is_hub(root) and not place.exists()]
+    missing = [name for name in missing if places.split(root, name) is None]
+    if not missing or not root.exists() or neighbour(root / missing[0]):
+        return
+    own, bring = shlex.quote(str(root)), "`cytoclip bring {} --to …` writes train, val and test"
+    if missing == ["val"]:
+        raise rows.data_error(
+            f"no such folder: {root / 'val'}", f"{HOLD_OUT}; {bring.format(shlex.quote(str(wanted['train'])))}"
+        )
+    tables = [place for place in root.glob("*.*") if place.suffix[1:].lower() in places.ENDINGS]
+    holds = "pairs itself" if sources.holds_pairs(root) else None
+    if not holds and len(tables) == 1 and not places.splits(root):
+        holds, own = tables[0].name, shlex.quote(str(tables[0]))
+    if holds:
+        raise rows.data_error(
+            f"no split {missing[0]!r} in {root}, which holds {holds}",
+            f"data.root=null data.train={own} data.hold_out.share=0.15; or {bring.format(own)}",
+        )
 
 
 def cut(pairs: Pairs, place: Path, data: Data, asked: HoldOut, console: Console) -> dict[str, Pairs]:

@@ -7,12 +7,13 @@ import json
 from collections.abc import Iterator, Mapping
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cytoclip.console import Console
 from cytoclip.errors import shown
 from cytoclip.pairs import Pairs
 from cytoclip.rows import (
+    AS_UTF_8,
     MAX_TEXT,
     Columns,
     Gathered,
@@ -34,10 +35,21 @@ _HINT = "each row needs a picture's path, relative to the table's folder, and a 
 _COCO = 'COCO captions hold "images" with id and file_name, and "annotations" with image_id and caption'
 
 
+class _Row(NamedTuple):
+    """A row of a table as text, and the lines that it goes over."""
+
+    first: int
+    last: int
+    values: list[str]
+
+    def where(self) -> str:
+        return f"line {self.first}" if self.first == self.last else f"lines {self.first} to {self.last}"
+
+
 def read(file: Path, columns: Columns, console: Console) -> Pairs:
     """The pairs of one table, by its ending: .csv, .tsv, .jsonl, .ndjson or .json (a list of objects, or COCO).
 
-    Names of pictures are relative to the table's folder and may not leave it.
+    Names of pictures are relative to the table's folder, or to `columns.root`, and may not leave it.
 
     Raises
     ------
@@ -48,7 +60,11 @@ def read(file: Path, columns: Columns, console: Console) -> Pairs:
     if file.suffix.lower() != ".json":
         return from_rows(file, _text_rows(file, console), columns, console)
     loaded = load_json(file)
-    return _coco(file, loaded) if isinstance(loaded, dict) else from_rows(file, _listed(file, loaded), columns, console)
+    return (
+        _coco(file, loaded, columns)
+        if isinstance(loaded, dict)
+        else from_rows(file, _listed(file, loaded), columns, console)
+    )
 
 
 def rows_of(file: Path, console: Console) -> Iterator[Any]:
@@ -72,7 +88,7 @@ def from_rows(file: Path, rows: Iterator[Any], columns: Columns, console: Consol
     if not objects:
         raise data_error(f"{file} holds rows that are {kind(first[0])}, not objects", _HINT)
     chosen = pick(objects, columns, file, console.say)
-    gathered = Gathered(file, file.parent, "row", "rows", _HINT)
+    gathered = Gathered.of_table(file, columns, "row", "rows", _HINT)
     for number, row in enumerate(chain(first, rows), start=1):
         if isinstance(row, Mapping):
             image = row.get(str(chosen.image))
@@ -114,7 +130,13 @@ def _lines(file: Path) -> Iterator[str]:
             try:
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                raise data_error(f"line {number} of {file} is not UTF-8: {error.reason}", "save it as UTF-8") from None
+                utf_16 = number == 1 and line[:2] in (b"\xff\xfe", b"\xfe\xff")
+                why = (
+                    f"{file} is UTF-16, not UTF-8"
+                    if utf_16
+                    else f"line {number} of {file} is not UTF-8: {error.reason}"
+                )
+                raise data_error(why, AS_UTF_8) from None
 
 
 def _json_lines(file: Path) -> Iterator[Any]:
@@ -129,29 +151,33 @@ def _json_lines(file: Path) -> Iterator[Any]:
 def _csv(file: Path, console: Console) -> Iterator[dict[str, Any]]:
     separator = _separator(file)
     rows = _parsed(_lines(file), separator, file)
-    header = next(rows, [])
+    top = next(rows, _Row(1, 1, []))
+    header = top.values
     if any(is_picture(value) for value in header):  # a picture's name is no name of a column
         console.say(f"{file} has no header: its columns are called 1 to {len(header)}")
-        rows, header = chain([header], rows), [str(number) for number in range(1, len(header) + 1)]
+        rows, header = chain([top], rows), [str(number) for number in range(1, len(header) + 1)]
     header = [name.strip() for name in header]
     if len(set(header)) < len(header):
         twice = next(name for name in header if header.count(name) > 1)
         raise data_error(f"{file} has two columns called {shown(twice)}", "give each column a name of its own")
     for row in rows:
-        if len(row) > len(header):
+        if len(row.values) > len(header):
             raise data_error(
-                f"a row of {file} has {len(row)} values for {len(header)} columns: {shown(separator.join(row))}",
-                f'a caption that holds {separator!r} stands between "quotes"',
+                f"{row.where()} of {file}: a row of {len(row.values)} values for {len(header)} columns: "
+                f"{shown(separator.join(row.values))}",
+                f'a caption that holds {separator!r} stands between "quotes"'
+                + (f"; is a quote left open in line {row.first}?" if row.last > row.first else ""),
             )
-        if row:
-            yield dict(zip(header, row, strict=False))
+        if row.values:
+            yield dict(zip(header, row.values, strict=False))
 
 
 def _separator(file: Path) -> str:
     """The one that cuts the first rows into equally many values, and most of them."""
 
     def score(separator: str) -> tuple[bool, int]:
-        widths = [len(row) for row in islice(_parsed(islice(_lines(file), _SAMPLE), separator, file), _SAMPLE) if row]
+        rows = _parsed(islice(_lines(file), _SAMPLE), separator, file, whole=False)
+        widths = [len(row.values) for row in islice(rows, _SAMPLE) if row.values]
         return (len(set(widths)) == 1, widths[0]) if widths and widths[0] > 1 else (False, 0)
 
     usual = ("\t" if file.suffix.lower() == ".tsv" else ",") + _SEPARATORS
@@ -164,22 +190,40 @@ def _separator(file: Path) -> str:
     return best
 
 
-def _parsed(lines: Iterator[str], separator: str, file: Path) -> Iterator[list[str]]:
-    rows = csv.reader(lines, delimiter=separator)
+def _parsed(lines: Iterator[str], separator: str, file: Path, whole: bool = True) -> Iterator[_Row]:
+    """The rows of lines; where they are the `whole` file, a quote that nothing closes is refused: it swallows rows."""
+    quotes = 0
+
+    def counting() -> Iterator[str]:
+        nonlocal quotes
+        for line in lines:
+            quotes += line.count('"')
+            yield line
+
+    rows = csv.reader(counting(), delimiter=separator)
+    row = _Row(0, 0, [])
     while True:
+        before, in_row, quotes = rows.line_num, quotes, 0
         try:
-            row = next(rows)
+            values = next(rows)
         except StopIteration:
+            if whole and row.last > row.first and in_row % 2:
+                raise data_error(
+                    f"{row.where()} of {file} are one row: a quote is left open", f"close it in line {row.first}"
+                ) from None
             return
         except csv.Error as error:
-            hint = "save it with line feeds" if "new-line" in str(error) else "is a quote left open?"
+            hint = (
+                "save it with line feeds" if "new-line" in str(error) else f"is a quote left open in line {before + 1}?"
+            )
             raise data_error(f"line {rows.line_num} of {file}: {error}", hint) from None
-        if len(row) > _MAX_COLUMNS:
-            raise data_error(f"line {rows.line_num} of {file} has {len(row)} values", "is it a table of pairs?")
+        row = _Row(before + 1, rows.line_num, values)
+        if len(values) > _MAX_COLUMNS:
+            raise data_error(f"{row.where()} of {file}: {len(values)} values", "is it a table of pairs?")
         yield row
 
 
-def _coco(file: Path, loaded: dict[str, Any]) -> Pairs:
+def _coco(file: Path, loaded: dict[str, Any], columns: Columns) -> Pairs:
     """One pair for each picture, in the order of "images"; its captions in the order of "annotations"."""
     images, annotations = loaded.get("images"), loaded.get("annotations")
     if not isinstance(images, list) or not isinstance(annotations, list):
@@ -190,8 +234,7 @@ def _coco(file: Path, loaded: dict[str, Any]) -> Pairs:
         if wrong:
             raise data_error(f"annotation {number} of {file} has no image_id or no caption", _COCO)
         said.setdefault(one["image_id"], []).append(one["caption"])
-    folder = _coco_folder(file, images)
-    gathered = Gathered(file, folder, "image", "images", _COCO)
+    gathered = Gathered.of_table(file, columns, "image", "images", _COCO, _coco_folder(file, images))
     for number, one in enumerate(images):
         if not isinstance(one, dict) or not isinstance(one.get("id"), str | int):
             gathered.skip(number, "it has no id")

@@ -28,6 +28,9 @@ READ_BY = "; ".join(
         f"any by {FAMILIES['vision-text-dual-encoder'].title} with a text model of its own",
     )
 )
+_NO_VALUES = frozenset(
+    ("nan", "na", "n/a", "n.a.", "#n/a", "<na>", "none", "null", "nil", "nat")
+)  # of pandas, R, SQL …
 _LONGEST = 100_000  # characters of a caption that are looked at
 # Tokens a letter from which a vocabulary is called unable to read a script. English takes 0.2 to 0.3. A byte-level
 # vocabulary that never met a script spends a token on nearly each of the 2 to 4 bytes of a letter; one that knows
@@ -42,10 +45,20 @@ def is_empty(caption: str) -> bool:
     return not any(character.isalnum() for character in caption[:_LONGEST])
 
 
+def is_no_value(caption: str) -> bool:
+    """Whether it is how a program writes that a value is missing: `nan`, `N/A`, `None`."""
+    return len(caption) < _LONGEST and same_caption_key(caption).casefold() in _NO_VALUES
+
+
 def is_one_word(caption: str) -> bool:
     """One word is hardly a caption; in a script that is written without spaces, three characters are."""
     text = same_caption_key(caption[:_LONGEST])
-    return not is_empty(text) and " " not in text and (len(text) <= 3 or not _without_spaces(text))
+    return (
+        not is_empty(text)
+        and not is_no_value(text)
+        and " " not in text
+        and (len(text) <= 3 or not _without_spaces(text))
+    )
 
 
 def is_mojibake(caption: str) -> bool:

@@ -15,14 +15,13 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from cytoclip import batches, captions, cells, checkpoint, config, images, measure, pixels, sources
+from cytoclip import batches, captions, cells, checkpoint, config, images, measure, pixels, sources, split_reader
 from cytoclip.captions import Tokens
 from cytoclip.checkpoint import Opened
 from cytoclip.console import Console
 from cytoclip.errors import UserError
 from cytoclip.pairs import Pairs, spread
 from cytoclip.report import DIRECTIONS
-from cytoclip.rows import Columns
 
 MOST = 256  # pairs; hit@k then moves in steps of 0.4 %, and ViT-B/16 takes 40 s a pass on 2 cores
 BATCH = 16
@@ -143,7 +142,7 @@ def _of_run(name: str, most: int, console: Console) -> tuple[str, Pairs, Callabl
         place = data.split("val")
         if place is None:
             return None
-        whole = sources.read(place, Columns(data.image_column, data.caption_column), console)
+        whole = sources.read(place, split_reader.columns_of(data), console)
         chosen = _evenly(whole, most)
         pairs = _evenly(spread(batches.scanned(chosen, place, console)), most)
         total = sum(1 + len(more) for more in whole.more)
