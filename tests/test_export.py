@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ def ran(folder: Path, picture: Path) -> dict[str, Any]:
         assert code.count(theirs) == 1
         code = code.replace(theirs, repr(ours))
     said: dict[str, Any] = {}
-    exec(code, said)  # noqa: S102 - our own
+    with chdir(folder):
+        exec(code, said)  # noqa: S102 - our own
     return said
 
 

@@ -58,7 +58,7 @@ def test_what_may_differ_between_two_starts_does_and_the_log_says_resuming(
     assert not (run / "results.json").exists()
     second = experiment(
         data={"workers": 1, "cache": True, "cache_budget_gb": 1.0},
-        train={"shard": True},
+        train={"shard": True, "gradient_checkpointing": True},
         checkpoint={"every": 3, "keep_last": 1},
         track={"to": ["tensorboard"]},
         report={"images": False},

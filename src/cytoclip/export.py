@@ -6,7 +6,6 @@ Letters: N pairs, D embedding.
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -140,7 +139,7 @@ def export(
         held = yardstick.make(opened, name, console, most)
         notes = [*written.notes, *_crop_notes(opened)]
         exported = replace(_compared(opened, held, new, form, console), notes=notes)
-        files.write_text(new / model_card.NAME, _card(name, exported, written, _place(to, push)))
+        files.write_text(new / model_card.NAME, _card(name, exported, written, _place(push)))
         files.write_json(new / RESULT, exported.document())
     for note in notes:
         console.warn(note)
@@ -294,10 +293,10 @@ def _crop_notes(opened: Opened) -> Iterator[str]:
         )
 
 
-def _place(to: Path, push: str | None) -> str:
-    """Code that says where the export is, for who reads its card."""
+def _place(push: str | None) -> str:
+    """Code that says where the export is, for who reads its card: no place of this machine."""
     if push is None:
-        return f"folder = {json.dumps(str(to), ensure_ascii=False)}"
+        return model_card.HERE
     return f'from huggingface_hub import snapshot_download\n\nfolder = snapshot_download("{push}")'
 
 

@@ -35,7 +35,7 @@ from transformers import AutoModel
 
 model = PeftModel.from_pretrained(AutoModel.from_pretrained("{base}"), folder).merge_and_unload()
 model.load_state_dict(load_file(f"{{folder}}/cytoclip.safetensors"), strict=False)  # projections, logit scale"""
-_HERE = 'folder = "."  # where this file lies'
+HERE = 'folder = "."  # where this file lies'
 _YOURS = """picture = "picture.png"  # yours
 texts = ["one round cell", "a sheet of cells"]"""
 _INDEX = "fine-tuned with cytoclip"
@@ -186,7 +186,7 @@ def _numbers(judged: list[Judged]) -> list[str]:
 
 def _use(base: str | None, wanted: Config | None, adapter: bool, handed: Handed | None) -> list[str]:
     opened = _ADAPTER.format(base=base or "the checkpoint it began from") if adapter else _WHOLE
-    code = f"{handed.place}\n{_YOURS}\n\n{handed.code}" if handed else f"{_HERE}\n\n{opened}"
+    code = f"{handed.place}\n{_YOURS}\n\n{handed.code}" if handed else f"{HERE}\n\n{opened}"
     beside = "The tokenizer and the image processor lie in the same folder: `AutoTokenizer`, `AutoImageProcessor`."
     limits = [_LIMITS, _READ]
     if wanted is not None and wanted.data.crop == "pad":
