@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from cytoclip import places
 from cytoclip.console import Console
 from cytoclip.errors import ExitCode, UserError, counted, first_few
 from cytoclip.pairs import Pairs, akin_to_source, same_caption_key
 
 SPLITS = ("train", "val", "test")
 _KEY = "split"
-_SAID = {**{name: number for number, name in enumerate(SPLITS)}, "valid": 1, "validation": 1, "dev": 1}
+_NUMBER = {**{name: number for number, name in enumerate(SPLITS)}, "dev": 1}
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def told(pairs: Pairs, place: Path) -> NDArray[np.int64] | None:
         Where some pairs name a split, and others none.
     """
     said = [next((value for key, value in of if key.lower() == _KEY), "") for of in pairs.extra]
-    numbers = [_SAID.get(value.strip().lower()) for value in said]
+    numbers = [_number(value) for value in said]
     if len(set(numbers)) == 1:
         return None
     lacking = [(name, value) for name, value, into in zip(pairs.names, said, numbers, strict=True) if into is None]
@@ -87,13 +88,18 @@ def told(pairs: Pairs, place: Path) -> NDArray[np.int64] | None:
 
 def warn_of_told(pairs: Pairs, place: Path, console: Console) -> None:
     """Where pairs that are used as one split say that they are several: pairs of test may be trained on."""
-    said = {_SAID.get(value.strip().lower()) for of in pairs.extra for key, value in of if key.lower() == _KEY} - {None}
+    said = {_number(value) for of in pairs.extra for key, value in of if key.lower() == _KEY} - {None}
     if len(said) > 1:
         names = ", ".join(name for number, name in enumerate(SPLITS) if number in said)
         console.warn(
             f"the pairs of {place} say {names} in {_KEY!r}, and all of them are trained on or held out: "
             "`cytoclip bring` writes them as the splits that they name"
         )
+
+
+def _number(value: str) -> int | None:
+    """Which of `SPLITS` a word names, as others call them too; None: none."""
+    return _NUMBER.get(places.ours(value.strip().lower()))
 
 
 def warn_of_cut_sources(pairs: Pairs, console: Console) -> None:

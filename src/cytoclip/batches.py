@@ -169,8 +169,6 @@ def loader(
     """
     if isinstance(pictures, Pictures) and pictures.kept:
         found: Iterable[Batch | UserError] = _kept(pictures, texts, batches, workers, device)
-    elif isinstance(pictures, Pictures) and workers and not _FORKS:
-        found = _in_threads(pictures, texts, batches, workers, device)
     else:
         found = _decoding(pictures, texts, batches, workers, device)
     return _on_device(found, device) if device.type == "cuda" else found
@@ -200,14 +198,17 @@ def _decoding(
     batches: Share | list[list[Draw]],
     workers: int,
     device: torch.device,
-) -> DataLoader[Any]:
-    return DataLoader(
+) -> Iterable[Batch | UserError]:
+    if isinstance(pictures, Pictures) and workers and not _FORKS:
+        return _in_threads(pictures, texts, batches, workers, device)
+    loaded: DataLoader[Any] = DataLoader(
         pictures,
         batch_sampler=batches,
         collate_fn=partial(_collate, texts),
         pin_memory=device.type == "cuda",
         **processes(0 if isinstance(pictures, Rows) else workers),  # of rows nothing is decoded
     )
+    return loaded
 
 
 def processes(workers: int) -> dict[str, Any]:
@@ -250,8 +251,7 @@ def _kept(
     assert pictures.kept is not None  # noqa: S101 - `loader` looked
     parts: deque[Share | list[list[Draw]]] = deque(batches.epochs() if isinstance(batches, Share) else [batches])
     while parts and len(pictures.kept.missing()) > _FEW * len(pictures.kept):
-        decoding = _decoding if _FORKS or not workers else _in_threads
-        yield from decoding(pictures, texts, parts.popleft(), workers, device)
+        yield from _decoding(pictures, texts, parts.popleft(), workers, device)
     yield from _in_threads(pictures, texts, (draws for part in parts for draws in part), workers, device)
 
 

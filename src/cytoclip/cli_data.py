@@ -12,6 +12,10 @@ import typer
 from cytoclip import arguments
 from cytoclip.errors import ExitCode
 
+ImageRoot = Annotated[
+    Path | None, typer.Option(help="Folder below which a table's pictures lie, if not its own.", show_default=False)
+]
+
 
 class Crop(StrEnum):
     AUTO = "auto"
@@ -35,9 +39,7 @@ def check(  # noqa: PLR0913 - each is an option
     ] = False,
     image_column: Annotated[str | None, typer.Option(help="Column of the picture; guessed if absent.")] = None,
     caption_column: Annotated[str | None, typer.Option(help="Column of the caption; guessed if absent.")] = None,
-    image_root: Annotated[
-        Path | None, typer.Option(help="Folder below which a table's pictures lie, if not its own.", show_default=False)
-    ] = None,
+    image_root: ImageRoot = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     html: Annotated[
         Path | None, typer.Option(help="Write a page with thumbnails and histograms.", show_default=False)
@@ -48,10 +50,8 @@ def check(  # noqa: PLR0913 - each is an option
     from cytoclip import check_page, files
     from cytoclip.rows import Columns
 
-    console, asked = (
-        arguments.console(),
-        checks.Asked(crop.value, Columns(image_column, caption_column, image_root), cache),
-    )
+    console = arguments.console()
+    asked = checks.Asked(crop.value, Columns(image_column, caption_column, image_root), cache)
     report = checks.check(data_root, model, batch_size, console, asked)
     if html is not None:
         files.write_text(html, check_page.page(report))
@@ -69,9 +69,7 @@ def bring(
     seed: Annotated[int, typer.Option(min=0, help="Another seed splits otherwise.")] = 0,
     image_column: Annotated[str | None, typer.Option(help="Column of the picture; guessed if absent.")] = None,
     caption_column: Annotated[str | None, typer.Option(help="Column of the caption; guessed if absent.")] = None,
-    image_root: Annotated[
-        Path | None, typer.Option(help="Folder below which a table's pictures lie, if not its own.", show_default=False)
-    ] = None,
+    image_root: ImageRoot = None,
 ) -> None:
     """Split pairs by source and content, and write them as a data root."""
     from cytoclip import apart

@@ -167,12 +167,10 @@ def _refuse(to: Path, form: str, adapter: bool, push: str | None) -> None:
     if push is not None:
         hub.refuse(push)
     if os.path.lexists(to) and not (to.is_dir() and not any(to.iterdir())):
-        exported = f"it is exported, and uploaded by: {hub.by_hand(to, push)}; " if push and _is_one(to) else ""
+        exported = (
+            f"it is exported, and uploaded by: {hub.by_hand(to, push)}; " if push and (to / RESULT).is_file() else ""
+        )
         raise UserError(f"{to} is already there", f"{exported}name another folder, or delete it first", ExitCode.DATA)
-
-
-def _is_one(folder: Path) -> bool:
-    return (folder / RESULT).is_file()
 
 
 def _refuse_family(opened: Opened, form: str) -> None:

@@ -69,13 +69,17 @@ def fit(wanted: Config, opened: Opened, train: Pairs, reading: Reading, place: P
 
 def refuse_hidden_layers(opened: Opened) -> None:
     """Raise `UserError` for a projection that is more than one linear layer: no closed form gives that."""
-    projections = opened.encoder.family.projections
-    deep = [name for name in projections if not isinstance(getattr(opened.encoder.clip, name), nn.Linear)]
+    deep = hidden(opened.encoder)
     if deep:
         raise UserError(
             f"model.projections: fitted replaces linear layers, and the {deep[0]} of {opened.name} has a hidden layer",
             "set model.projections=full",
         )
+
+
+def hidden(encoder: DualEncoder) -> list[str]:
+    """The projections that are more than one linear layer."""
+    return [name for name in encoder.family.projections if not isinstance(getattr(encoder.clip, name), nn.Linear)]
 
 
 def put(found: Fit, encoder: DualEncoder) -> None:

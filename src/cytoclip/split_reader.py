@@ -57,8 +57,8 @@ def columns_of(data: Data) -> Columns:
 
 def _require_splits(root: Path, wanted: Mapping[str, Path | None]) -> None:
     """Of a data root that is there: a split that is not, or a root that is itself one, has a hint of its own."""
-    missing = [name for name, place in wanted.items() if place and not places.is_hub(root) and not place.exists()]
-    missing = [name for name in missing if places.split(root, name) is None]
+    there = ((name, place.exists() or places.split(root, name) is not None) for name, place in wanted.items() if place)
+    missing = [name for name, found in there if not found]
     if not missing or not root.exists() or neighbour(root / missing[0]):
         return
     own, bring = shlex.quote(str(root)), "`cytoclip bring {} --to …` writes train, val and test"

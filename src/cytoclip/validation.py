@@ -8,9 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from cytoclip import alarms, checkpoint, embeddings, encode, evaluation, families, files, report, selection, shard
+from cytoclip import (
+    alarms,
+    checkpoint,
+    embeddings,
+    encode,
+    evaluation,
+    families,
+    files,
+    projection_fit,
+    report,
+    selection,
+    shard,
+)
 from cytoclip.checkpoint import RunFolder
 from cytoclip.embeddings import Owner
 from cytoclip.evaluation import Question
@@ -149,9 +160,8 @@ def best_weights(run: RunFolder) -> str:
 
 def _is_new(job: Job) -> bool:
     """Whether towers were joined, and what joins them could be fitted."""
-    clip, names = job.opened.encoder.clip, job.opened.encoder.family.projections
-    linear = all(isinstance(getattr(clip, name), nn.Linear) for name in names)
-    return clip.config.model_type in families.JOINED and linear and job.config.model.projections == "full"
+    joined = job.opened.encoder.clip.config.model_type in families.JOINED
+    return joined and job.config.model.projections == "full" and not projection_fit.hidden(job.opened.encoder)
 
 
 def _write_embeddings(job: Job, name: str, seen: Seen, weights: str) -> None:
